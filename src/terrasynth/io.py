@@ -1,0 +1,242 @@
+"""Reading images within a pixel budget, and writing files that appear whole or not at all.
+
+Every room reads pixels through `open_image` and writes through `atomic_write` or `atomic_dir`;
+there is no second way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrasynth.errors import TerraSynthError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "Pixels",
+    "atomic_dir",
+    "atomic_write",
+    "digest",
+    "open_image",
+    "read_json",
+    "remove_incomplete",
+    "write_json",
+]
+
+#: Largest image that is decoded in one piece; larger ones are read by windows.
+MAX_PIXELS = 64 * 1024 * 1024
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# A short list on purpose: Pillow and GDAL know dozens of formats nobody asked for, some of them remote or scripted.
+_PILLOW_FORMATS = ("PNG", "JPEG")
+_GDAL_DRIVERS = ("GTiff", "COG")
+_INCOMPLETE = ".incomplete"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded pixels, as stored.
+
+    Attributes:
+        values: (H, W) for one band or palette indices, (H, W, C) otherwise; the file's own dtype.
+        palette: (N, 3) uint8 colours when `values` are palette indices, else None.
+    """
+
+    values: np.ndarray
+    palette: np.ndarray | None = None
+
+
+def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode a PNG, JPEG or TIFF file as stored, without conversion.
+
+    The size is checked from the header, before any pixel is decoded, for Pillow and rasterio alike.
+
+    Raises:
+        TerraSynthError: the file is missing, empty, no image, truncated or larger than `max_pixels`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TerraSynthError("no such file", path=path, fix="check the path and the split list that names it")
+    if path.stat().st_size == 0:
+        raise TerraSynthError("the file is empty", path=path, fix="copy it again from its source, or leave it out of the split list")
+    if path.suffix.lower() in (".tif", ".tiff"):
+        return _open_tiff(path, max_pixels)
+    return _open_pillow(path, max_pixels)
+
+
+def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TerraSynthError(
+            "the image is too large to decode in one piece",
+            path=path,
+            found=f"{width} x {height} = {width * height:,} pixels",
+            expected=f"at most {max_pixels:,} pixels",
+            fix="cut it into tiles first",
+        )
+
+
+def _open_pillow(path: Path, max_pixels: int) -> Pixels:
+    import warnings
+
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            # Our own budget is checked below from the same header.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_PILLOW_FORMATS) as image:
+                _check_size(path, *image.size, max_pixels)
+                image.load()
+                if image.mode == "1":
+                    return Pixels(np.asarray(image).astype(np.uint8))
+                if image.mode == "CMYK":
+                    raise TerraSynthError(
+                        "the image is CMYK", path=path, expected="RGB or grey", fix="convert it to RGB"
+                    )
+                palette = None
+                if image.mode == "P":
+                    palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+                return Pixels(np.asarray(image), palette)
+    except Image.DecompressionBombError as error:
+        raise TerraSynthError(
+            "the image is too large to decode in one piece", path=path, found=str(error), fix="cut it into tiles first"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise TerraSynthError(
+            "not an image that can be read",
+            path=path,
+            found=f"a file that starts with {path.open('rb').read(8)!r}",
+            expected="PNG, JPEG or TIFF content",
+            fix="check what the file really is (`file NAME`) and convert it",
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise TerraSynthError(
+            "the image is damaged",
+            path=path,
+            found=str(error),
+            fix="copy it again from its source, or leave it out of the split list",
+        ) from error
+
+
+def _open_tiff(path: Path, max_pixels: int) -> Pixels:
+    import warnings
+
+    import rasterio
+    from rasterio.enums import ColorInterp
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path, driver=_GDAL_DRIVERS) as source:
+                _check_size(path, source.width, source.height, max_pixels)
+                bands = source.read()
+                palette = None
+                if source.count == 1 and source.colorinterp[0] is ColorInterp.palette:
+                    table = source.colormap(1)
+                    palette = np.array([table[i][:3] for i in range(len(table))], dtype=np.uint8)
+    except RasterioError as error:
+        raise TerraSynthError(
+            "the TIFF can not be read",
+            path=path,
+            found=str(error),
+            fix="copy it again from its source, or leave it out of the split list",
+        ) from error
+    return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a sibling path to write to; on success it replaces `path` in one step, on failure `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: Pillow, rasterio and numpy choose the format by it.
+    partial = path.with_name(f"{path.stem}{_INCOMPLETE}-{os.getpid()}{path.suffix}")
+    try:
+        yield partial
+        _fsync(partial)
+        os.replace(partial, path)
+        _fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Yield a new sibling folder to fill; on success it becomes `path`, on failure nothing is left.
+
+    A folder already at `path` is replaced only after the new one is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}{_INCOMPLETE}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            _fsync(file)
+        _fsync(partial)
+        if path.is_dir():
+            retired = path.with_name(f"{path.name}{_INCOMPLETE}-old-{os.getpid()}")
+            os.replace(path, retired)
+            os.replace(partial, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(partial, path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_incomplete(folder: str | Path) -> None:
+    """Delete what a killed run left half-written directly in `folder`."""
+    for leftover in Path(folder).glob(f"*{_INCOMPLETE}-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        TerraSynthError: the file is missing or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TerraSynthError("no such file", path=path, fix="check the path") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TerraSynthError("not a JSON file", path=path, found=str(error), fix="delete it and run again") from error
+
+
+def digest(*values: Any) -> str:
+    """Short SHA-256 (16 hex digits) of JSON-able values; equal values give equal digests on every machine."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,295 @@
+"""Recipes: everything a run depends on, typed, in YAML, every default explained.
+
+A recipe holds no logic. `terrasynth recipe NAME` prints one with these descriptions; any value can be set from the
+command line as `--set generator.train.steps=2000`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "ArmConfig",
+    "AutoencoderConfig",
+    "DataConfig",
+    "GeneratorConfig",
+    "Recipe",
+    "SamplingConfig",
+    "SegmentorConfig",
+    "SplitConfig",
+    "SteeringConfig",
+    "StudyConfig",
+    "TrainConfig",
+    "WorldConfig",
+]
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class WorldConfig(_Config):
+    """The embedded sample: procedural scenes with exact masks (`kind: world`)."""
+
+    region: Literal["temperate", "arid"] = "temperate"
+    """Which regional look the scenes have."""
+    gsd: Annotated[float, Field(gt=0)] = 0.5
+    """Ground sampling distance in metres per pixel."""
+    train: Positive = 16
+    """Labelled training tiles."""
+    validation: Positive = 16
+    """Validation tiles: model selection only."""
+    test: Positive = 64
+    """Test tiles: evaluated once per finished cell, never used otherwise."""
+    seed: NonNegative = 0
+    """Which world; every tile derives from this seed, its split and its index."""
+
+
+class SplitConfig(_Config):
+    """Where the tiles of one split are."""
+
+    folder: str
+    """What `{split}` in `images` and `masks` stands for."""
+    list: str | None = None
+    """Text file (under `root`) with one tile name a line, without suffix; null takes every image of the folder."""
+
+
+class DataConfig(_Config):
+    """The labelled tiles."""
+
+    kind: Literal["world", "folder"] = "world"
+    """`world` renders procedural scenes; `folder` reads image and mask files."""
+    root: Path | None = None
+    """Folder of the tiles (`kind: folder`). `--data DIR` sets it."""
+    images: str = "images/{split}"
+    """Folder of the images under `root`."""
+    masks: str = "masks/{split}"
+    """Folder of the masks under `root`; image and mask share their name, the suffix may differ."""
+    train: SplitConfig = SplitConfig(folder="train", list="train.txt")
+    """Training tiles: the generator, the steering segmentor and every arm see exactly these."""
+    validation: SplitConfig = SplitConfig(folder="val", list="val.txt")
+    """Validation tiles: model selection only."""
+    test: SplitConfig = SplitConfig(folder="test", list="test.txt")
+    """Test tiles: evaluated once per finished cell, never used otherwise."""
+    label_schema: Path | None = None
+    """YAML file of class names, colours and ignore index (`kind: folder`); relative to the recipe, then to `root`."""
+    mask_coding: Literal["auto", "index", "color"] = "auto"
+    """How mask files are coded: `index` (pixel value = class), `color` (palette or RGB colours of the schema);
+    `auto` takes the one that fits and refuses where both would."""
+    image_size: Positive = 128
+    """Side of the square tiles in pixels, everywhere downstream."""
+    fit: Literal["resize", "crop"] = "resize"
+    """How larger tiles become `image_size`: shrink the whole tile, or cut its centre out."""
+    caption: str = "a satellite image of {classes}"
+    """Caption of a tile; `{classes}` becomes the names of the classes present."""
+    world: WorldConfig = WorldConfig()
+    """Settings of `kind: world`."""
+
+
+class TrainConfig(_Config):
+    """One training run of the single training loop, for a generator or a segmentor."""
+
+    steps: Positive
+    """Optimiser steps."""
+    batch_size: Positive = 16
+    """Samples per micro-batch and process."""
+    accumulate: Positive = 1
+    """Micro-batches per optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate (AdamW)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine decay to zero at `steps`, or constant."""
+    warmup_steps: NonNegative = 50
+    """Linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW weight decay, on matrices only (not on biases, norms and gates)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradient norm clipping; null switches it off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes in bfloat16 over fp32 master weights."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the exponential moving average of the weights, warmed up as (1 + n) / (10 + n); 0 switches it off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    workers: NonNegative = 0
+    """Data-loading processes."""
+    checkpoint_every: Positive = 500
+    """Steps between checkpoints; one more is written at the end."""
+    evaluate_every: Positive = 250
+    """Steps between validations (segmentor) or previews (generator)."""
+    log_every: Positive = 10
+    """Steps between lines of `log.jsonl`."""
+
+
+class AutoencoderConfig(_Config):
+    """The autoencoder of a generator from scratch: principal components of pixel patches, fitted in closed form."""
+
+    patch_size: Positive = 4
+    """Side of the patches: the downsampling factor of the latents."""
+    channels: Positive = 16
+    """Principal components kept per patch (at most 3 x patch_size^2): the latent channels."""
+    whiten: Fraction = 0.5
+    """0 keeps each component's variance, 1 makes all equal; between them, noise hides fine detail first."""
+
+
+class GeneratorConfig(_Config):
+    """TODSynth: the text-image-mask MM-DiT and its training."""
+
+    base: str | None = None
+    """Start from this pipeline (hub name or folder: Stable Diffusion 3 / 3.5, or one that TerraSynth saved);
+    null trains from scratch with the sizes below."""
+    width: Positive = 192
+    """Width of the token streams (from scratch)."""
+    heads: Positive = 6
+    """Attention heads (from scratch); must divide `width`."""
+    blocks: Positive = 6
+    """Transformer blocks (from scratch)."""
+    patch_size: Positive = 2
+    """Latent pixels per token side (from scratch)."""
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    """Autoencoder (from scratch)."""
+    mask_coding: Literal["onehot", "bits", "grey"] = "onehot"
+    """How a mask enters: `onehot` or `bits`, patch-embedded without loss; `grey` levels through the autoencoder, as
+    published."""
+    mask_init: Literal["copy", "random"] = "copy"
+    """With a `base` that has no mask branch: start it as a copy of the image branch (with a gate that makes step 0 equal
+    the base model), or at random."""
+    trainable: Literal["all", "image+mask", "mask", "lora"] = "all"
+    """Which branches train: all three; image and mask (as published); the mask branch alone; the mask branch with
+    low-rank adapters on the image branch (`terrasynth[peft]`)."""
+    lora_rank: Positive = 16
+    """Rank of the adapters (`trainable: lora`)."""
+    text_dropout: Fraction = 0.1
+    """How often the prompt is replaced by the empty one, so that text guidance works."""
+    mask_dropout: Fraction = 0.1
+    """How often the mask is replaced by an unlabelled one, so that mask guidance works."""
+    density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    """Density of the training timesteps (Esser et al. 2024, section 3.1)."""
+    shift: Annotated[float, Field(gt=0)] = 3.0
+    """Timestep shift of the flow, in training and sampling: sigma = shift s / (1 + (shift - 1) s). With a `base`, the
+    base's own is kept."""
+    views: Positive = 32
+    """Fixed augmentations (flips, quarter turns, zooms) under which every tile is encoded once."""
+    seed: NonNegative = 0
+    """Seed of initialisation, data order, timesteps and noise."""
+    train: TrainConfig = TrainConfig(steps=4000, batch_size=16, ema_decay=0.999)
+    """The training run."""
+
+
+class SamplingConfig(_Config):
+    """Euler sampling of the flow."""
+
+    steps: Positive = 23
+    """Sampling steps (the published number)."""
+    text_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Guidance scale of the prompt; 1 is off."""
+    mask_scale: Annotated[float, Field(ge=0)] = 1.5
+    """Guidance scale of the mask; 1 is off."""
+    batch_size: Positive = 16
+    """Images painted together; the result does not depend on it."""
+
+
+class SteeringConfig(_Config):
+    """Control-rectify flow matching (CRFM): the segmentor steers the velocity in the first steps."""
+
+    steps: NonNegative = 4
+    """K: how many of the first steps are rectified."""
+    strength: Annotated[float, Field(ge=0)] = 0.1
+    """alpha: the largest step along the gradient. With `normalise: l2` it is relative to the velocity's norm."""
+    schedule: Literal["constant", "increasing", "decreasing"] = "decreasing"
+    """alpha over the steps i of N: alpha, alpha (i + 1) / N, or alpha (1 - (i + 1) / N)."""
+    normalise: Literal["none", "unit", "velocity"] = "velocity"
+    """Per image: the bare gradient; the gradient over its norm (as published, "l2_norm"); the same times the norm of the
+    velocity, so that alpha means the same at every size."""
+    blend: bool = False
+    """Multiply the velocity by 1 - alpha first (published as "is_synth")."""
+    repeats: Positive = 1
+    """Rectifications per step."""
+    wrong_pixels_only: bool = True
+    """Only pixels that the segmentor gets wrong enter the loss."""
+    clamp: Annotated[float, Field(gt=0)] | None = None
+    """Clip the whole velocity to plus or minus this; the published code always clips at 1, which distorts it."""
+
+
+class SegmentorConfig(_Config):
+    """The downstream segmentor."""
+
+    architecture: str = "unet"
+    """A decoder of segmentation_models_pytorch (`unet`, `fpn`, `deeplabv3plus`, `segformer`, ...), or
+    `transformers/segformer`, `transformers/upernet`."""
+    encoder: str = "resnet18"
+    """Encoder name of segmentation_models_pytorch (`tu-NAME` for any of timm), or a hub name or folder for transformers."""
+    weights: str | None = None
+    """Pretrained encoder weights (`imagenet`, ...; needs a hub); null trains from scratch."""
+    options: dict[str, object] = {}
+    """Further arguments of the architecture's constructor."""
+    train: TrainConfig = TrainConfig(steps=1000, batch_size=8, weight_decay=0.05, clip_norm=None)
+    """The training run of one cell."""
+
+
+class ArmConfig(_Config):
+    """One arm of the study: what is added to the real tiles."""
+
+    name: str
+    """Shown in the report."""
+    cutmix: bool = False
+    """Mix rectangles between the training tiles of a batch (Yun et al. 2019), masks included."""
+    synthetic: Literal["none", "plain", "steered"] = "none"
+    """Painted tiles: none, without steering, or with CRFM."""
+
+
+class StudyConfig(_Config):
+    """Arms x seeds."""
+
+    seeds: tuple[NonNegative, ...] = (0, 1, 2)
+    """Every arm is trained once per seed; arms are compared pairwise by seed."""
+    arms: tuple[ArmConfig, ...] = (
+        ArmConfig(name="real"),
+        ArmConfig(name="real + CutMix", cutmix=True),
+        ArmConfig(name="real + synthetic", synthetic="plain"),
+        ArmConfig(name="real + synthetic (CRFM)", synthetic="steered"),
+    )
+    """The first arm is the baseline."""
+    ratio: Positive = 3
+    """Painted tiles per real tile."""
+    real_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of real tiles in each training batch of an arm with painted tiles."""
+    plateau_check: bool = True
+    """Train the baseline for twice the steps as well, and say whether that moves it."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> StudyConfig:
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("arms need distinct names, and there must be at least one")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must be distinct, and there must be at least one")
+        return self
+
+
+class Recipe(_Config):
+    """A whole run: data, generator, sampling, steering, segmentor, study."""
+
+    name: str
+    """Shown in reports and cards."""
+    data: DataConfig = DataConfig()
+    """The labelled tiles."""
+    generator: GeneratorConfig = GeneratorConfig()
+    """The system that paints."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How it paints."""
+    steering: SteeringConfig = SteeringConfig()
+    """How the segmentor steers it."""
+    segmentor: SegmentorConfig = SegmentorConfig()
+    """The downstream task."""
+    study: StudyConfig = StudyConfig()
+    """What is compared."""
