@@ -1,0 +1,102 @@
+"""A linear autoencoder of pixel patches, fitted in closed form.
+
+For a generator from scratch there is no pretrained autoencoder, and training one costs more than the generator on a
+small machine. Principal components of small patches (the optimal linear code, Eckart and Young 1936) take a second to
+fit, invert exactly on their span and decode in one matrix product, which is what steering differentiates through.
+The interface is that of `diffusers.AutoencoderKL`, so either can stand in a pipeline.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+__all__ = ["PatchPCA", "spatial_factor"]
+
+
+class _Point:
+    """A distribution on one point, with the two methods that callers of `latent_dist` use."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.mean
+
+
+class PatchPCA(ModelMixin, ConfigMixin):
+    """Principal components of `patch_size` x `patch_size` RGB patches as an autoencoder.
+
+    Args:
+        patch_size: side of a patch in pixels; the downsampling factor.
+        latent_channels: components kept, at most 3 patch_size².
+        whiten: exponent of each component's standard deviation that is divided out (0 none, 1 all).
+        scaling_factor: as in `AutoencoderKL`; 1 because `fit` already gives latents of unit mean variance.
+        shift_factor: as in `AutoencoderKL`; 0 because `fit` already centres them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 4,
+        latent_channels: int = 16,
+        whiten: float = 0.5,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dim = 3 * patch_size**2
+        if latent_channels > dim:
+            raise ValueError(f"`latent_channels` is {latent_channels}, but a {patch_size}x{patch_size} patch has {dim}")
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("components", torch.eye(dim)[:latent_channels].clone())
+        self.register_buffer("scale", torch.ones(latent_channels))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, max_patches: int = 500_000) -> PatchPCA:
+        """Set the components from images (N, 3, H, W) in [-1, 1]; an even subset of at most `max_patches` patches is used."""
+        patches = F.pixel_unshuffle(images, self.config.patch_size).movedim(1, -1).flatten(0, -2)
+        patches = patches[:: max(1, len(patches) // max_patches)].double()
+        mean = patches.mean(0)
+        centred = patches - mean
+        variance, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+        order = variance.argsort(descending=True)[: self.config.latent_channels]
+        # The sign of an eigenvector is arbitrary; fixing it makes equal data give equal latents everywhere.
+        components = vectors[:, order].T
+        components = components * components.sum(1, keepdim=True).sign().where(components.sum(1, keepdim=True) != 0, 1)
+        std = variance[order].clamp_min(1e-8).sqrt()
+        scale = std**self.config.whiten
+        scale = scale * ((std / scale) ** 2).mean().sqrt()  # latents of unit mean variance
+        self.mean.copy_(mean)
+        self.components.copy_(components)
+        self.scale.copy_(scale)
+        return self
+
+    def encode(self, x: Tensor) -> AutoencoderKLOutput:
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H / p, W / p)."""
+        weight = self.components / self.scale[:, None]
+        patches = F.pixel_unshuffle(x, self.config.patch_size)
+        z = F.conv2d(patches, weight[:, :, None, None], -weight @ self.mean)
+        return AutoencoderKLOutput(latent_dist=_Point(z))
+
+    def decode(self, z: Tensor) -> DecoderOutput:
+        """Latents (B, C, h, w) to images (B, 3, h p, w p), about [-1, 1]."""
+        weight = (self.components * self.scale[:, None]).T
+        patches = F.conv2d(z, weight[:, :, None, None], self.mean)
+        return DecoderOutput(sample=F.pixel_shuffle(patches, self.config.patch_size))
+
+
+def spatial_factor(autoencoder: torch.nn.Module) -> int:
+    """Pixels per latent along one side, for `PatchPCA` and diffusers' autoencoders."""
+    config = autoencoder.config
+    if "patch_size" in config:
+        return int(config.patch_size)
+    return int(2 ** (len(config.block_out_channels) - 1))

@@ -1,0 +1,161 @@
+"""Prompts to embeddings: Stable Diffusion 3's encoders, or a small word encoder for small models.
+
+Either way the encoders are frozen, so every distinct prompt is encoded once (`PromptCache` keeps it on disk).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from terrasynth.io import atomic_write, digest
+
+__all__ = ["PromptCache", "encode_prompts", "word_encoder", "word_tokenizer"]
+
+
+def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is the words of `texts`; other words become `<unk>`, punctuation is dropped.
+
+    The length of the longest text, rounded up to a multiple of eight, is the length of every encoding.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    split = [re.findall(r"\w+", text.lower()) for text in texts]
+    specials = ["<pad>", "<unk>", "<s>", "</s>"]
+    # Ids 0...3 are the specials. CLIP takes the embedding at the first `</s>` as the pooled one.
+    vocabulary = {word: i for i, word in enumerate(specials + sorted({word for words in split for word in words}))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
+    )
+    longest = 2 + max(map(len, split), default=0)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=-(-longest // 8) * 8,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+
+
+def word_encoder(tokenizer: PreTrainedTokenizerFast, width: int = 64, seed: int = 0) -> CLIPTextModelWithProjection:
+    """A one-layer CLIP text model with seeded random weights, for `word_tokenizer`.
+
+    It is never trained: random embeddings of a few dozen words are as good as orthogonal, and the transformer's own
+    text stream learns what they mean.
+    """
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,  # diffusers' convention takes the last but one hidden state
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_factor=1.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = CLIPTextModelWithProjection(config).eval()
+        # CLIP initialises its embeddings at 0.02, which would leave all prompts nearly alike.
+        embeddings = encoder.text_model.embeddings
+        nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
+        nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
+    return encoder.requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: Sequence[str],
+    clip: Sequence[tuple[PreTrainedTokenizerBase, nn.Module]],
+    t5: tuple[PreTrainedTokenizerBase, nn.Module] | None = None,
+    t5_length: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Encode prompts as Stable Diffusion 3 does (Esser et al. 2024, section 4.1.2).
+
+    The last but one hidden states of the CLIP encoders are joined along the channels, zero-padded to the width of T5's
+    and followed by T5's tokens; the pooled projections are joined along the channels.
+
+    Args:
+        prompts: B texts.
+        clip: one or two (tokenizer, `CLIPTextModelWithProjection`).
+        t5: (tokenizer, `T5EncoderModel`), or None for models without.
+        t5_length: tokens of T5.
+
+    Returns:
+        (B, L, D) prompt embeddings and (B, P) pooled embeddings.
+    """
+    hidden, pooled = [], []
+    for tokenizer, encoder in clip:
+        ids = _tokens(tokenizer, prompts, tokenizer.model_max_length, encoder)
+        output = encoder(ids, output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])
+        pooled.append(output.text_embeds)
+    embeds = torch.cat(hidden, dim=-1)
+    if t5 is not None:
+        tokenizer, encoder = t5
+        long = encoder(_tokens(tokenizer, prompts, t5_length, encoder))[0]
+        embeds = torch.cat([F.pad(embeds, (0, long.shape[-1] - embeds.shape[-1])), long], dim=1)
+    return embeds, torch.cat(pooled, dim=-1)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, encoder: nn.Module) -> Tensor:
+    batch = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, add_special_tokens=True, return_tensors="pt"
+    )
+    return batch.input_ids.to(next(encoder.parameters()).device)
+
+
+class PromptCache:
+    """Embeddings of prompts, each encoded once and kept on disk.
+
+    Args:
+        encode: maps B prompts to (B, L, D) and (B, P), as `encode_prompts`.
+        folder: one safetensors file a prompt is kept here; None keeps them in memory only.
+        identity: names the encoders; embeddings of other encoders are never mixed up.
+    """
+
+    def __init__(
+        self, encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]], folder: Path | None, identity: str
+    ) -> None:
+        self._encode = encode
+        self._folder = folder
+        self._identity = identity
+        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) and (B, P) of the prompts; only those never seen before are encoded."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._memory and not self._read(p)]
+        for start in range(0, len(missing), batch_size):
+            some = missing[start : start + batch_size]
+            for prompt, embeds, pooled in zip(some, *self._encode(some), strict=True):
+                self._memory[prompt] = (embeds.cpu(), pooled.cpu())
+                if self._folder is not None:
+                    with atomic_write(self._path(prompt)) as partial:
+                        save_file({"embeds": embeds.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
+        embeds, pooled = zip(*(self._memory[p] for p in prompts), strict=True)
+        return torch.stack(embeds), torch.stack(pooled)
+
+    def _path(self, prompt: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{digest(self._identity, prompt)}.safetensors"
+
+    def _read(self, prompt: str) -> bool:
+        if self._folder is None or not self._path(prompt).is_file():
+            return False
+        tensors = load_file(self._path(prompt))
+        self._memory[prompt] = (tensors["embeds"], tensors["pooled"])
+        return True

@@ -1,0 +1,308 @@
+"""TODSynth: images painted under masks by a text-image-mask MM-DiT (Yang et al., CVPR 2026).
+
+Reads like the method section: the conditions, the flow-matching loss, guided and steered sampling. The network is
+`models.mmdit`, the flow `sampling.flow`, the steering `sampling.rectify`; training is in `systems.fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
+from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
+from terrasynth.models.autoencoder import PatchPCA, spatial_factor
+from terrasynth.models.mmdit import MaskMMDiT
+from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
+from terrasynth.sampling.flow import Steering, flow_batch, guided_velocity, sample_flow, seeded_noise, seeded_uniform
+
+if TYPE_CHECKING:
+    from terrasynth.recipe import GeneratorConfig
+
+__all__ = ["MaskCoding", "TODSynthPipeline"]
+
+MaskCoding = Literal["onehot", "bits", "grey"]
+
+
+class TODSynthPipeline(DiffusionPipeline):
+    """Paints images under masks; loads and saves in the diffusers folder layout.
+
+    `TODSynthPipeline.from_pretrained(FOLDER)` loads what TerraSynth trained. A Stable Diffusion 3 or 3.5 folder or hub
+    name loads by the same call with `label_schema=` given: its transformer then gets a mask branch that at first
+    changes nothing.
+
+    Args:
+        transformer: the text-image-mask transformer, or SD3's, which is extended.
+        scheduler: the flow's Euler scheduler; its `shift` holds in training and sampling.
+        vae: an autoencoder with the interface of `AutoencoderKL`.
+        text_encoder, text_encoder_2: CLIP text models with projection; small models have only the first.
+        text_encoder_3: T5, or None.
+        tokenizer, tokenizer_2, tokenizer_3: their tokenizers.
+        label_schema: the classes, as `LabelSchema.to_dict()`.
+        mask_coding: how masks enter the transformer: `onehot` and `bits` without loss, `grey` through the autoencoder.
+        mask_init: how SD3's transformer gets its mask branch: as a `copy` of the image branch, or at `random`.
+        caption: template of the default prompts.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components = ["text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]  # noqa: RUF012 - diffusers' form
+
+    def __init__(
+        self,
+        transformer: MaskMMDiT | SD3Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL | PatchPCA,
+        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: T5EncoderModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        label_schema: dict[str, Any] | None = None,
+        mask_coding: MaskCoding = "onehot",
+        mask_init: Literal["copy", "random"] = "copy",
+        caption: str = "a satellite image of {classes}",
+    ) -> None:
+        super().__init__()
+        if label_schema is None:
+            raise TerraSynthError(
+                "the pipeline has no label schema",
+                found="a base model that knows no classes",
+                expected="`label_schema=`, as LabelSchema.to_dict() gives it",
+                fix="TODSynthPipeline.from_pretrained(NAME, label_schema=LabelSchema.from_yaml(FILE).to_dict())",
+            )
+        self.schema = LabelSchema.from_dict(label_schema)
+        self.factor = spatial_factor(vae)
+        if not isinstance(transformer, MaskMMDiT):
+            channels = mask_channels(self.schema, mask_coding, vae)
+            transformer = MaskMMDiT.from_sd3(transformer, mask_channels=channels, mask_init=mask_init)
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+        )
+        self.register_to_config(
+            label_schema=label_schema, mask_coding=mask_coding, mask_init=mask_init, caption=caption
+        )
+        self.prompts = PromptCache(self.encode_prompts, folder=None, identity="")
+        self.text_dropout = self.mask_dropout = 0.0
+        self.density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+
+    # Conditions
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts to prompt embeddings (B, L, D) and pooled embeddings (B, P); `prompts` is the same with a cache."""
+        clip = [(self.tokenizer, self.text_encoder)]
+        if self.text_encoder_2 is not None:
+            clip.append((self.tokenizer_2, self.text_encoder_2))
+        t5 = None if self.text_encoder_3 is None else (self.tokenizer_3, self.text_encoder_3)
+        return encode_prompts(prompts, clip, t5)
+
+    def encode_masks(self, masks: Tensor) -> Tensor:
+        """Masks (B, H, W) of class indices to mask latents (B, C, h, w) on the grid of the image latents."""
+        code = self.schema.encode(masks, self.config.mask_coding)
+        if self.config.mask_coding == "grey":
+            return self.encode_images(code / 2 + 0.5)
+        # Nothing is lost: the pixels under one latent become its channels.
+        return F.pixel_unshuffle(code, self.factor).to(self.transformer.dtype)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to latents (B, C, h, w) of about unit variance; the mode, not a sample."""
+        z = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
+        return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
+        z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    # Training
+
+    def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Flow-matching loss: mean squared error of the velocity epsilon - x_0 (spec of SD3, weighting 1).
+
+        Args:
+            batch: `latents` (B, C, h, w); `mask` (B, H, W) uint8, or `mask_latents` when masks pass the autoencoder;
+                `prompt_embeds` (B, L, D); `pooled` (B, P); `seed` (B,), from which each sample's timestep, noise and
+                dropped conditions derive.
+        """
+        latents, seeds = batch["latents"], batch["seed"].tolist()
+        noisy, velocity, _, timestep = flow_batch(
+            latents.float(), seeds, density=self.density, shift=self.scheduler.config.shift
+        )
+        drop_text = seeded_uniform(seeds, "drop text").to(latents.device) < self.text_dropout
+        drop_mask = seeded_uniform(seeds, "drop mask").to(latents.device) < self.mask_dropout
+        null_embeds, null_pooled = (null.to(latents.device) for null in self.prompts([""]))
+        if "mask_latents" in batch:
+            null_mask = self._null_mask_latents(batch["mask"][:1])
+            mask_latents = torch.where(drop_mask[:, None, None, None], null_mask, batch["mask_latents"])
+        else:
+            ignore = torch.full_like(batch["mask"], self.schema.ignore_index)
+            mask_latents = self.encode_masks(torch.where(drop_mask[:, None, None], ignore, batch["mask"]))
+        predicted = self.transformer(
+            hidden_states=noisy,
+            timestep=timestep,
+            encoder_hidden_states=torch.where(drop_text[:, None, None], null_embeds, batch["prompt_embeds"]),
+            pooled_projections=torch.where(drop_text[:, None], null_pooled, batch["pooled"]),
+            mask_latents=mask_latents,
+            return_dict=False,
+        )[0]
+        return F.mse_loss(predicted.float(), velocity)
+
+    def _null_mask_latents(self, like: Tensor) -> Tensor:
+        """Latents (1, C, h, w) of a wholly unlabelled mask."""
+        return self.encode_masks(torch.full_like(like, self.schema.ignore_index))
+
+    # Sampling
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        masks: Tensor,
+        prompts: Sequence[str] | None = None,
+        *,
+        seeds: Sequence[int],
+        num_inference_steps: int = 23,
+        text_scale: float = 1.0,
+        mask_scale: float = 1.5,
+        steering: Steering | None = None,
+        callback: Callable[[Mapping[str, Any]], None] | None = None,
+        output_type: Literal["pt", "pil"] = "pil",
+    ) -> ImagePipelineOutput:
+        """Paint one image under each mask.
+
+        Args:
+            masks: (B, H, W) class indices; H and W divisible by the pixels of one token.
+            prompts: B texts; by default captions of the classes present.
+            seeds: B seeds; an image depends on its own mask, prompt and seed only (to float tolerance).
+            num_inference_steps: Euler steps.
+            text_scale: guidance scale of the prompt against the empty one; 1 is off.
+            mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
+            steering: changes the velocity in each step, as `ControlRectify`.
+            callback: called after every step with `step` and `denoised`.
+            output_type: `pt` for a float tensor (B, 3, H, W) in [0, 1], `pil` for a list of images.
+
+        Raises:
+            TerraSynthError: the masks' size does not fit, or their number differs from the prompts' or seeds'.
+        """
+        self._check(masks, prompts, seeds)
+        device, dtype = self.transformer.device, self.transformer.dtype
+        masks = masks.to(device)
+        if prompts is None:
+            prompts = [self.schema.caption(mask, self.config.caption) for mask in masks.cpu()]
+        embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
+        null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
+        mask_latents, null_mask = self.encode_masks(masks), self._null_mask_latents(masks[:1])
+
+        def predict(z: Tensor, timestep: Tensor, use_text: Tensor, use_mask: Tensor) -> Tensor:
+            # `z` stacks one copy of the batch per evaluation of the guidance; everything else is repeated alike.
+            repeats = len(z) // len(masks)
+            return self.transformer(
+                hidden_states=z.to(dtype),
+                timestep=timestep,
+                encoder_hidden_states=torch.where(use_text[:, None, None], embeds.repeat(repeats, 1, 1), null_embeds),
+                pooled_projections=torch.where(use_text[:, None], pooled.repeat(repeats, 1), null_pooled),
+                mask_latents=torch.where(
+                    use_mask[:, None, None, None], mask_latents.repeat(repeats, 1, 1, 1), null_mask
+                ),
+                return_dict=False,
+            )[0].float()
+
+        shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
+        latents = sample_flow(
+            guided_velocity(predict, text_scale, mask_scale),
+            seeded_noise(seeds, shape).to(device),
+            self.scheduler,
+            num_inference_steps,
+            steering=steering,
+            decode=self.decode,
+            callback=callback,
+        )
+        images = self.decode(latents)
+        if output_type == "pil":
+            images = self.numpy_to_pil(images.movedim(1, -1).cpu().numpy())
+        return ImagePipelineOutput(images=images)
+
+    def _check(self, masks: Tensor, prompts: Sequence[str] | None, seeds: Sequence[int]) -> None:
+        side = self.factor * self.transformer.config.patch_size
+        height, width = masks.shape[-2:]
+        if masks.ndim != 3 or height % side or width % side:
+            raise TerraSynthError(
+                "the masks do not fit the model",
+                found=f"shape {tuple(masks.shape)}",
+                expected=f"(B, H, W) with H and W multiples of {side}",
+                fix="resize or crop them",
+            )
+        for name, given in (("prompts", prompts), ("seeds", seeds)):
+            if given is not None and len(given) != len(masks):
+                raise TerraSynthError(f"`{name}` and `masks` differ in number", found=len(given), expected=len(masks))
+
+    # Construction
+
+    @classmethod
+    def from_scratch(
+        cls, config: GeneratorConfig, images: Tensor, schema: LabelSchema, caption: str, texts: Sequence[str]
+    ) -> Self:
+        """An untrained pipeline of the sizes in `config`.
+
+        Args:
+            config: sizes, mask coding and seed.
+            images: (N, 3, H, W) in [0, 1]; the autoencoder is fitted on them.
+            schema: the classes.
+            caption: template of the default prompts.
+            texts: the vocabulary of the tokenizer is their words.
+        """
+        vae = PatchPCA(config.autoencoder.patch_size, config.autoencoder.channels, config.autoencoder.whiten)
+        vae.fit(images * 2 - 1)
+        tokenizer = word_tokenizer([*texts, caption.format(classes=", ".join(schema.names))])
+        text_encoder = word_encoder(tokenizer, seed=config.seed)
+        grid = images.shape[-1] // vae.config.patch_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            transformer = MaskMMDiT.from_scratch(
+                sample_size=grid,
+                patch_size=config.patch_size,
+                in_channels=config.autoencoder.channels,
+                out_channels=config.autoencoder.channels,
+                num_layers=config.blocks,
+                attention_head_dim=config.width // config.heads,
+                num_attention_heads=config.heads,
+                caption_projection_dim=config.width,
+                joint_attention_dim=text_encoder.config.hidden_size,
+                pooled_projection_dim=text_encoder.config.projection_dim,
+                # Twice the training size can be painted too.
+                pos_embed_max_size=2 * grid // config.patch_size,
+                qk_norm="rms_norm",
+                mask_channels=mask_channels(schema, config.mask_coding, vae),
+            )
+        return cls(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift),
+            vae=vae.eval(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            label_schema=schema.to_dict(),
+            mask_coding=config.mask_coding,
+            caption=caption,
+        )
+
+
+def mask_channels(schema: LabelSchema, coding: MaskCoding, vae: AutoencoderKL | PatchPCA) -> int:
+    """Channels of the mask latents under a coding."""
+    if coding == "grey":
+        return int(vae.config.latent_channels)
+    return schema.channels(coding) * spatial_factor(vae) ** 2
