@@ -1,0 +1,1 @@
+"""Does it help? Arms × seeds, their statistics, and the report."""
