@@ -1,0 +1,1 @@
+"""Downstream tasks: what the synthetic data is for, and what measures it."""
