@@ -1,0 +1,1 @@
+"""Integrators and what steers them; knows no model and no task."""
