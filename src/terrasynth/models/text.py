@@ -114,7 +114,12 @@ def encode_prompts(
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, encoder: nn.Module) -> Tensor:
     batch = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, add_special_tokens=True, return_tensors="pt"
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        add_special_tokens=True,
+        return_tensors="pt",
     )
     return batch.input_ids.to(next(encoder.parameters()).device)
 
@@ -142,10 +147,12 @@ class PromptCache:
         for start in range(0, len(missing), batch_size):
             some = missing[start : start + batch_size]
             for prompt, embeds, pooled in zip(some, *self._encode(some), strict=True):
-                self._memory[prompt] = (embeds.cpu(), pooled.cpu())
+                # Copies: a slice would keep the whole batch alive.
+                tensors = {"embeds": embeds.cpu().clone(), "pooled": pooled.cpu().clone()}
+                self._memory[prompt] = (tensors["embeds"], tensors["pooled"])
                 if self._folder is not None:
                     with atomic_write(self._path(prompt)) as partial:
-                        save_file({"embeds": embeds.cpu().contiguous(), "pooled": pooled.cpu().contiguous()}, partial)
+                        save_file(tensors, partial)
         embeds, pooled = zip(*(self._memory[p] for p in prompts), strict=True)
         return torch.stack(embeds), torch.stack(pooled)
 

@@ -107,7 +107,13 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             schema = self.train.schema
-            segmentor = Segmentor.build(config, schema.num_classes, schema.ignore_index, seed).to(_DEVICE)
+            segmentor = Segmentor.build(
+                config,
+                schema.num_classes,
+                seed=seed,
+                ignore_index=schema.ignore_index,
+                class_names=schema.names,
+            ).to(_DEVICE)
             outcome = fit(
                 segmentor,
                 self.train,
@@ -124,8 +130,10 @@ class Study:
             if not outcome.finished:
                 raise OutOfTime
             segmentor.save_pretrained(folder / "segmentor")
-            metrics = segmentor.evaluate(self.test).metrics(schema.names)
-            result = {"metrics": metrics, "curve": _curve(folder / "training" / "log.jsonl")}
+            result = {
+                "test": segmentor.evaluate(self.test).to_dict(schema.names),
+                "curve": _curve(folder / "training" / "log.jsonl"),
+            }
             # Most of the space, and of no use once the cell is finished.
             shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)
             return result
@@ -150,8 +158,7 @@ class Study:
             segmentor = Segmentor.from_pretrained(steers.folder / "segmentor").to(_DEVICE)
             self.paint(folder / "dataset", count, seed, segmentor if steered else None, f"painting {kind}, seed {seed}")
             painted = load_synthetic(folder / "dataset")
-            agreement = segmentor.evaluate(painted).metrics(painted.schema.names)["miou"]
-            return {"agreement": agreement, "count": len(painted)}
+            return {"agreement": segmentor.evaluate(painted).mean_iou, "count": len(painted)}
 
         return do(self.out / "synthetic", f"{kind} seed {seed}", inputs, self.clock, work)
 
@@ -214,10 +221,14 @@ class Study:
                 },
                 **_statistics(cells, self.baseline.name),
                 "curves": {
-                    name: [{"seed": seed, **unit.result["curve"]} for seed, unit in zip(study.seeds, units, strict=True)]
+                    name: [
+                        {"seed": seed, **unit.result["curve"]} for seed, unit in zip(study.seeds, units, strict=True)
+                    ]
                     for name, units in cells.items()
                 },
-                "plateau": _plateau(cells[self.baseline.name], twice, self.baseline.name, self.recipe.segmentor.train.steps),
+                "plateau": _plateau(
+                    cells[self.baseline.name], twice, self.baseline.name, self.recipe.segmentor.train.steps
+                ),
                 "timing": [{"name": name, "seconds": value} for name, value in seconds.items()],
                 "total_seconds": sum(seconds.values()),
                 "synthetic": {
@@ -241,10 +252,7 @@ class Study:
 
 def _statistics(cells: Mapping[str, list[Unit]], baseline: str) -> dict[str, Any]:
     """Mean and interval of every metric of every arm, and every arm's paired difference to the baseline."""
-    values = {
-        arm: {name: [unit.result["metrics"][name] for unit in units] for name in units[0].result["metrics"]}
-        for arm, units in cells.items()
-    }
+    values = {arm: _by_metric([_metrics(unit) for unit in units]) for arm, units in cells.items()}
     return {
         "arms": [
             {"name": arm, "metrics": {name: summarise(v).to_dict() for name, v in metrics.items()}}
@@ -259,19 +267,38 @@ def _statistics(cells: Mapping[str, list[Unit]], baseline: str) -> dict[str, Any
     }
 
 
+def _metrics(unit: Unit) -> dict[str, float | None]:
+    """The metrics of a cell by their keys in `results.json`."""
+    test = unit.result["test"]
+    metrics = {"miou": test["mIoU"], "oa": test["OA"], "macc": test["mAcc"], "f1": test["mF1"]}
+    metrics |= {f"iou/{name}": values["IoU"] for name, values in test["classes"].items()}
+    metrics |= {f"f1/{name}": values["F1"] for name, values in test["classes"].items()}
+    return metrics
+
+
+def _by_metric(cells: list[dict[str, float | None]]) -> dict[str, list[float | None]]:
+    return {name: [metrics[name] for metrics in cells] for name in cells[0]}
+
+
 def _plateau(once: list[Unit], twice: list[Unit], baseline: str, steps: int) -> dict[str, Any] | None:
     """How much twice the steps move the baseline."""
     if not twice:
         return None
-    before, after = ([unit.result["metrics"]["miou"] for unit in units] for units in (once, twice))
-    return {"baseline": baseline, "steps": steps, "twice": 2 * steps, "values": after, **compare(after, before).to_dict()}
+    before, after = ([_metrics(unit)["miou"] for unit in units] for units in (once, twice))
+    return {
+        "baseline": baseline,
+        "steps": steps,
+        "twice": 2 * steps,
+        "values": after,
+        **compare(after, before).to_dict(),
+    }
 
 
 def _curve(log: Path) -> dict[str, list[float]]:
     """Validation mIoU against step from the log of a training."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    points = [line for line in lines if "miou" in line]
-    return {"steps": [line["step"] for line in points], "miou": [line["miou"] for line in points]}
+    points = [line for line in lines if "mIoU" in line]
+    return {"steps": [line["step"] for line in points], "miou": [line["mIoU"] for line in points]}
 
 
 def _gallery(out: Path, tiles: Tiles, painted: Mapping[str, Unit], count: int = 6) -> None:

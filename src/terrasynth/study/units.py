@@ -15,7 +15,7 @@ from terrasynth.io import digest, read_json, remove_incomplete, write_json
 __all__ = ["Clock", "OutOfTime", "Unit", "do"]
 
 
-class OutOfTime(Exception):  # noqa: N818 - not an error: the same command goes on from here
+class OutOfTime(Exception):
     """The minutes allowed are over; everything done so far is kept."""
 
 

@@ -1,0 +1,1 @@
+"""One file per published system: its conditions, training loss and sampling."""

@@ -155,9 +155,9 @@ def fit_generator(
             mask_scale=sampling.mask_scale,
             output_type="pt",
         ).images
-        rows = [tiles.schema.to_color(tiles.masks[i].numpy()) for i in shown]
+        sheet = contact_sheet({"real": tiles.images[shown], "painted": images}, tiles.masks[shown], tiles.schema)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
-            contact_sheet([rows, [(x * 255).round().byte().movedim(0, -1).cpu().numpy() for x in images]]).save(partial)
+            sheet.save(partial)
         return {}
 
     outcome = train(

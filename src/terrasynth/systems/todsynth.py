@@ -21,7 +21,17 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA, spatial_factor
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
-from terrasynth.sampling.flow import Steering, flow_batch, guided_velocity, sample_flow, seeded_noise, seeded_uniform
+from terrasynth.sampling.flow import (
+    FlowStep,
+    Steering,
+    condition_or_null,
+    flow_batch,
+    guidance_terms,
+    guided_velocity,
+    sample_flow,
+    seeded_generator,
+    seeded_noise,
+)
 
 if TYPE_CHECKING:
     from terrasynth.recipe import GeneratorConfig
@@ -140,28 +150,28 @@ class TODSynthPipeline(DiffusionPipeline):
                 `prompt_embeds` (B, L, D); `pooled` (B, P); `seed` (B,), from which each sample's timestep, noise and
                 dropped conditions derive.
         """
-        latents, seeds = batch["latents"], batch["seed"].tolist()
-        noisy, velocity, _, timestep = flow_batch(
-            latents.float(), seeds, density=self.density, shift=self.scheduler.config.shift
-        )
-        drop_text = seeded_uniform(seeds, "drop text").to(latents.device) < self.text_dropout
-        drop_mask = seeded_uniform(seeds, "drop mask").to(latents.device) < self.mask_dropout
+        latents = batch["latents"]
+        # One stream of random numbers a sample: its timestep and noise, then whether its conditions are dropped.
+        generators = [seeded_generator(seed) for seed in batch["seed"].tolist()]
+        flow = flow_batch(latents, generators, density=self.density, shift=self.scheduler.config.shift)
+        u = torch.stack([torch.rand(2, generator=generator) for generator in generators]).to(latents.device)
+        keep_text, keep_mask = u[:, 0] >= self.text_dropout, u[:, 1] >= self.mask_dropout
         null_embeds, null_pooled = (null.to(latents.device) for null in self.prompts([""]))
         if "mask_latents" in batch:
             null_mask = self._null_mask_latents(batch["mask"][:1])
-            mask_latents = torch.where(drop_mask[:, None, None, None], null_mask, batch["mask_latents"])
+            mask_latents = condition_or_null(keep_mask, batch["mask_latents"], null_mask)
         else:
-            ignore = torch.full_like(batch["mask"], self.schema.ignore_index)
-            mask_latents = self.encode_masks(torch.where(drop_mask[:, None, None], ignore, batch["mask"]))
+            unlabelled = torch.full_like(batch["mask"][:1], self.schema.ignore_index)
+            mask_latents = self.encode_masks(condition_or_null(keep_mask, batch["mask"], unlabelled))
         predicted = self.transformer(
-            hidden_states=noisy,
-            timestep=timestep,
-            encoder_hidden_states=torch.where(drop_text[:, None, None], null_embeds, batch["prompt_embeds"]),
-            pooled_projections=torch.where(drop_text[:, None], null_pooled, batch["pooled"]),
+            hidden_states=flow.noisy,
+            timestep=flow.timestep,
+            encoder_hidden_states=condition_or_null(keep_text, batch["prompt_embeds"], null_embeds),
+            pooled_projections=condition_or_null(keep_text, batch["pooled"], null_pooled),
             mask_latents=mask_latents,
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted.float(), velocity)
+        return F.mse_loss(predicted.float(), flow.velocity)
 
     def _null_mask_latents(self, like: Tensor) -> Tensor:
         """Latents (1, C, h, w) of a wholly unlabelled mask."""
@@ -180,7 +190,7 @@ class TODSynthPipeline(DiffusionPipeline):
         text_scale: float = 1.0,
         mask_scale: float = 1.5,
         steering: Steering | None = None,
-        callback: Callable[[Mapping[str, Any]], None] | None = None,
+        callback: Callable[[FlowStep, Tensor], None] | None = None,
         output_type: Literal["pt", "pil"] = "pil",
     ) -> ImagePipelineOutput:
         """Paint one image under each mask.
@@ -193,7 +203,7 @@ class TODSynthPipeline(DiffusionPipeline):
             text_scale: guidance scale of the prompt against the empty one; 1 is off.
             mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
             steering: changes the velocity in each step, as `ControlRectify`.
-            callback: called after every step with `step` and `denoised`.
+            callback: told each step and its estimate of the clean latents.
             output_type: `pt` for a float tensor (B, 3, H, W) in [0, 1], `pil` for a list of images.
 
         Raises:
@@ -209,22 +219,18 @@ class TODSynthPipeline(DiffusionPipeline):
         mask_latents, null_mask = self.encode_masks(masks), self._null_mask_latents(masks[:1])
 
         def predict(z: Tensor, timestep: Tensor, use_text: Tensor, use_mask: Tensor) -> Tensor:
-            # `z` stacks one copy of the batch per evaluation of the guidance; everything else is repeated alike.
-            repeats = len(z) // len(masks)
             return self.transformer(
                 hidden_states=z.to(dtype),
                 timestep=timestep,
-                encoder_hidden_states=torch.where(use_text[:, None, None], embeds.repeat(repeats, 1, 1), null_embeds),
-                pooled_projections=torch.where(use_text[:, None], pooled.repeat(repeats, 1), null_pooled),
-                mask_latents=torch.where(
-                    use_mask[:, None, None, None], mask_latents.repeat(repeats, 1, 1, 1), null_mask
-                ),
+                encoder_hidden_states=condition_or_null(use_text, embeds, null_embeds),
+                pooled_projections=condition_or_null(use_text, pooled, null_pooled),
+                mask_latents=condition_or_null(use_mask, mask_latents, null_mask),
                 return_dict=False,
-            )[0].float()
+            )[0]
 
         shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
         latents = sample_flow(
-            guided_velocity(predict, text_scale, mask_scale),
+            guided_velocity(predict, guidance_terms(text_scale, mask_scale)),
             seeded_noise(seeds, shape).to(device),
             self.scheduler,
             num_inference_steps,
