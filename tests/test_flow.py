@@ -209,9 +209,14 @@ def test_sampling_keeps_no_graph():
     assert not result.requires_grad
 
 
-def test_reduced_precision_velocities_are_integrated_in_float32():
-    noise = seeded_noise([0], (4, 8, 8))
-    result = sample_flow(lambda x, t: x.bfloat16(), noise.bfloat16(), FlowMatchEulerDiscreteScheduler(), 8)
+def test_reduced_precision_is_integrated_in_float32():
+    noise = seeded_noise([0], (4, 8, 8)).bfloat16()
+
+    def velocity(latents, timestep):
+        assert latents.dtype == timestep.dtype == torch.float32
+        return (latents / 2).bfloat16()
+
+    result = sample_flow(velocity, noise, FlowMatchEulerDiscreteScheduler(), 8)
     assert result.dtype == torch.float32
 
 
