@@ -1,0 +1,671 @@
+"""Labelled tiles in memory, from image and mask files, from a synthetic dataset or from the procedural world.
+
+A split of a few hundred or thousand small tiles fits in memory many times over, so it is read once, checked whole, and
+never touched again: whatever is wrong with the files is said before anything is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from terrasynth.data.schema import LabelSchema
+from terrasynth.data.world import WORLD_SCHEMA, render
+from terrasynth.data.write import read_manifest
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import IMAGE_SUFFIXES, Pixels, digest, open_image
+from terrasynth.recipe import DataConfig, SplitConfig
+
+__all__ = ["Sample", "Split", "Tiles", "check_splits", "load_synthetic", "load_tiles"]
+
+Split = Literal["train", "validation", "test"]
+_Array = NDArray[np.uint8]
+_Decoder = Callable[[_Array], _Array]
+
+_GREYS = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+_SHOWN = 10
+
+
+class Sample(TypedDict):
+    """One labelled tile, in torchgeo's convention."""
+
+    image: Tensor
+    """float32 (3, S, S) in [0, 1]."""
+    mask: Tensor
+    """int64 (S, S): class index, or the schema's `ignore_index`."""
+    id: str
+    caption: str
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A split, held in memory.
+
+    Attributes:
+        ids: N distinct names.
+        images: uint8 (N, 3, S, S).
+        masks: uint8 (N, S, S): class index, or the schema's `ignore_index`.
+        schema: the classes.
+        caption: template of the captions of `sample`.
+    """
+
+    ids: tuple[str, ...]
+    images: Tensor
+    masks: Tensor
+    schema: LabelSchema
+    caption: str = "a satellite image of {classes}"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def sample(self, index: int) -> Sample:
+        """The tile at `index`, as numbers for a network."""
+        return {
+            "image": self.images[index].float() / 255,
+            "mask": self.masks[index].long(),
+            "id": self.ids[index],
+            "caption": self.schema.caption(self.masks[index], self.caption),
+        }
+
+    def captions(self, template: str) -> list[str]:
+        """The caption of every tile."""
+        return [self.schema.caption(mask, template) for mask in self.masks]
+
+    @property
+    def unlabelled(self) -> int:
+        """How many tiles have no labelled pixel."""
+        return int((self.masks == self.schema.ignore_index).flatten(1).all(1).sum())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, pixels and classes, as 64 hex digits: equal for equal content, however it was stored."""
+        state = hashlib.sha256(json.dumps([self.ids, self.schema.to_dict(), self.images.shape]).encode())
+        for tensor in (self.images, self.masks):
+            state.update(tensor.numpy().tobytes())
+        return state.hexdigest()
+
+
+def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) -> Tiles:
+    """Load one split of the labelled tiles.
+
+    With `kind: folder`, an image and a mask belong together by their name without suffix. Images are 8-bit grey,
+    palette or RGB; masks are class indices or the colours of the schema (`mask_coding`). A tile that is not square is
+    cut to the square in its centre, then brought to `image_size`: `fit: resize` averages the image's pixels by area
+    and takes the most frequent class (by whole factors) or the one in the middle (otherwise); `fit: crop` cuts out the
+    centre.
+
+    With `kind: world`, the tiles are rendered; each derives from the world's seed, the split and its index.
+
+    Args:
+        config: where the tiles are and what they become.
+        split: which split.
+        base: folder that a relative `label_schema` starts from, before `root`.
+
+    Raises:
+        TerraSynthError: anything that is wrong with the data, with every bad file of the split in one message.
+    """
+    if config.kind == "world":
+        return _render_world(config, split)
+    root = _root(config)
+    schema = _load_schema(config, root, base)
+    images, masks, ids = [], [], []
+    problems: list[TerraSynthError] = []
+    pairs = _pair_files(config, split, root, problems)
+    total = len(pairs) + len(problems)
+    for name, image_path, mask_path in pairs:
+        try:
+            image = _read_image(image_path)
+            readings = _read_mask(mask_path, schema, config.mask_coding)
+            shape = next(iter(readings.values())).shape
+            if shape != image.shape[:2]:
+                raise TerraSynthError(
+                    "the mask is not as large as its image",
+                    path=mask_path,
+                    found=f"{_size(shape)}, and {_size(image.shape)} in {image_path}",
+                    fix="export both from the same window",
+                )
+            images.append(_fit_image(image, config, image_path))
+            masks.append({coding: _fit_mask(mask, config) for coding, mask in readings.items()})
+            ids.append(name)
+        except TerraSynthError as error:
+            problems.append(error)
+    if problems:
+        raise _combined(problems, split, total)
+    coding = _common_coding(masks, [mask for _, _, mask in pairs], schema, chosen=config.mask_coding)
+    tiles = Tiles(
+        tuple(ids),
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.stack([readings[coding] for readings in masks])),
+        schema,
+        config.caption,
+    )
+    if tiles.unlabelled == len(tiles):
+        raise TerraSynthError(
+            f"no tile of the {split} split has a labelled pixel",
+            path=pairs[0][2].parent,
+            found=f"{len(tiles)} masks, all {schema.ignore_index} (read as {coding})",
+            fix="check ignore_index and ignore_colors of the label schema, and data.mask_coding",
+        )
+    return tiles
+
+
+def load_synthetic(folder: str | Path) -> Tiles:
+    """Load a finished dataset of `data.write.SyntheticWriter`.
+
+    Raises:
+        TerraSynthError: the folder is no such dataset, is unfinished, or has files missing, added or damaged.
+    """
+    folder = Path(folder)
+    schema, rows = read_manifest(folder)
+    images, masks = [], []
+    problems: list[TerraSynthError] = []
+    for row in rows:
+        try:
+            image = _read_image(folder / row["file_name"])
+            mask = _read_mask(folder / row["mask_file_name"], schema, "index")["index"]
+            if image.shape[:2] != mask.shape:
+                raise TerraSynthError(
+                    "the mask is not as large as its image",
+                    path=folder / row["mask_file_name"],
+                    found=_size(mask.shape),
+                )
+            images.append(image)
+            masks.append(mask)
+        except TerraSynthError as error:
+            problems.append(error)
+    if problems:
+        raise _combined(problems, "synthetic", len(rows))
+    return Tiles(
+        tuple(row["id"] for row in rows),
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.stack(masks)),
+        schema,
+    )
+
+
+def check_splits(**splits: Tiles) -> None:
+    """Refuse splits that share a tile: what is trained on must not be tested on.
+
+    Two tiles are the same if their pixels are equal (images of one single colour apart: blank tiles are alike
+    everywhere), or if they have the same name and differ by less than a quarter of their own contrast, as a copy that
+    was compressed again does. Equal names alone are fine: many datasets number every split from 0.
+
+    Args:
+        splits: the splits by name, `check_splits(train=..., test=...)`.
+
+    Raises:
+        TerraSynthError: two splits share a tile.
+    """
+    digests = {name: _digests(tiles) for name, tiles in splits.items()}
+    shared = []
+    for (first, a), (second, b) in combinations(splits.items(), 2):
+        for key in digests[first].keys() & digests[second].keys():
+            shared.append(f"{first}/{digests[first][key]} = {second}/{digests[second][key]}")
+        positions = {id_: index for index, id_ in enumerate(b.ids)}
+        for index, id_ in enumerate(a.ids):
+            if id_ in positions and _is_recompressed(a.images[index], b.images[positions[id_]]):
+                shared.append(f"{first}/{id_} ~ {second}/{id_}")
+    if shared:
+        raise TerraSynthError(
+            "splits share tiles: the test would reward memory",
+            found=_listed(sorted(shared), separator=", "),
+            expected="every tile in one split only",
+            fix="take these tiles out of one of the split lists",
+        )
+
+
+def _digests(tiles: Tiles) -> dict[bytes, str]:
+    return {
+        hashlib.sha256(image.numpy().tobytes()).digest(): id_
+        for id_, image in zip(tiles.ids, tiles.images, strict=True)
+        if (image != image[:, :1, :1]).any()
+    }
+
+
+def _is_recompressed(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.equal(b):
+        return False
+    a, b = a.float(), b.float()
+    contrast = (a - a.mean((1, 2), keepdim=True)).abs().mean()
+    return bool((a - b).abs().mean() < contrast / 4)
+
+
+# --- the procedural world --------------------------------------------------------------------------------------------
+
+
+def _render_world(config: DataConfig, split: Split) -> Tiles:
+    world = config.world
+    scenes = [
+        render(
+            int(digest("tile", world.seed, split, index), 16) >> 1,
+            size=config.image_size,
+            gsd=world.gsd,
+            region=world.region,
+        )
+        for index in range(getattr(world, split))
+    ]
+    return Tiles(
+        tuple(f"{split}-{index:05d}" for index in range(len(scenes))),
+        torch.from_numpy(np.stack([image for image, _ in scenes])).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.stack([mask for _, mask in scenes])),
+        WORLD_SCHEMA,
+        config.caption,
+    )
+
+
+# --- finding the files -----------------------------------------------------------------------------------------------
+
+
+def _root(config: DataConfig) -> Path:
+    if config.root is None:
+        raise TerraSynthError("no data folder is given", fix="name it with --data DIR, or set data.root in the recipe")
+    root = config.root.expanduser()
+    if not root.is_dir():
+        raise TerraSynthError("no such folder", path=root.absolute(), fix="check --data, or data.root in the recipe")
+    return root
+
+
+def _load_schema(config: DataConfig, root: Path, base: Path | None) -> LabelSchema:
+    if config.label_schema is None:
+        raise TerraSynthError(
+            "the recipe names no label schema",
+            path=root,
+            expected='a YAML file with classes: [{name: building, color: "#3C1098"}, ...]',
+            fix="write one and set data.label_schema",
+        )
+    candidates = [folder / config.label_schema for folder in (base or Path(), root)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return LabelSchema.from_yaml(candidate)
+    raise TerraSynthError(
+        "the label schema is missing",
+        path=config.label_schema,
+        expected=f"at {' or '.join(dict.fromkeys(str(candidate) for candidate in candidates))}",
+        fix="check data.label_schema",
+    )
+
+
+def _pair_files(
+    config: DataConfig, split: Split, root: Path, problems: list[TerraSynthError]
+) -> list[tuple[str, Path, Path]]:
+    """Name, image and mask of every tile of the split; what has no partner goes to `problems`."""
+    where: SplitConfig = getattr(config, split)
+    images = _by_stem(root / config.images.replace("{split}", where.folder), f"data.images and data.{split}.folder")
+    masks = _by_stem(root / config.masks.replace("{split}", where.folder), f"data.masks and data.{split}.folder")
+    names = sorted(images) if where.list is None else _read_list(root / where.list, split, images)
+    pairs = []
+    for name in names:
+        if name not in images:
+            problem = "named in the split list, but there is no such image"
+            problems.append(TerraSynthError(problem, path=name, fix="correct the list or copy the image"))
+        elif name not in masks:
+            near = next((stem for stem in masks if stem.startswith(name) or name.startswith(stem)), None)
+            problems.append(
+                TerraSynthError(
+                    "the image has no mask",
+                    path=images[name][0],
+                    found=None if near is None else f"{masks[near][0]}, which has another name",
+                    fix="give the mask the image's name, up to the suffix",
+                )
+            )
+        elif len(images[name]) > 1 or len(masks[name]) > 1:
+            several = images[name] if len(images[name]) > 1 else masks[name]
+            problems.append(
+                TerraSynthError(
+                    "several files with one name",
+                    path=several[0],
+                    found=_listed([p.name for p in several]),
+                    fix="keep one",
+                )
+            )
+        else:
+            pairs.append((name, images[name][0], masks[name][0]))
+    if not names:
+        raise TerraSynthError(
+            f"the {split} split is empty",
+            path=root / (where.list or config.images.replace("{split}", where.folder)),
+            expected="at least one tile",
+            fix=f"add tiles, or correct data.{split}",
+        )
+    return pairs
+
+
+def _by_stem(folder: Path, keys: str) -> dict[str, list[Path]]:
+    if not folder.is_dir():
+        beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        raise TerraSynthError(
+            "no such folder",
+            path=folder,
+            found=f"{folder.parent} has {_listed(beside)}" if beside else None,
+            fix=f"correct {keys}",
+        )
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            files.setdefault(path.stem, []).append(path)
+    return files
+
+
+def _read_list(path: Path, split: Split, images: Mapping[str, Any]) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise TerraSynthError(
+            "the split list is missing",
+            path=path,
+            expected="a text file with one tile name a line",
+            fix=f"write it, or set data.{split}.list (null takes every image of the folder)",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise TerraSynthError("the split list is no UTF-8 text", path=path, found=error) from error
+    names = [line.strip() for line in lines if line.strip()]
+    # `tile.png` for `tile` is plain enough; `tile.5` may be a name.
+    names = [
+        Path(name).stem if name not in images and Path(name).suffix.lower() in IMAGE_SUFFIXES else name
+        for name in names
+    ]
+    seen: set[str] = set()
+    repeated = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    if repeated:
+        raise TerraSynthError(
+            "the split list names tiles more than once",
+            path=path,
+            found=_listed(repeated, separator=", "),
+            fix="remove the repetitions: they would weigh these tiles more",
+        )
+    return names
+
+
+# --- reading them ----------------------------------------------------------------------------------------------------
+
+
+def _read_image(path: Path) -> _Array:
+    """Read an image as RGB, uint8 (H, W, 3)."""
+    pixels = open_image(path)
+    values = pixels.values
+    if values.dtype != np.uint8:
+        raise TerraSynthError(
+            "the image is not 8-bit",
+            path=path,
+            found=f"{values.dtype}, values {values.min()} to {values.max()}",
+            expected="uint8",
+            fix="convert it, with one range for all tiles, for example `gdal_translate -ot Byte -scale LOW HIGH 0 255`",
+        )
+    if pixels.palette is not None:
+        return _palette(pixels, path)[values]
+    values = _without_alpha(values, path)
+    if values.ndim == 2:
+        return np.repeat(values[..., None], 3, axis=2)
+    if values.shape[2] != 3:
+        raise TerraSynthError(
+            "the image is neither grey nor RGB",
+            path=path,
+            found=f"{values.shape[2]} bands",
+            expected="1 or 3 bands",
+            fix="choose three bands, for example `gdal_translate -b 1 -b 2 -b 3`",
+        )
+    return values
+
+
+def _without_alpha(values: NDArray[Any], path: Path) -> NDArray[Any]:
+    """Drop the opaque alpha band of (H, W, 2) or (H, W, 4)."""
+    if values.ndim == 2 or values.shape[2] not in (2, 4):
+        return values
+    if (values[..., -1] != 255).any():
+        raise TerraSynthError(
+            f"{values.shape[2]} bands, and the last is no opaque alpha band",
+            path=path,
+            found=f"{(values[..., -1] != 255).mean():.1%} of its pixels below 255",
+            expected="1 or 3 bands, or an alpha band of 255 everywhere",
+            fix="choose one or three bands, for example `gdal_translate -b 1 -b 2 -b 3`",
+        )
+    return values[..., 0] if values.shape[2] == 2 else values[..., :3]
+
+
+def _palette(pixels: Pixels, path: Path) -> _Array:
+    palette: _Array = np.asarray(pixels.palette)
+    if pixels.values.max() >= len(palette):
+        raise TerraSynthError(
+            "the palette lacks colours", path=path, found=f"{len(palette)} colours, index {pixels.values.max()}"
+        )
+    return palette
+
+
+def _read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]:
+    """Read a mask in every coding that it fits ("index", "color", "grey"), each (H, W); at least one."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise TerraSynthError(
+            "the mask is a JPEG, whose compression invents values",
+            path=path,
+            expected="PNG or TIFF",
+            fix="export it again",
+        )
+    pixels = open_image(path)
+    values = _without_alpha(pixels.values, path)
+    if values.dtype.kind not in "iu":
+        raise TerraSynthError(
+            "the mask is not of whole numbers",
+            path=path,
+            found=values.dtype,
+            expected="uint8",
+            fix="convert it to uint8",
+        )
+    if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    if values.ndim == 3:
+        if values.shape[2] != 3 or values.dtype != np.uint8 or coding == "index":
+            raise TerraSynthError(
+                "the mask has more than one band",
+                path=path,
+                found=f"{values.shape[2]} bands of {values.dtype}",
+                expected="one band of class indices" + ("" if coding == "index" else ", or RGB colours in uint8"),
+                fix="set data.mask_coding: color if these are colours" if coding == "index" else "export it again",
+            )
+        return {"color": schema.from_color(values, path=path)}
+    if values.dtype != np.uint8:
+        if coding == "color":
+            raise TerraSynthError("the mask is not 8-bit colour", path=path, found=values.dtype, expected="uint8")
+        return {"index": schema.from_index(values, path=path)}
+
+    colors = _palette(pixels, path) if pixels.palette is not None else _GREYS
+    decoders: dict[str, _Decoder] = {
+        "index": lambda values: schema.from_index(values, path=path),
+        "color": lambda values: schema.from_color(colors[values], path=path),
+    }
+    if coding != "auto":
+        decoders = {coding: decoders[coding]}
+    elif pixels.palette is None:
+        decoders["grey"] = lambda values: _from_grey(values, schema, path)
+    present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).astype(np.uint8)
+    readings = {}
+    for name, decode in decoders.items():
+        try:
+            table = np.zeros(256, dtype=np.uint8)
+            table[present] = decode(present)
+            readings[name] = table[values]
+        except TerraSynthError:
+            continue
+    if not readings:
+        raise _unreadable(decoders, values, path)
+    return readings
+
+
+def _unreadable(decoders: Mapping[str, _Decoder], values: _Array, path: Path) -> TerraSynthError:
+    """Why none of the codings fits."""
+    errors = {}
+    for name, decode in decoders.items():
+        try:
+            decode(values)
+        except TerraSynthError as error:
+            errors[name] = error
+    if "color" not in errors or "grey" in errors:
+        return next(iter(errors.values()))
+    if len(errors) == 1:
+        return errors["color"]
+    return TerraSynthError(
+        "neither the values nor the palette colours of the mask are classes",
+        path=path,
+        found=f"values {errors['index'].found}; colours {errors['color'].found}",
+        expected=f"values {errors['index'].expected}; or colours {errors['color'].expected}",
+        fix="correct the mask or the label schema",
+    )
+
+
+def _from_grey(values: _Array, schema: LabelSchema, path: Path) -> _Array:
+    """Read the 8-bit levels of `LabelSchema.to_grey`, exactly."""
+    levels = schema.grey_levels.numpy().astype(np.uint8)
+    if not np.isin(values, levels).all():
+        raise TerraSynthError("values between the grey levels of the classes", path=path)
+    classes = np.array([schema.ignore_index, *range(schema.num_classes)], dtype=np.uint8)
+    return classes[np.searchsorted(levels, values)]
+
+
+def _common_coding(
+    masks: Sequence[Mapping[str, _Array]], paths: Sequence[Path], schema: LabelSchema, *, chosen: str
+) -> str:
+    """The coding that all masks of the split fit.
+
+    Raises:
+        TerraSynthError: there is none, or two that would mean different classes.
+    """
+    if chosen != "auto":
+        return chosen
+    common = set.intersection(*(set(readings) for readings in masks))
+    if {"index", "color"} <= common:
+        for readings, path in zip(masks, paths, strict=True):
+            if not np.array_equal(readings["index"], readings["color"]):
+                raise _ambiguity(path, schema)
+    if "index" in common:
+        if _seen(masks, "index") == {0, 255}:
+            raise TerraSynthError(
+                "the masks are black and white, which can be read in two ways",
+                path=paths[0].parent,
+                found=f"only the values 0 and 255 in all masks: 255 is unlabelled, or it is {schema.names[1]}",
+                expected="one meaning",
+                fix="set data.mask_coding: index if 255 is unlabelled; otherwise set data.mask_coding: color and, in "
+                'the label schema, the colours "#000000" and "#FFFFFF" for the two classes, another for ignore_colors',
+            )
+        return "index"
+    if "color" in common:
+        return "color"
+    # Grey levels are only taken for what they are if all of them occur: two or three values fit too easily.
+    if "grey" in common and _seen(masks, "grey") >= set(range(schema.num_classes)):
+        return "grey"
+    example = {" or ".join(sorted(readings)): path.name for readings, path in zip(masks, paths, strict=True)}
+    raise TerraSynthError(
+        "the masks fit no coding together",
+        path=paths[0].parent,
+        found="; ".join(f"{name} could be {fits}" for fits, name in example.items()),
+        expected="class indices in all masks, or the colours of the label schema in all masks",
+        fix="export the masks in one coding, or correct the colours of the label schema",
+    )
+
+
+def _seen(masks: Sequence[Mapping[str, _Array]], coding: str) -> set[int]:
+    return {int(value) for readings in masks for value in np.flatnonzero(np.bincount(readings[coding].ravel()))}
+
+
+def _ambiguity(path: Path, schema: LabelSchema) -> TerraSynthError:
+    pixels = open_image(path)
+    values = pixels.values if pixels.values.ndim == 2 else pixels.values[..., 0]
+    readings = _read_mask(path, schema, "auto")
+    names = {**dict(enumerate(schema.names)), schema.ignore_index: "unlabelled"}
+
+    def spell(coding: str) -> str:
+        meanings = {int(value): names[int(readings[coding][values == value][0])] for value in np.unique(values)}
+        return ", ".join(f"{value} = {name}" for value, name in meanings.items())
+
+    return TerraSynthError(
+        "the mask can be read in two ways",
+        path=path,
+        found=f"as class indices: {spell('index')}; by their colours: {spell('color')}",
+        expected="one meaning",
+        fix="set data.mask_coding: index, or data.mask_coding: color",
+    )
+
+
+# --- bringing them to size -------------------------------------------------------------------------------------------
+
+
+def _fit_image(image: _Array, config: DataConfig, path: Path) -> _Array:
+    size = config.image_size
+    if min(image.shape[:2]) < size:
+        raise TerraSynthError(
+            "the tile is smaller than data.image_size",
+            path=path,
+            found=_size(image.shape),
+            expected=f"at least {size} x {size}",
+            fix=f"set data.image_size to at most {min(image.shape[:2])}, or cut larger tiles",
+        )
+    if config.fit == "crop":
+        return _centre(image, size)
+    square = _centre(image, min(image.shape[:2]))
+    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BOX))
+
+
+def _fit_mask(mask: _Array, config: DataConfig) -> _Array:
+    size = config.image_size
+    if config.fit == "crop":
+        return _centre(mask, size)
+    square = _centre(mask, min(mask.shape))
+    factor, remainder = divmod(len(square), size)
+    if remainder:
+        middles = ((np.arange(size) + 0.5) * len(square) / size).astype(np.intp)
+        return square[np.ix_(middles, middles)]
+    if factor == 1:
+        return square
+    # (factor^2, size, size): the pixels that fall into each one of the result.
+    blocks = square.reshape(size, factor, size, factor).transpose(1, 3, 0, 2).reshape(-1, size, size)
+    middle = blocks[factor // 2 * (factor + 1)]
+    best, votes = middle, np.zeros(middle.shape, dtype=np.int32)
+    for value in np.flatnonzero(np.bincount(square.ravel())):
+        # Twice the count, plus one for the pixel in the middle, which settles ties.
+        count = 2 * (blocks == value).sum(axis=0, dtype=np.int32) + (middle == value)
+        best, votes = np.where(count > votes, np.uint8(value), best), np.maximum(count, votes)
+    return best
+
+
+def _centre(pixels: _Array, size: int) -> _Array:
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+
+
+# --- saying what is wrong --------------------------------------------------------------------------------------------
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} x {shape[0]}"
+
+
+def _listed(items: Sequence[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return separator.join(items[:_SHOWN]) + more
+
+
+def _combined(problems: Sequence[TerraSynthError], split: str, total: int) -> TerraSynthError:
+    """All bad files of a split in one message."""
+    if len(problems) == 1:
+        return problems[0]
+
+    def distinct(values: Iterable[object]) -> list[str]:
+        return list(dict.fromkeys(str(value) for value in values if value is not None))
+
+    lines = [
+        f"{error.path}: {error.problem}" + ("" if error.found is None else f" ({error.found})") for error in problems
+    ]
+    return TerraSynthError(
+        f"{len(problems)} of {total} tiles of the {split} split can not be used",
+        found="\n    " + _listed(lines, separator="\n    "),
+        expected="; ".join(distinct(error.expected for error in problems[:_SHOWN])) or None,
+        fix="; ".join(distinct(error.fix for error in problems[:_SHOWN])) or None,
+    )
