@@ -1,0 +1,309 @@
+"""The command line: every command loads a recipe, calls one function of one room and says what came out.
+
+Rooms are imported inside the commands, so that `terrasynth --help` never loads torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from terrasynth import __version__
+from terrasynth.errors import TerraSynthError
+
+if TYPE_CHECKING:
+    from terrasynth.data.folder import Tiles
+    from terrasynth.study.run import Study
+
+__all__ = ["app", "main"]
+
+
+class Commands(TyperGroup):
+    """Turns what a user can mend into a message and an exit code; anything else keeps its stack trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; 2 = something for the user to mend, 130 = interrupted."""
+        try:
+            return super().invoke(ctx)
+        except TerraSynthError as error:
+            typer.echo(error, err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = error.filename or "writing"
+            typer.echo(f"{where}: {error.strerror}\n  to do:    mend that, then run the same command again", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("\nInterrupted. The same command goes on from here.", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="First steps: [cyan]terrasynth doctor[/], then [cyan]terrasynth demo[/].",
+)
+
+
+def _example(command: str) -> str:
+    return f"Example: [cyan]{command}[/]"
+
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A packaged recipe (`terrasynth recipe` lists them) or a YAML file.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", exists=True, file_okay=False, help="Folder of your tiles: sets `data.root`."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", file_okay=False, help="Folder of the run. (default: runs/NAME)"),
+]
+MaxMinutes = Annotated[
+    float | None,
+    typer.Option(
+        "--max-minutes",
+        metavar="M",
+        min=0,
+        help="Stop in good order after M minutes, with exit code 75; the same command goes on.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"terrasynth {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def terrasynth(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Would synthetic training data help your remote-sensing task? TerraSynth makes it and measures the answer."""
+
+
+@app.command(epilog=_example("terrasynth demo"))
+def demo(out: Out = None) -> None:
+    """Run a whole small study: no data, no GPU and no network needed.
+
+    Paints procedural scenes, trains a generator on 16 labelled tiles, paints more with it, trains a segmentor with
+    and without them, and writes a report. Repeating the command shows the finished report.
+    """
+    _study("demo", None, out, None, None)
+
+
+@app.command(epilog=_example("terrasynth train dubai16 --data tiles/dubai --set generator.train.steps=2000"))
+def train(
+    recipe: RecipeName,
+    data: Data = None,
+    out: Out = None,
+    max_minutes: MaxMinutes = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train the generator of RECIPE on the labelled training tiles, and nothing else.
+
+    Stopped or killed, the same command goes on from the last checkpoint.
+    """
+    with _time_limit():
+        unit = _open(recipe, data, out, max_minutes, overrides).generator
+    model = unit.folder / "model"
+    typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
+
+
+@app.command(
+    epilog=_example(
+        "terrasynth generate runs/dubai16/generator-1a2b3c4d/model --masks tiles/dubai/masks/train --count 48"
+    )
+)
+def generate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL", help="A recipe (its generator is trained if it is not yet) or a model's folder."
+        ),
+    ],
+    data: Data = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of the masks to paint. (default: the recipe's training masks)",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many images. (default: one per mask)"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", file_okay=False, help="Folder of the data set. (default: synthetic/ beside the model)"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run; image i derives its own from it and i.")] = 0,
+    steer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SEGMENTOR_DIR",
+            exists=True,
+            file_okay=False,
+            help="Steer with this trained segmentor (control-rectify flow matching).",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Paint labelled images for masks: a data set of images, masks, metadata and a card.
+
+    Image i depends on its mask, the seed and i alone. Stopped or killed, the same command adds what is missing.
+    """
+    from terrasynth.recipe import SamplingConfig, SteeringConfig
+
+    model = Path(source)
+    if model.is_dir():
+        if masks is None:
+            raise typer.BadParameter("a model alone has no masks to paint; give their folder", param_hint="--masks")
+        if data or overrides:
+            raise typer.BadParameter(
+                "these belong to a recipe, and a model's folder was given", param_hint="--data, --set"
+            )
+        painted: Path | Tiles = masks
+        sampling, steering = SamplingConfig(), SteeringConfig()
+    else:
+        run = _open(source, data, None, None, overrides)
+        model, painted = run.generator.folder / "model", masks or run.train
+        sampling, steering = run.recipe.sampling, run.recipe.steering
+
+    from terrasynth.systems.generate import generate as paint
+
+    folder = paint(
+        model,
+        painted,
+        out or model.parent / "synthetic",
+        sampling=sampling,
+        steering=steering,
+        segmentor=steer,
+        count=count,
+        seed=seed,
+    )
+    typer.echo(folder)
+
+
+@app.command(epilog=_example("terrasynth study dubai16 --data tiles/dubai --set study.seeds=[0,1,2,3,4]"))
+def study(
+    recipe: RecipeName,
+    data: Data = None,
+    out: Out = None,
+    max_minutes: MaxMinutes = None,
+    overrides: Overrides = None,
+) -> None:
+    """Answer the question for RECIPE: would synthetic data help this task, by how much, and how sure is that?
+
+    Trains the generator, paints, trains the segmentor once per arm and seed, and writes report.html. Stopped or
+    killed, the same command goes on from what is finished.
+    """
+    _study(recipe, data, out, max_minutes, overrides)
+
+
+@app.command(epilog=_example("terrasynth report runs/demo"))
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="Folder of a study, finished or not.")
+    ],
+) -> None:
+    """Write report.html again from the results in DIR; nothing is trained."""
+    from terrasynth.study.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command(epilog=_example("terrasynth recipe demo > mine.yaml"))
+def recipe(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A packaged recipe or a YAML file; without it, list them.")
+    ] = None,
+) -> None:
+    """List the packaged recipes, or print one whole: every key described, every default filled in."""
+    from terrasynth.recipe_io import explain, load_recipe, packaged
+
+    if name is not None:
+        typer.echo(explain(load_recipe(name).recipe), nl=False)
+        return
+    width = max(map(len, packaged()))
+    for packaged_name, description in packaged().items():
+        typer.echo(f"{packaged_name:<{width}}  {description}")
+
+
+@app.command(epilog=_example("terrasynth doctor"))
+def doctor() -> None:
+    """Check this machine: Python, torch, the device, memory, disk, dependencies, extras, the hub.
+
+    Exit code 1 if something that TerraSynth can not do without is missing or broken.
+    """
+    from terrasynth.doctor import run
+
+    raise typer.Exit(0 if run() else 1)
+
+
+def _study(
+    name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: list[str] | None
+) -> None:
+    with _time_limit():
+        page = _open(name, data, out, max_minutes, overrides).run(shlex.join(["terrasynth", *sys.argv[1:]]))
+
+    from terrasynth.study.report import read_results, verdict
+
+    typer.echo(f"{verdict(read_results(page.parent)).headline}\n{page}")
+
+
+def _open(
+    name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: list[str] | None
+) -> Study:
+    """The study of a recipe. The recipe is read before torch is: a typing mistake shows at once."""
+    from terrasynth.recipe_io import load_recipe
+
+    loaded = load_recipe(name, overrides or (), data=data)
+
+    from terrasynth.study.run import Study
+
+    folder = re.sub(r"[^\w.-]+", "-", loaded.recipe.name).strip(".-") or "unnamed"
+    return Study(loaded.recipe, loaded.base, out or Path("runs", folder), max_minutes=max_minutes)
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    from terrasynth.study.units import OutOfTime
+
+    try:
+        yield
+    except OutOfTime as over:
+        typer.echo("The minutes are over. The same command goes on from here.", err=True)
+        raise typer.Exit(75) from over
+
+
+def main() -> None:
+    """Entry point of the `terrasynth` command."""
+    app()

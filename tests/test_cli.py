@@ -1,0 +1,118 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from terrasynth import __version__
+from terrasynth.cli import Commands, app
+from terrasynth.errors import TerraSynthError
+from terrasynth.recipe_io import load_recipe, packaged
+
+COMMANDS = ["demo", "train", "generate", "study", "report", "recipe", "doctor"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_is_there_at_once():
+    command = [sys.executable, "-c", "from terrasynth.cli import main; main()", "--help"]
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run(command, check=True, capture_output=True)
+        after = os.times()
+        # Processor time: another program's load on this machine is not our doing.
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) <= 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_suffices_on_its_own(command):
+    assert command in invoke("--help").output
+    text = invoke(command, "--help").output
+    assert f"Example: terrasynth {command}" in text
+
+
+def test_version_is_that_of_the_package():
+    assert invoke("--version").output == f"terrasynth {__version__}\n"
+
+
+def test_recipe_without_a_name_lists_the_packaged_ones():
+    lines = invoke("recipe").output.splitlines()
+    assert [line.split()[0] for line in lines] == list(packaged())
+
+
+def test_recipe_prints_what_loads_back(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(invoke("recipe", "demo").output, encoding="utf-8")
+    assert load_recipe(path).recipe == load_recipe("demo").recipe
+
+
+@pytest.mark.parametrize("command", [["train"], ["study"], ["generate"]])
+def test_a_fault_is_a_message_and_exit_code_2(command):
+    result = invoke(*command, "demo", "--set", "sampling.stepps=3")
+    assert result.exit_code == 2
+    assert "did you mean `sampling.steps`?" in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_a_typing_mistake_shows_before_torch_is_loaded():
+    program = (
+        "import sys; from terrasynth.cli import app; sys.argv = ['terrasynth', 'study', 'nope']\n"
+        "try: app()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+
+
+def test_a_model_is_painted_for_given_masks_only(tmp_path):
+    assert "--masks" in invoke("generate", str(tmp_path)).stderr
+    result = invoke("generate", str(tmp_path), "--masks", str(tmp_path), "--set", "a=1")
+    assert (result.exit_code, "--set" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (TerraSynthError("it is broken", fix="mend it"), 2, "it is broken\n  to do:    mend it\n"),
+        (KeyboardInterrupt(), 130, "Interrupted. The same command goes on from here."),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "runs/x: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "runs: Permission denied"),
+    ],
+)
+def test_what_a_user_can_mend_ends_in_words(raised, code, said):
+    commands = typer.Typer(cls=Commands)
+
+    @commands.callback()
+    def group():
+        pass
+
+    @commands.command()
+    def command():
+        raise raised
+
+    result = CliRunner().invoke(commands, ["command"])
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_fault_of_ours_keeps_its_stack_trace():
+    commands = typer.Typer(cls=Commands)
+
+    @commands.callback()
+    def group():
+        pass
+
+    @commands.command()
+    def command():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    assert isinstance(CliRunner().invoke(commands, ["command"]).exception, FileNotFoundError)

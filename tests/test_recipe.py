@@ -1,0 +1,224 @@
+import re
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from terrasynth.errors import TerraSynthError
+from terrasynth.recipe import ArmConfig, DataConfig, Recipe, SegmentorConfig, StudyConfig, TrainConfig
+from terrasynth.recipe_io import explain, load_recipe, packaged
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def fault(*arguments, **keywords):
+    with pytest.raises(TerraSynthError) as error:
+        load_recipe(*arguments, **keywords)
+    return str(error.value)
+
+
+# --- packaged -----------------------------------------------------------------------------------------------------
+
+
+def test_every_packaged_recipe_loads_and_says_what_it_is():
+    assert {"demo", "dubai16", "sd35"} <= set(packaged())
+    for name, description in packaged().items():
+        assert load_recipe(name).recipe.name == name
+        assert len(description) > 20
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_a_packaged_recipe_explained_loads_back_to_itself(name, write):
+    recipe = load_recipe(name).recipe
+    assert load_recipe(write(explain(recipe))).recipe == recipe
+
+
+def test_a_packaged_recipe_finds_its_label_schema_beside_it():
+    loaded = load_recipe("dubai16")
+    schema = yaml.safe_load((loaded.base / loaded.recipe.data.label_schema).read_text())
+    assert [entry["name"] for entry in schema["classes"]] == ["building", "land", "road", "vegetation", "water"]
+    assert all(re.fullmatch("#[0-9A-F]{6}", entry["color"]) for entry in schema["classes"])
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def test_relative_paths_start_at_the_folder_of_the_file(write, tmp_path):
+    assert load_recipe(write("name: mine")).base == tmp_path
+
+
+def test_a_file_says_only_what_differs_from_the_defaults(write):
+    recipe = load_recipe(write("{name: mine, generator: {train: {learning_rate: 1e-4}}}")).recipe
+    default = Recipe(name="mine").generator.train
+    assert recipe.generator.train == default.model_copy(update={"learning_rate": 1e-4})
+
+
+def test_a_list_replaces_the_default_list(write):
+    recipe = load_recipe(write("{name: mine, study: {seeds: [7]}}")).recipe
+    assert recipe.study == StudyConfig(seeds=(7,))
+
+
+def test_a_packaged_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load_recipe("demo").recipe.name == "demo"
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_yaml_and_the_last_one_counts():
+    recipe = load_recipe("demo", ["study.seeds=[3, 4]", "sampling.steps=5", "sampling.steps=6", "generator.base=null"])
+    assert recipe.recipe.study.seeds == (3, 4)
+    assert recipe.recipe.sampling.steps == 6
+    assert recipe.recipe.generator.base is None
+
+
+def test_an_override_enters_lists_by_position_and_options_by_name():
+    overrides = ["study.arms.1.cutmix=false", "segmentor.options={a: 1}", "segmentor.options.b=2"]
+    recipe = load_recipe("demo", overrides).recipe
+    assert [arm.cutmix for arm in recipe.study.arms] == [False] * 4
+    assert recipe.segmentor.options == {"a": 1, "b": 2}
+    assert load_recipe("demo", [*overrides, "segmentor.options={}"]).recipe.segmentor.options == {}
+
+
+def test_a_section_given_as_an_override_is_laid_over_the_old_one():
+    before, after = (load_recipe("demo", overrides).recipe for overrides in ([], ["generator.train={steps: 7}"]))
+    assert after.generator.train == before.generator.train.model_copy(update={"steps": 7})
+
+
+def test_data_sets_the_root_whatever_its_name(tmp_path):
+    folder = tmp_path / "tiles: [odd] #1"
+    folder.mkdir()
+    assert load_recipe("dubai16", data=folder).recipe.data.root == folder
+
+
+def test_data_for_a_recipe_without_a_folder_is_refused(tmp_path):
+    assert "data.kind: world" in fault("demo", data=tmp_path)
+    assert load_recipe("demo", ["data.kind=folder"], data=tmp_path).recipe.data.root == tmp_path
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("generator.tarin.steps", "generator.train"),
+        ("generator.train.leaning_rate", "generator.train.learning_rate"),
+        ("study.arms.1.cutmx", "study.arms.1.cutmix"),
+        ("genrator.train.steps", "generator"),
+        # Right name, wrong section.
+        ("generator.learning_rate", "generator.train.learning_rate"),
+        ("gsd", "data.world.gsd"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(key, nearest):
+    message = fault("demo", [f"{key}=1"])
+    assert f"did you mean `{nearest}`?" in message
+    assert "--set" in message
+
+
+def test_all_faults_of_a_file_come_at_once_with_found_and_expected(write):
+    path = write("{nmae: mine, data: {kind: word, image_size: -3}, sampling: {steps: many}, study: {seeds: [1, 1]}}")
+    message = fault(path)
+    assert message.splitlines()[0] == f"{path}: 6 faults in the recipe"
+    assert "  name: missing\n" in message
+    assert "  nmae: no such key; did you mean `name`?\n" in message
+    assert "  data.kind: found word, expected 'world' or 'folder'\n" in message
+    assert "  data.image_size: found -3, expected greater than 0\n" in message
+    assert "  sampling.steps: found many, expected a valid integer" in message
+    assert "  study: seeds must be distinct, and there must be at least one\n" in message
+
+
+def test_a_section_that_is_no_section_is_a_fault(write):
+    assert "study: found null, expected a section" in fault(write("name: mine\nstudy:\n"))
+    assert "sampling: found 3, expected a section" in fault("demo", ["sampling=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("name: mine\ndata: {\n", "line 3, column 1"),
+        ("name: mine\nname: yours\n", "line 2, column 1: the key `name` is given twice"),
+        ("name: !!python/object/apply:os.getcwd []", "line 1, column 7"),
+        ("\x00", "unacceptable character"),
+    ],
+)
+def test_what_is_not_yaml_is_refused_with_its_place(write, text, found):
+    message = fault(write(text))
+    assert "not a YAML file" in message
+    assert found in message
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "an empty file"), ("- a\n", "a list"), ("demo", "a str")])
+def test_yaml_that_is_no_recipe_is_refused(write, text, found):
+    assert f"found:    {found}" in fault(write(text))
+
+
+@pytest.mark.parametrize("name", ["nope", "nope.yaml", "."])
+def test_a_missing_recipe_lists_the_packaged_ones(name):
+    message = fault(name)
+    assert "no such recipe" in message
+    assert all(packaged_name in message for packaged_name in packaged())
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=3", "study.arms.9.cutmix=1", "name.x=1", "name=[1"])
+def test_an_override_that_can_not_be_carried_out_is_named(override):
+    assert override in fault("demo", [override])
+
+
+# --- explaining ---------------------------------------------------------------------------------------------------
+
+
+def test_every_key_is_explained():
+    text = explain(Recipe(name="mine"))
+
+    def check(section):
+        for field in section.model_fields.values():
+            words = " ".join(field.description.split())
+            assert words in " ".join(re.sub(r"\n *# ", " ", text).split()), words
+            if hasattr(field.annotation, "model_fields"):
+                check(field.annotation)
+
+    check(Recipe)
+    check(ArmConfig)
+
+
+def test_choices_are_listed_where_the_description_does_not():
+    assert "One of: resize, crop." in explain(Recipe(name="mine"))
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+
+
+@settings(deadline=None)
+@given(
+    name=texts,
+    caption=texts,
+    rate=positive,
+    clip=st.none() | positive,
+    seeds=st.lists(st.integers(min_value=0), min_size=1, unique=True),
+    arms=st.lists(st.builds(ArmConfig, name=texts, cutmix=st.booleans()), min_size=1, unique_by=lambda arm: arm.name),
+    options=st.dictionaries(texts, st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts),
+)
+def test_an_explained_recipe_loads_back_to_itself(tmp_path_factory, name, caption, rate, clip, seeds, arms, options):
+    recipe = Recipe(
+        name=name,
+        data=DataConfig(caption=caption),
+        segmentor=SegmentorConfig(options=options, train=TrainConfig(steps=3, learning_rate=rate, clip_norm=clip)),
+        study=StudyConfig(seeds=tuple(seeds), arms=tuple(arms)),
+    )
+    path = tmp_path_factory.getbasetemp() / "explained.yaml"
+    path.write_text(explain(recipe), encoding="utf-8")
+    assert load_recipe(path).recipe == recipe
