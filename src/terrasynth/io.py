@@ -6,6 +6,7 @@ there is no second way.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,8 +39,12 @@ MAX_PIXELS = 64 * 1024 * 1024
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 # A short list on purpose: Pillow and GDAL know dozens of formats nobody asked for, some of them remote or scripted.
 _PILLOW_FORMATS = ("PNG", "JPEG")
-_GDAL_DRIVERS = ("GTiff", "COG")
+_GDAL_DRIVER = "GTiff"
+#: Sixteen bytes hold four bands of 32 bits; an image of `MAX_PIXELS` may not have more.
+_BYTES_PER_PIXEL = 16
+_COPY_AGAIN = "copy it again from its source, or leave it out of the split list"
 _INCOMPLETE = ".incomplete"
+_RETIRED = f"{_INCOMPLETE}-old"
 
 
 @dataclass(frozen=True)
@@ -67,19 +72,20 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     if not path.is_file():
         raise TerraSynthError("no such file", path=path, fix="check the path and the split list that names it")
     if path.stat().st_size == 0:
-        raise TerraSynthError("the file is empty", path=path, fix="copy it again from its source, or leave it out of the split list")
+        raise TerraSynthError("the file is empty", path=path, fix=_COPY_AGAIN)
     if path.suffix.lower() in (".tif", ".tiff"):
         return _open_tiff(path, max_pixels)
     return _open_pillow(path, max_pixels)
 
 
-def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
+def _check_size(path: Path, width: int, height: int, max_pixels: int, bytes_per_pixel: int = 4) -> None:
+    size = width * height * bytes_per_pixel
+    if width * height > max_pixels or size > max_pixels * _BYTES_PER_PIXEL:
         raise TerraSynthError(
             "the image is too large to decode in one piece",
             path=path,
-            found=f"{width} x {height} = {width * height:,} pixels",
-            expected=f"at most {max_pixels:,} pixels",
+            found=f"{width} x {height} = {width * height:,} pixels, {size / 2**30:.1f} GiB decoded",
+            expected=f"at most {max_pixels:,} pixels and {max_pixels * _BYTES_PER_PIXEL / 2**30:.1f} GiB",
             fix="cut it into tiles first",
         )
 
@@ -95,6 +101,7 @@ def _open_pillow(path: Path, max_pixels: int) -> Pixels:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=_PILLOW_FORMATS) as image:
                 _check_size(path, *image.size, max_pixels)
+                _check_depth(path, image.format)
                 image.load()
                 if image.mode == "1":
                     return Pixels(np.asarray(image).astype(np.uint8))
@@ -123,8 +130,24 @@ def _open_pillow(path: Path, max_pixels: int) -> Pixels:
             "the image is damaged",
             path=path,
             found=str(error),
-            fix="copy it again from its source, or leave it out of the split list",
+            fix=_COPY_AGAIN,
         ) from error
+
+
+def _check_depth(path: Path, file_format: str | None) -> None:
+    """Refuse 16-bit colour PNGs: Pillow would drop the lower byte of every value without a word."""
+    if file_format != "PNG":
+        return
+    with path.open("rb") as file:
+        depth, color_type = file.read(26)[24:]
+    if depth == 16 and color_type != 0:
+        raise TerraSynthError(
+            "a 16-bit colour PNG can not be read",
+            path=path,
+            found="16 bits per band",
+            expected="8 bits per band, or TIFF",
+            fix="convert it to 8 bits, with one range for all tiles, or to TIFF",
+        )
 
 
 def _open_tiff(path: Path, max_pixels: int) -> Pixels:
@@ -137,8 +160,11 @@ def _open_tiff(path: Path, max_pixels: int) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver=_GDAL_DRIVERS) as source:
-                _check_size(path, source.width, source.height, max_pixels)
+            with rasterio.open(path, driver=_GDAL_DRIVER) as source:
+                # Complex integers are NumPy's complex64.
+                dtypes = ["complex64" if dtype == "complex_int16" else dtype for dtype in source.dtypes]
+                bytes_per_pixel = sum(np.dtype(dtype).itemsize for dtype in dtypes)
+                _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
                 bands = source.read()
                 palette = None
                 if source.count == 1 and source.colorinterp[0] is ColorInterp.palette:
@@ -149,7 +175,7 @@ def _open_tiff(path: Path, max_pixels: int) -> Pixels:
             "the TIFF can not be read",
             path=path,
             found=str(error),
-            fix="copy it again from its source, or leave it out of the split list",
+            fix=_COPY_AGAIN,
         ) from error
     return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette)
 
@@ -162,9 +188,23 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _raise_if_full(error: OSError, path: Path) -> None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise TerraSynthError(
+            "no space to write",
+            path=path,
+            found=error.strerror,
+            fix="free some space and run again; what was there before is unchanged",
+        ) from error
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a sibling path to write to; on success it replaces `path` in one step, on failure `path` stays as it was."""
+    """Yield a sibling path to write to; on success it replaces `path` in one step, on failure `path` stays as it was.
+
+    Raises:
+        TerraSynthError: the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: Pillow, rasterio and numpy choose the format by it.
@@ -172,8 +212,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         _fsync(partial)
-        os.replace(partial, path)
+        partial.replace(path)
         _fsync(path.parent)
+    except OSError as error:
+        _raise_if_full(error, path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -183,6 +226,9 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield a new sibling folder to fill; on success it becomes `path`, on failure nothing is left.
 
     A folder already at `path` is replaced only after the new one is complete.
+
+    Raises:
+        TerraSynthError: the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,21 +241,28 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             _fsync(file)
         _fsync(partial)
         if path.is_dir():
-            retired = path.with_name(f"{path.name}{_INCOMPLETE}-old-{os.getpid()}")
-            os.replace(path, retired)
-            os.replace(partial, path)
+            retired = path.with_name(f"{path.name}{_RETIRED}-{os.getpid()}")
+            # A run killed between these two renames leaves no `path`; `remove_incomplete` brings the old one back.
+            path.replace(retired)
+            partial.replace(path)
             shutil.rmtree(retired)
         else:
-            os.replace(partial, path)
+            partial.replace(path)
         _fsync(path.parent)
+    except OSError as error:
+        _raise_if_full(error, path)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_incomplete(folder: str | Path) -> None:
-    """Delete what a killed run left half-written directly in `folder`."""
+    """Delete what a killed run left half-written directly in `folder`, and bring back what it was about to replace."""
     for leftover in Path(folder).glob(f"*{_INCOMPLETE}-*"):
-        if leftover.is_dir():
+        target = leftover.with_name(leftover.name.partition(_INCOMPLETE)[0])
+        if f"{_RETIRED}-" in leftover.name and not target.exists():
+            leftover.replace(target)
+        elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
