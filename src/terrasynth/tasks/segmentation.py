@@ -1,0 +1,500 @@
+"""Semantic segmentation: build, train, predict, evaluate, and the loss that steers a sampler.
+
+Any architecture of segmentation_models_pytorch, and SegFormer and UperNet of transformers, behind one module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from terrasynth.data.augment import augment
+from terrasynth.data.augment import cutmix as mix_rectangles
+from terrasynth.data.folder import Tiles
+from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import atomic_dir, read_json, write_json
+from terrasynth.recipe import SegmentorConfig
+from terrasynth.tasks.confusion import Confusion
+from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys
+from terrasynth.training.loop import train as train_loop
+
+__all__ = ["Segmentor", "fit"]
+
+Reduction = Literal["mean", "image", "wrong", "none"]
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+#: The transformers architectures: configuration class, model class, and the sizes that `encoder: tiny` stands for.
+_TRANSFORMERS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "transformers/segformer": (
+        "SegformerConfig",
+        "SegformerForSemanticSegmentation",
+        {
+            "depths": [1, 1, 1, 1],
+            "hidden_sizes": [16, 32, 64, 128],
+            "num_attention_heads": [1, 2, 4, 8],
+            "decoder_hidden_size": 64,
+        },
+    ),
+    "transformers/upernet": (
+        "UperNetConfig",
+        "UperNetForSemanticSegmentation",
+        {
+            "backbone_config": {
+                "model_type": "resnet",
+                "layer_type": "basic",
+                "embedding_size": 16,
+                "hidden_sizes": [16, 32, 64, 128],
+                "depths": [1, 1, 1, 1],
+                "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            },
+            "hidden_size": 64,
+        },
+    ),
+}
+# Both downsample by 32 at the coarsest stage.
+_TRANSFORMERS_STRIDE = 32
+
+# What `Segmentor` itself decides, or what would change the form of the output.
+_RESERVED = {"self", "encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params", "kwargs"}
+
+
+class Segmentor(nn.Module):
+    """A segmentation network from images in [0, 1] to logits at the same resolution.
+
+    Images are normalised with ImageNet's mean and deviation, padded at the right and lower edge (by repeating the last
+    pixel) to a multiple of the encoder's stride, and the logits are cropped back, so every size fits. Computes in
+    channels-last memory order, which makes convolutions on a CPU nearly twice as fast.
+
+    Attributes:
+        network: the wrapped model.
+        num_classes: K.
+        ignore_index: the value of unlabelled pixels in targets.
+        class_names: K names in the order of the logits; None as long as they are not known.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: SegmentorConfig,
+        *,
+        stride: int,
+        num_classes: int,
+        ignore_index: int,
+        class_names: tuple[str, ...] | None,
+    ) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+        self.config = config
+        self.stride = stride
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.class_names = class_names
+        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_IMAGENET_STD).reshape(3, 1, 1), persistent=False)
+
+    @classmethod
+    def build(
+        cls,
+        config: SegmentorConfig,
+        num_classes: int,
+        ignore_index: int = 255,
+        seed: int = 0,
+        *,
+        class_names: Sequence[str] | None = None,
+    ) -> Self:
+        """A new segmentor, in evaluation mode.
+
+        `weights: null` starts from scratch. For segmentation_models_pytorch, `encoder` and `weights` are its own names.
+        For transformers, `encoder` is `tiny` or a hub name or folder; without `weights` only its sizes are used,
+        `weights: pretrained` loads what is stored there, with a new classifier where the classes differ.
+
+        Args:
+            config: architecture, encoder, weights and options; `train` is not used here.
+            num_classes: K.
+            ignore_index: the value of unlabelled pixels.
+            seed: of the random initial weights; the global random state is left as it was.
+            class_names: K names, if they are known already; `fit` takes them from the training tiles.
+
+        Raises:
+            TerraSynthError: the architecture, encoder, weights or an option do not exist or do not fit together, or
+                pretrained weights can not be had.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if config.architecture in _TRANSFORMERS:
+                network, stride = _build_transformers(config, num_classes), _TRANSFORMERS_STRIDE
+            else:
+                network, stride = _build_smp(config, num_classes, config.weights)
+        return cls(
+            network,
+            config,
+            stride=stride,
+            num_classes=num_classes,
+            ignore_index=ignore_index,
+            class_names=None if class_names is None else tuple(class_names),
+        ).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mean.device
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float (B, K, H, W), of images, float (B, 3, H, W) in [0, 1]."""
+        height, width = images.shape[-2:]
+        normalised = (images - self.mean) / self.std
+        if height % self.stride or width % self.stride:
+            normalised = F.pad(normalised, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        outputs = self.network(normalised.contiguous(memory_format=torch.channels_last))
+        logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+        if logits.shape[-2:] != normalised.shape[-2:]:
+            logits = F.interpolate(logits, size=normalised.shape[-2:], mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
+    def loss(self, images: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Cross-entropy, differentiable in weights and images; unlabelled pixels never count.
+
+        Args:
+            images: float (B, 3, H, W) in [0, 1].
+            targets: int64 (B, H, W), class indices or `ignore_index`.
+            reduction: "mean" over all labelled pixels of the batch, scalar; "image", the same for each image, (B,);
+                "wrong", the mean for each image over its labelled pixels that are predicted wrong, (B,), the loss that
+                control-rectify flow matching descends; "none", (B, H, W), 0 where unlabelled.
+                The mean of no pixels is 0.
+        """
+        logits = self(images).float()
+        losses = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="none")
+        labelled = targets != self.ignore_index
+        match reduction:
+            case "none":
+                return losses
+            case "mean":
+                return losses.sum() / labelled.sum().clamp_min(1)
+            case "image":
+                return losses.sum((1, 2)) / labelled.sum((1, 2)).clamp_min(1)
+            case "wrong":
+                wrong = labelled & (logits.detach().argmax(1) != targets)
+                return (losses * wrong).sum((1, 2)) / (wrong.sum((1, 2)) + 1e-10)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(training)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The most likely class of every pixel, int64 (B, H, W), of images, float (B, 3, H, W) in [0, 1]."""
+        with self._evaluating():
+            classes = self(images).argmax(1)
+        # A tensor made in inference mode could not serve as the target of a loss.
+        return classes.clone()
+
+    def evaluate(self, tiles: Tiles, batch_size: int = 16) -> Confusion:
+        """The confusion matrix over all labelled pixels of `tiles`.
+
+        Raises:
+            TerraSynthError: the classes of `tiles` are not those of the segmentor.
+        """
+        self.check_schema(tiles.schema)
+        confusion = Confusion.empty(self.num_classes)
+        for images, masks in zip(tiles.images.split(batch_size), tiles.masks.split(batch_size), strict=True):
+            prediction = self.predict(images.to(self.device).float() / 255)
+            confusion.update(prediction, masks.to(self.device), self.ignore_index)
+        return confusion
+
+    def check_schema(self, schema: LabelSchema) -> None:
+        """Refuse labels that mean something else than they did in training.
+
+        Raises:
+            TerraSynthError: class names or ignore index differ.
+        """
+        was: dict[str, object] = {"number of classes": self.num_classes, "ignore_index": self.ignore_index}
+        now: dict[str, object] = {"number of classes": schema.num_classes, "ignore_index": schema.ignore_index}
+        if self.class_names is not None:
+            was["classes"], now["classes"] = ", ".join(self.class_names), ", ".join(schema.names)
+        changes = [f"{key}: {was[key]} -> {now[key]}" for key in was if was[key] != now[key]]
+        if changes:
+            raise TerraSynthError(
+                "the labels are not those that the segmentor was made for",
+                found="; ".join(changes),
+                expected="the same classes in the same order, and the same ignore index",
+                fix="use the label schema of the segmentor's training, or train a segmentor on these labels",
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; the folder appears whole or not at all."""
+        description = {
+            "kind": "segmentor",
+            **self.config.model_dump(mode="json", include={"architecture", "encoder", "options"}),
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "ignore_index": self.ignore_index,
+        }
+        if self.config.architecture in _TRANSFORMERS:
+            # All sizes, so that loading never asks the hub.
+            sizes: Any = self.network.config
+            description["network"] = json.loads(sizes.to_json_string(use_diff=False))
+        # safetensors takes no channels-last tensors.
+        weights = {name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}
+        with atomic_dir(folder) as partial:
+            write_json(partial / "config.json", description)
+            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, schema: LabelSchema | None = None) -> Self:
+        """Read what `save_pretrained` wrote; in evaluation mode, on the CPU, without network access.
+
+        Args:
+            folder: the segmentor's folder.
+            schema: the labels it is going to be used with, to be checked.
+
+        Raises:
+            TerraSynthError: the folder holds no whole segmentor, or its labels are not those of `schema`.
+        """
+        folder = Path(folder)
+        description = read_json(folder / "config.json")
+        if not isinstance(description, dict) or description.get("kind") != "segmentor":
+            raise TerraSynthError(
+                "not the folder of a segmentor",
+                path=folder,
+                expected="a config.json with kind: segmentor",
+                fix="give a folder that `Segmentor.save_pretrained` wrote",
+            )
+        try:
+            config = SegmentorConfig(**{key: description[key] for key in ("architecture", "encoder", "options")})
+            num_classes, names = description["num_classes"], description["class_names"]
+            if config.architecture in _TRANSFORMERS:
+                network = _transformers_network(config.architecture, description["network"])
+                stride = _TRANSFORMERS_STRIDE
+            else:
+                network, stride = _build_smp(config, num_classes, None)
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+            segmentor = cls(
+                network,
+                config,
+                stride=stride,
+                num_classes=num_classes,
+                ignore_index=description["ignore_index"],
+                class_names=None if names is None else tuple(names),
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+            raise TerraSynthError(
+                "the segmentor can not be loaded",
+                path=folder,
+                found=str(error),
+                expected="config.json and model.safetensors of one `Segmentor.save_pretrained`",
+                fix="copy the folder again, or train the segmentor again",
+            ) from error
+        if schema is not None:
+            segmentor.check_schema(schema)
+        return segmentor.eval()
+
+
+class _Augmented:
+    """The tiles of one or more sets in a row, augmented anew on every visit."""
+
+    def __init__(self, *parts: Tiles) -> None:
+        self.images = torch.cat([tiles.images for tiles in parts])
+        self.masks = torch.cat([tiles.masks for tiles in parts])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        index, seed = key
+        image, mask = augment(self.images[index], self.masks[index], seed)
+        return {"image": image, "mask": mask}
+
+
+def fit(
+    segmentor: Segmentor,
+    train: Tiles,
+    validation: Tiles,
+    config: SegmentorConfig,
+    folder: Path,
+    *,
+    seed: int,
+    synthetic: Tiles | None = None,
+    real_fraction: float = 0.5,
+    cutmix: bool = False,
+    max_minutes: float | None = None,
+    label: str = "training the segmentor",
+) -> Outcome:
+    """Train a segmentor in place; when finished, it has the weights with the best validation mIoU.
+
+    Args:
+        segmentor: as `Segmentor.build` made it from `config`.
+        train: real tiles.
+        validation: chooses among the evaluations every `evaluate_every` steps, and does nothing else.
+        config: its `train` part says how.
+        folder: checkpoints and `log.jsonl` (`miou`, `oa` and `macc` of the validation); a run found here goes on.
+        seed: of the order of the tiles, their augmentation and everything else random in training.
+        synthetic: painted tiles, added to the real ones.
+        real_fraction: share of real tiles in every batch when there are painted ones.
+        cutmix: mix rectangles between the tiles of a batch.
+        max_minutes: stop at a checkpoint after about this long.
+        label: shown beside the progress.
+
+    Raises:
+        TerraSynthError: the sets do not fit together or have no labels, or `folder` holds another run.
+    """
+    parts = {"training": train, "validation": validation} | ({} if synthetic is None else {"painted": synthetic})
+    if segmentor.class_names is None and segmentor.num_classes == train.schema.num_classes:
+        segmentor.class_names = train.schema.names
+    for name, tiles in parts.items():
+        segmentor.check_schema(tiles.schema)
+        if not bool((tiles.masks != segmentor.ignore_index).any()):
+            raise TerraSynthError(
+                f"the {name} tiles have no labelled pixel",
+                found=f"{len(tiles)} tiles, every pixel {segmentor.ignore_index}",
+                fix="check the label schema and the coding of the masks",
+            )
+    dataset = _Augmented(train) if synthetic is None else _Augmented(train, synthetic)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        images, masks = batch["image"], batch["mask"]
+        if cutmix:
+            images, masks = mix_rectangles(images, masks, batch["seed"])
+        return segmentor.loss(images, masks)
+
+    def evaluate(step: int) -> dict[str, float]:
+        confusion = segmentor.evaluate(validation)
+        return {"miou": confusion.mean_iou, "oa": confusion.overall_accuracy, "macc": confusion.mean_accuracy}
+
+    keys = None
+    if synthetic is not None:
+        keys = mixed_keys(len(train), len(synthetic), global_batch(config.train), real_fraction, seed)
+    return train_loop(
+        segmentor,
+        loss,
+        dataset,
+        config.train,
+        folder,
+        seed=seed,
+        keys=keys,
+        identity={
+            "segmentor": config.model_dump(mode="json", exclude={"train"}),
+            "data": {name: tiles.fingerprint() for name, tiles in parts.items()},
+            "real_fraction": None if synthetic is None else real_fraction,
+            "cutmix": cutmix,
+        },
+        evaluate=evaluate,
+        monitor="miou",
+        max_minutes=max_minutes,
+        label=label,
+    )
+
+
+def _unknown_options(config: SegmentorConfig, known: Sequence[str]) -> None:
+    unknown = sorted(set(config.options) - set(known))
+    if unknown:
+        raise TerraSynthError(
+            f"{config.architecture} has no such options",
+            found=", ".join(unknown),
+            expected=", ".join(sorted(known)),
+            fix="correct `segmentor.options` in the recipe",
+        )
+
+
+def _build_smp(config: SegmentorConfig, num_classes: int, weights: str | None) -> tuple[nn.Module, int]:
+    """The model and the multiple that its input sides must be of."""
+    architectures = smp.MODEL_ARCHITECTURES_MAPPING
+    name = config.architecture.lower()
+    if name not in architectures:
+        raise TerraSynthError(
+            "no such segmentation architecture",
+            found=config.architecture,
+            expected=", ".join([*architectures, *_TRANSFORMERS]),
+            fix="correct `segmentor.architecture` in the recipe",
+        )
+    # timm's encoders take any further argument; for all others smp drops what it does not know, misspellings too.
+    if not config.encoder.startswith("tu-"):
+        _unknown_options(
+            config, [key for key in inspect.signature(architectures[name]).parameters if key not in _RESERVED]
+        )
+    try:
+        network = smp.create_model(
+            name, encoder_name=config.encoder, encoder_weights=weights, classes=num_classes, **config.options
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise TerraSynthError(
+            "the segmentor can not be built",
+            found=error.args[0] if error.args else error,
+            expected="an architecture, encoder, weights and options of segmentation_models_pytorch that fit together",
+            fix="correct `segmentor` in the recipe; `weights` need a connection to their hub, or a filled cache",
+        ) from error
+    if not config.encoder.startswith("tu-"):
+        _drop_unused_stages(network.encoder)
+    # The decoder of DPT halves its coarsest features once more.
+    return network, 2 * max(network.encoder.output_strides) if name == "dpt" else network.encoder.output_stride
+
+
+def _drop_unused_stages(encoder: nn.Module) -> None:
+    """Remove the stages that `encoder_depth` cuts off.
+
+    Encoders of segmentation_models_pytorch build them all the same: at depth 4, three quarters of a ResNet-18 would be
+    weights that never train, in every file and on every device.
+    """
+    names, parameters = zip(*encoder.named_parameters(), strict=True)
+    features = encoder.eval()(torch.zeros(1, 3, 128, 128))
+    reached = sum(feature.sum() for feature in features if feature.requires_grad)
+    gradients = torch.autograd.grad(reached, parameters, allow_unused=True)
+    used = {name.partition(".")[0] for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    for name, stage in encoder.named_children():
+        if name not in used and next(stage.parameters(), None) is not None:
+            setattr(encoder, name, nn.Identity())
+
+
+def _transformers_network(architecture: str, sizes: Mapping[str, Any]) -> nn.Module:
+    config_class, model_class, _ = _TRANSFORMERS[architecture]
+    network: nn.Module = getattr(transformers, model_class)(getattr(transformers, config_class).from_dict(dict(sizes)))
+    return network
+
+
+def _build_transformers(config: SegmentorConfig, num_classes: int) -> nn.Module:
+    config_name, model_name, tiny = _TRANSFORMERS[config.architecture]
+    config_class, model_class = getattr(transformers, config_name), getattr(transformers, model_name)
+    _unknown_options(config, [key for key in config_class().to_dict() if not key.startswith("_")])
+    # The auxiliary head of UperNet only serves a loss of its own, which `Segmentor.loss` does not have.
+    options: dict[str, Any] = {"use_auxiliary_head": False} if config_class.model_type == "upernet" else {}
+    options |= {**config.options, "num_labels": num_classes}
+    try:
+        if config.encoder == "tiny":
+            if config.weights is not None:
+                raise ValueError("the encoder `tiny` has no pretrained weights")
+            return _transformers_network(config.architecture, {**tiny, **options})
+        if config.weights is None:
+            return model_class(config_class.from_pretrained(config.encoder, **options))
+        network: nn.Module = model_class.from_pretrained(
+            config.encoder, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **options
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise TerraSynthError(
+            "the segmentor can not be built",
+            found=str(error),
+            expected=f"`encoder: tiny`, or the hub name or folder of a {config_class.model_type} model",
+            fix="correct `segmentor` in the recipe; a hub name needs a connection to the hub, or a filled cache",
+        ) from error
+    return network
