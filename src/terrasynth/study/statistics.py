@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,21 +74,22 @@ def compare(
 
 def difference_text(difference: Difference) -> str:
     """A difference in percentage points, with its interval: "+1.8 (+0.6 to +3.0)"."""
-    if difference.delta is None:
-        return "–"
     if difference.ci95 is None:
         return points(difference.delta)
     return f"{points(difference.delta)} ({points(difference.ci95[0])} to {points(difference.ci95[1])})"
 
 
-def points(fraction: float, *, signed: bool = True) -> str:
-    """A fraction times 100, with one decimal, or as many as keep a number that is not zero from reading 0.0."""
+def points(fraction: float | None, *, signed: bool = True) -> str:
+    """A fraction times 100, with one decimal, or up to three if a number that is not zero would read 0.0."""
+    if fraction is None:
+        return "–"
     value = 100 * fraction
     digits = next((digits for digits in (1, 2, 3) if round(value, digits)), 1)
     value = round(value, digits) + 0.0  # no negative zero
     return f"{value:{'+' if signed and value else ''}.{digits}f}".replace("-", "−")
 
 
+@cache
 def t_quantile(degrees: int, confidence: float = 0.95) -> float:
     """The t with P(-t < T < t) = `confidence`, for Student's distribution with `degrees` >= 1 degrees of freedom."""
     # In the angle theta = atan(t / sqrt(degrees)) the probability is smooth and theta bounded, so bisection is exact to

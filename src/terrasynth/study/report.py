@@ -1,0 +1,560 @@
+"""The report of a study: `results.json` read back, judged by fixed rules and written as one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import atomic_write, open_image, read_json
+from terrasynth.recipe import Recipe, TrainConfig
+from terrasynth.study.figures import Color, arm_color, class_figure, curve_figure, difference_figure
+from terrasynth.study.statistics import Difference, Summary, compare, difference_text, points, summarise
+
+__all__ = ["Results", "Verdict", "read_results", "verdict", "write_report"]
+
+#: Widths of the charts in inches: for a page and for a phone.
+_WIDE, _NARROW = 8.6, 3.7
+#: Larger pictures of the gallery are shrunk to this, so that the page stays small enough to send.
+_THUMBNAIL = 256
+_METRICS = (("miou", "mIoU"), ("oa", "OA"), ("macc", "mAcc"), ("f1", "F1"))
+#: NaN is no JSON, but Python writes and reads it.
+_Score = Annotated[float | None, AfterValidator(lambda value: None if value != value else value)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _Metric(_Part):
+    # Mean and interval stand in the file for other readers; here they are computed again from the same values.
+    values: tuple[_Score, ...]
+
+
+class _Arm(_Part):
+    name: str
+    metrics: dict[str, _Metric]
+
+    def values(self, metric: str = "miou") -> tuple[_Score, ...]:
+        return self.metrics[metric].values
+
+    def summary(self, metric: str = "miou") -> Summary:
+        return summarise(self.values(metric))
+
+    def minus(self, other: _Arm, *, confidence: float = 0.95) -> Difference:
+        return compare(self.values(), other.values(), confidence=confidence)
+
+
+class _Class(_Part):
+    name: str
+    color: Color
+
+
+class _Data(_Part):
+    train: int
+    validation: int
+    test: int
+    image_size: int
+    source: str
+
+
+class _Curve(_Part):
+    seed: int
+    steps: tuple[int, ...]
+    miou: tuple[_Score, ...]
+
+
+class _Plateau(_Part):
+    baseline: str
+    steps: int
+    twice: int
+    values: tuple[_Score, ...]
+    """The baseline trained for `twice` steps minus itself after `steps`, by seed."""
+
+    @property
+    def difference(self) -> Difference:
+        changes = summarise(self.values)
+        return Difference(changes.values, changes.mean, changes.ci95)
+
+
+class _Duration(_Part):
+    name: str
+    seconds: float
+
+
+class _Painted(_Part):
+    count: int
+    agreement: _Score
+
+
+class Results(_Part):
+    """`results.json`: everything a study measured. Scores are fractions in [0, 1]; the first arm is the baseline."""
+
+    name: str
+    recipe: Recipe
+    classes: tuple[_Class, ...]
+    data: _Data
+    arms: tuple[_Arm, ...] = Field(min_length=1)
+    curves: dict[str, tuple[_Curve, ...]]
+    plateau: _Plateau | None
+    timing: tuple[_Duration, ...]
+    total_seconds: float
+    synthetic: dict[str, _Painted]
+    environment: dict[str, Any]
+    command: str
+
+    @property
+    def painted_arms(self) -> tuple[_Arm, ...]:
+        """The arms with synthetic data."""
+        painted = {arm.name for arm in self.recipe.study.arms if arm.synthetic != "none"}
+        return tuple(arm for arm in self.arms[1:] if arm.name in painted)
+
+    @property
+    def rivals(self) -> tuple[_Arm, ...]:
+        """The arms that improve on the baseline without synthetic data."""
+        painted = self.painted_arms
+        return tuple(arm for arm in self.arms[1:] if arm not in painted)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the study answers.
+
+    Attributes:
+        outcome: by the 95 % interval of the paired mIoU difference of the best synthetic arm to the baseline: above
+            zero, below zero, or neither.
+        reserved: it helps, but one of the cautions or a rival arm puts that in question.
+        headline: the answer in one sentence.
+        best: name of the best synthetic arm; None without one.
+        cautions: what else has to be known to read the answer rightly, a sentence or two each.
+        notes: what was checked and gave no reason for caution.
+    """
+
+    outcome: Literal["helps", "does not help", "can not tell"]
+    reserved: bool
+    headline: str
+    best: str | None
+    cautions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The outcome in a few words."""
+        return {"helps": "It helps", "does not help": "It does not help", "can not tell": "Can not tell"}[
+            self.outcome
+        ] + (", with reservations" if self.reserved else "")
+
+
+def read_results(folder: Path) -> Results:
+    """Read `results.json` of a study.
+
+    Raises:
+        TerraSynthError: it is missing, no JSON, or lacks something.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise TerraSynthError(
+            "no results to report",
+            path=path,
+            fix="run the study to its end: terrasynth study RECIPE --out " + str(folder),
+        )
+    try:
+        return Results.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TerraSynthError(
+            "not the results of a study",
+            path=path,
+            found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            fix="run the study again with this version of terrasynth; finished work is reused",
+        ) from error
+
+
+def verdict(results: Results) -> Verdict:
+    """Judge a study, by rules that are fixed before anyone sees the numbers.
+
+    - The best synthetic arm (by mean test mIoU) is compared with the baseline, paired by seed. A 95 % interval above
+      zero reads "helps", below zero "does not help", and "can not tell" otherwise or with one seed.
+    - It is then compared with the best other arm without synthetic data: what helps but does not beat a cheap
+      augmentation helps with reservations.
+    - Several synthetic arms: the best was picked by these scores, which flatters it, so a "helps" is tested again at
+      the Bonferroni level 1 - 0.05 / arms; if that interval includes zero, there are reservations.
+    - Plateau: the baseline trained for twice the steps. If the interval of that change is above zero, or if the change
+      is more than half of the gain (three seeds can hide a change behind a wide interval), training longer may explain
+      the gain, and there are reservations.
+    """
+    baseline = results.arms[0]
+    arms = [arm for arm in results.painted_arms if arm.minus(baseline).delta is not None]
+    if not arms:
+        headline = "No arm with synthetic data was scored, so the study can not tell whether it helps."
+        return Verdict("can not tell", False, headline, None)
+    best = max(arms, key=_rank)
+    gain = best.minus(baseline)
+    outcome: Literal["helps", "does not help", "can not tell"] = (
+        "helps" if _above(gain) else "does not help" if _below(gain) else "can not tell"
+    )
+    headline = _headline(outcome, baseline.summary(), best.summary(), gain)
+    doubts: list[bool] = []
+    cautions: list[str] = []
+    notes: list[str] = []
+
+    if rival := max(results.rivals, key=_rank, default=None):
+        over = best.minus(rival)
+        headline += _rivalry(outcome, rival.name, over, rival.minus(best))
+        doubts.append(not _above(over))
+    if len(arms) > 1 and outcome == "helps":
+        corrected = best.minus(baseline, confidence=1 - 0.05 / len(arms))
+        cautions.append(_selection(len(arms), corrected))
+        doubts.append(not _above(corrected))
+    if (plateau := results.plateau) is not None and plateau.difference.delta is not None:
+        moving = _still_moving(plateau.difference, gain)
+        (cautions if moving else notes).append(_plateau_sentence(plateau, gain, moving))
+        doubts.append(moving)
+    reserved = outcome == "helps" and any(doubts)
+    return Verdict(outcome, reserved, headline + ".", best.name, tuple(cautions), tuple(notes))
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` of a study: one file that needs nothing else, from nowhere.
+
+    Args:
+        folder: holds `results.json` and, if anything was painted, `gallery.json` (a list of `mask`, `real`, `plain`,
+            `steered`: picture files relative to `folder`, all but `mask` optional; and `caption`).
+
+    Raises:
+        TerraSynthError: the results are missing or unreadable, or a picture of the gallery is.
+    """
+    results = read_results(folder)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "tight": _tight,
+        "duration": _duration,
+        "points": points,
+        "difference": difference_text,
+        "score": _score,
+    }
+    template = environment.from_string(files("terrasynth.study").joinpath("report.html.j2").read_text("utf-8"))
+    page = template.render(_context(results, folder))
+    report = folder / "report.html"
+    with atomic_write(report) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return report
+
+
+# --- the verdict's sentences -----------------------------------------------------------------------------------------
+
+
+def _rank(arm: _Arm) -> float:
+    mean = arm.summary().mean
+    return -1.0 if mean is None else mean
+
+
+def _above(difference: Difference) -> bool:
+    return difference.ci95 is not None and difference.ci95[0] > 0
+
+
+def _below(difference: Difference) -> bool:
+    return difference.ci95 is not None and difference.ci95[1] < 0
+
+
+def _headline(outcome: str, before: Summary, after: Summary, gain: Difference) -> str:
+    change = f"from {points(before.mean, signed=False)} to {points(after.mean, signed=False)}"
+    if gain.ci95 is None:
+        return (
+            f"One seed gives no interval, so whether synthetic data helps can not be told: test mIoU went {change} "
+            f"({points(gain.delta)})"
+        )
+    seeds = sum(value is not None for value in gain.values)
+    numbers = f"{change} ({points(gain.delta)}, 95 % interval {_span(gain)}, {seeds} seeds)"
+    return {
+        "helps": "Synthetic data raised test mIoU ",
+        "does not help": "Synthetic data did not help: it lowered test mIoU ",
+        "can not tell": "Whether synthetic data helps can not be told: test mIoU went ",
+    }[outcome] + numbers
+
+
+def _rivalry(outcome: str, rival: str, over: Difference, under: Difference) -> str:
+    if over.delta is None:
+        return ""
+    if over.ci95 is None:
+        return f"; against {rival}, which needs none, the difference is {points(over.delta)}"
+    if _above(over):
+        if outcome == "helps":
+            return f", and by {difference_text(over)} over {rival}"
+        return f"; the synthetic arm is better than {rival} by {difference_text(over)}"
+    joined = ", but" if outcome == "helps" else ";"
+    if _below(over):
+        return f"{joined} {rival}, which needs none, is better by {difference_text(under)}"
+    return f"{joined} against {rival}, which needs none, the difference of {difference_text(over)} may be chance"
+
+
+def _selection(arms: int, corrected: Difference) -> str:
+    return (
+        f"The best of {arms} synthetic arms was picked by these very test scores, which flatters it. Corrected for "
+        f"that (Bonferroni), the interval is {_span(corrected)} and "
+        f"{'still excludes zero' if _above(corrected) else 'no longer excludes zero'}."
+    )
+
+
+def _still_moving(change: Difference, gain: Difference) -> bool:
+    more_than_half = change.delta is not None and gain.delta is not None and 0 < gain.delta < 2 * change.delta
+    return _above(change) or more_than_half
+
+
+def _plateau_sentence(plateau: _Plateau, gain: Difference, moving: bool) -> str:
+    change = plateau.difference
+    facts = f"trained for {plateau.twice} instead of {plateau.steps} steps, it changes by {difference_text(change)}"
+    if not moving:
+        return f"No sign that the baseline lacks training: {facts}."
+    finished = "had not" if _above(change) else "may not have"
+    beyond = difference_text(compare(gain.values, change.values))
+    return (
+        f"The baseline {finished} learned all it can: {facts}. Over the baseline trained that long, the synthetic "
+        f"arm's difference is {beyond}."
+    )
+
+
+def _span(difference: Difference) -> str:
+    assert difference.ci95 is not None
+    return f"{points(difference.ci95[0])} to {points(difference.ci95[1])}"
+
+
+# --- the page's contents ---------------------------------------------------------------------------------------------
+
+
+def _context(results: Results, folder: Path) -> dict[str, Any]:
+    answer = verdict(results)
+    baseline = results.arms[0]
+    summaries = {arm.name: arm.summary() for arm in results.arms}
+    return {
+        "results": results,
+        "study": results.recipe.study,
+        "verdict": answer,
+        "tone": {"helps": "good", "does not help": "bad", "can not tell": "open"}[answer.outcome],
+        "metrics": [(key, label) for key, label in _METRICS if key in baseline.metrics],
+        "rows": [
+            {
+                "name": arm.name,
+                "color": arm_color(position),
+                "scores": {key: arm.summary(key) for key, _ in _METRICS if key in arm.metrics},
+                "difference": arm.minus(baseline) if position else None,
+                "seeds": summaries[arm.name].values,
+                "best": arm.name == answer.best,
+            }
+            for position, arm in enumerate(results.arms)
+        ],
+        "class_rows": [
+            (entry, [arm.summary(f"iou/{entry.name}") for arm in results.arms])
+            for entry in results.classes
+            if f"iou/{entry.name}" in baseline.metrics
+        ],
+        "figures": _figures(results, answer),
+        "gallery": _gallery(folder),
+        "setup": _setup(results),
+        "touched": _touched(results),
+        "recipe_yaml": yaml.safe_dump(results.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "longest": max((entry.seconds for entry in results.timing), default=1.0) or 1.0,
+        "limitations": _limitations(results),
+    }
+
+
+def _figures(results: Results, answer: Verdict) -> dict[str, dict[str, Markup] | None]:
+    baseline = results.arms[0]
+    position = {arm.name: index for index, arm in enumerate(results.arms)}
+    classes = [entry for entry in results.classes if f"iou/{entry.name}" in baseline.metrics]
+    by_class = {arm.name: [arm.summary(f"iou/{entry.name}") for entry in classes] for arm in results.arms}
+    differences = [(arm.name, arm.minus(baseline), position[arm.name]) for arm in results.arms[1:]]
+    best = next((arm for arm in results.arms if arm.name == answer.best), None)
+    rival = max(results.rivals, key=_rank, default=None)
+    if best and rival:
+        differences.append((f"{best.name}, minus {rival.name}", best.minus(rival), position[best.name]))
+    if results.plateau:
+        differences.append((f"{baseline.name}, twice the steps", results.plateau.difference, 0))
+    curves = {name: [(curve.steps, curve.miou) for curve in seeds] for name, seeds in results.curves.items() if seeds}
+    colors = [(entry.name, entry.color) for entry in classes]
+    return {
+        "classes": _both(lambda width: class_figure(colors, by_class, width=width)) if classes else None,
+        "differences": _both(lambda width: difference_figure(differences, width=width)) if differences else None,
+        "curves": _both(lambda width: curve_figure(curves, width=width)) if curves else None,
+    }
+
+
+def _both(draw: Callable[[float], str]) -> dict[str, Markup]:
+    # Inside a page the namespaces are implied. The charts escape the names in them; nothing else here is foreign.
+    return {
+        size: Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", draw(width)))  # noqa: S704
+        for size, width in (("wide", _WIDE), ("narrow", _NARROW))
+    }
+
+
+def _gallery(folder: Path) -> dict[str, Any] | None:
+    """Column titles and rows of pictures (data URIs)."""
+    if not (folder / "gallery.json").is_file():
+        return None
+    entries = read_json(folder / "gallery.json")
+    titles = {"mask": "Mask", "real": "Real tile", "plain": "Painted", "steered": "Painted, CRFM"}
+    kinds = [kind for kind in titles if any(entry.get(kind) for entry in entries)]
+    rows = [
+        {
+            "caption": entry["caption"],
+            "pictures": [(kind, titles[kind], _data_uri(folder, entry[kind])) for kind in kinds if entry.get(kind)],
+        }
+        for entry in entries
+    ]
+    return {"columns": len(kinds), "rows": rows} if rows else None
+
+
+def _data_uri(folder: Path, name: str) -> str:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise TerraSynthError(
+            "a picture outside the study's folder", path=folder / "gallery.json", found=name, fix="use relative paths"
+        )
+    picture = Image.fromarray(open_image(path).values)
+    # Nearest keeps the exact colours of a mask.
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _setup(results: Results) -> list[tuple[str, str]]:
+    """The recipe in words: what was done, part by part."""
+    recipe, data = results.recipe, results.data
+    study, segmentor, generator = recipe.study, recipe.segmentor, recipe.generator
+    weights = f"weights {segmentor.weights}" if segmentor.weights else "from scratch"
+    rows = [
+        (
+            "Data",
+            f"{data.train} training, {data.validation} validation and {data.test} test tiles of {data.image_size} × "
+            f"{data.image_size} pixels ({data.source}); {len(results.classes)} classes",
+        ),
+        ("Segmentor", f"{segmentor.architecture}, {segmentor.encoder}, {weights}; {_training(segmentor.train)}"),
+        (
+            "Seeds",
+            f"{', '.join(map(str, study.seeds))}; every arm is trained once under each, and compared seed by seed",
+        ),
+    ]
+    if results.painted_arms:
+        sampling, steering = recipe.sampling, recipe.steering
+        origin = generator.base or f"from scratch, {generator.blocks} blocks of width {generator.width}"
+        counts = ", ".join(f"{painted.count} ({kind})" for kind, painted in results.synthetic.items())
+        rows[1:1] = [
+            ("Generator", f"text-image-mask MM-DiT (TODSynth), {origin}; {_training(generator.train)}"),
+            (
+                "Sampling",
+                f"{sampling.steps} Euler steps, guidance of the mask {sampling.mask_scale:g}, of the text "
+                f"{sampling.text_scale:g}",
+            ),
+            (
+                "Painted tiles",
+                f"per seed {counts}; {100 * study.real_fraction:g} % of each training batch stays real",
+            ),
+        ]
+        if "steered" in results.synthetic:
+            rows.insert(
+                3,
+                (
+                    "Steering",
+                    f"control-rectify flow matching (CRFM) in the first {steering.steps} steps, strength "
+                    f"{steering.strength:g}, {steering.schedule}, normalisation: {steering.normalise}",
+                ),
+            )
+    return rows
+
+
+def _touched(results: Results) -> list[tuple[str, str]]:
+    """Which tiles did what: the statement that no test tile leaked."""
+    rows = [
+        ("Training tiles", "train every segmentor"),
+        ("Validation tiles", "choose the checkpoint of a segmentor, nothing else"),
+        ("Test tiles", "score finished segmentors, once, and nothing else: no training, no selection"),
+    ]
+    if results.painted_arms:
+        rows[0] = (
+            "Training tiles",
+            "train every segmentor and the generator; their masks are the ones that are painted",
+        )
+        rows.insert(
+            1, ("Painted tiles", "train the segmentors of the arms with synthetic data, beside the training tiles")
+        )
+        rows[-1] = (
+            "Test tiles",
+            "score finished segmentors, once, and nothing else: no training, no painting, no steering, no selection",
+        )
+    if "steered" in results.synthetic:
+        rows.append(("Steering", "the segmentor that steers the painting under a seed is the baseline's of that seed"))
+    return rows
+
+
+def _training(train: TrainConfig) -> str:
+    return (
+        f"{train.steps} steps of {train.batch_size * train.accumulate} samples, AdamW, learning rate "
+        f"{train.learning_rate:g}, {train.schedule}"
+    )
+
+
+def _limitations(results: Results) -> list[str]:
+    recipe, data = results.recipe, results.data
+    seeds = len(recipe.study.seeds)
+    limits = []
+    if recipe.data.kind == "world":
+        limits.append(
+            "The tiles are procedural scenes, not imagery. They show what the method and its measurement do, not what "
+            "would happen on your sensor and terrain."
+        )
+    if results.painted_arms:
+        limits.append(
+            "One generator painted for all seeds. The intervals contain what varies from seed to seed (the painted "
+            "tiles and the training of the segmentor), not what another training of the generator would change."
+        )
+    limits.append(
+        f"All seeds share the same {data.train} training and {data.test} test tiles. The intervals do not say how the "
+        "result would vary over other tiles, regions or dates."
+    )
+    if seeds > 1:
+        limits.append(
+            f"{seeds} seeds: a Student-t interval with {seeds - 1} degree{'s' * (seeds > 2)} of freedom, which takes "
+            "the differences as roughly normal. More seeds make it narrower."
+        )
+    limits.append(
+        f"One segmentor ({recipe.segmentor.architecture}, {recipe.segmentor.encoder}), with the same settings and "
+        "the same number of steps in every arm. Another one, or settings tuned per arm, may rank the arms differently."
+    )
+    if results.plateau is None:
+        limits.append("It was not checked whether the baseline had learned all it can in its number of steps.")
+    return limits
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if seconds < 600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _score(summary: Summary) -> str:
+    """Mean, and half the width of the interval: "43.0 ± 1.2"."""
+    mean = points(summary.mean, signed=False)
+    if summary.ci95 is None:
+        return mean
+    return f"{mean} ± {points((summary.ci95[1] - summary.ci95[0]) / 2, signed=False)}"
+
+
+def _tight(sentence: str) -> str:
+    """Numbers kept on one line with what belongs to them."""
+    return sentence.replace(" %", "\u00a0%")

@@ -1,0 +1,360 @@
+"""The report: what it says is decided by rules, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import write_json
+from terrasynth.recipe import ArmConfig, DataConfig, Recipe, StudyConfig
+from terrasynth.study.figures import class_figure, contact_sheet, curve_figure, difference_figure
+from terrasynth.study.report import Results, read_results, verdict, write_report
+from terrasynth.study.statistics import compare, summarise
+
+ARMS = {"real": "none", "CutMix": "none", "plain": "plain", "CRFM": "steered"}
+CLASSES = ("road", "water")
+
+
+def study(miou, *, plateau=None, classes=CLASSES, class_scores=None, name="study"):
+    """`results.json` of the arms in `miou` (a list over seeds each); `plateau` is a list of differences over seeds."""
+    seeds = range(len(next(iter(miou.values()))))
+    arms, comparisons = [], []
+    for arm, values in miou.items():
+        metrics = dict.fromkeys(("oa", "miou", "macc", "f1"), values)
+        metrics |= {f"{key}/{entry}": class_scores or values for key in ("iou", "f1") for entry in classes}
+        arms.append({"name": arm, "metrics": {key: summarise(v).to_dict() for key, v in metrics.items()}})
+        if arm != "real":
+            difference = compare(values, miou["real"]).to_dict()
+            comparisons.append({"arm": arm, "baseline": "real", "metric": "miou", **difference})
+    recipe = Recipe(
+        name=name,
+        data=DataConfig(kind="world"),
+        study=StudyConfig(
+            seeds=tuple(seeds), arms=tuple(ArmConfig(name=arm, synthetic=ARMS.get(arm, "none")) for arm in miou)
+        ),
+    )
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "name": name,
+        "task": "segmentation",
+        "classes": [{"name": entry, "color": [40 * i % 256, 90, 200]} for i, entry in enumerate(classes)],
+        "data": {"train": 16, "validation": 16, "test": 64, "image_size": 64, "source": "procedural world"},
+        "arms": arms,
+        "comparisons": comparisons,
+        "curves": {arm: [{"seed": s, "steps": [10, 20], "miou": [None, 0.3]} for s in seeds] for arm in miou},
+        "plateau": None
+        if plateau is None
+        else {"baseline": "real", "steps": 300, "twice": 600, **compare(plateau, [0] * len(plateau)).to_dict()},
+        "timing": [{"name": "train the generator", "seconds": 63.1}, {"name": "paint", "seconds": 4000}],
+        "total_seconds": 4063.1,
+        "synthetic": {
+            kind: {"count": 48, "agreement": 0.61, "folder": "synthetic"}
+            for arm, kind in ARMS.items()
+            if arm in miou and kind != "none"
+        },
+        "environment": {"terrasynth": "0.1.0", "torch": "2", "threads": 2},
+        "command": "terrasynth study sample --out runs/sample",
+    }
+
+
+def judge(miou, **options):
+    return verdict(Results.model_validate(study(miou, **options)))
+
+
+REAL = [0.40, 0.42, 0.44]
+# Differences to REAL with a narrow interval, and with one that holds zero.
+CLEARLY = np.array([0.000, 0.002, 0.001])
+PERHAPS = np.array([-0.03, 0.00, 0.04])
+
+
+def shifted(by, spread=CLEARLY):
+    return [float(value) for value in np.array(REAL) + by + spread]
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def test_interval_above_zero_reads_helps_with_the_numbers():
+    answer = judge({"real": REAL, "plain": shifted(0.02)})
+    assert (answer.outcome, answer.reserved, answer.label) == ("helps", False, "It helps")
+    assert answer.headline == (
+        "Synthetic data raised test mIoU from 42.0 to 44.1 (+2.1, 95 % interval +1.9 to +2.3, 3 seeds)."
+    )
+    assert not answer.cautions
+
+
+def test_interval_below_zero_reads_does_not_help():
+    answer = judge({"real": REAL, "plain": shifted(-0.02)})
+    assert answer.outcome == "does not help"
+    assert answer.headline.startswith("Synthetic data did not help: it lowered test mIoU from 42.0 to 40.1 (−1.9, 95 %")
+
+
+def test_interval_around_zero_reads_can_not_tell():
+    answer = judge({"real": REAL, "plain": shifted(0.01, PERHAPS)})
+    assert answer.outcome == "can not tell"
+    assert answer.headline.startswith("Whether synthetic data helps can not be told: test mIoU went from 42.0 to 43.3")
+
+
+def test_one_seed_can_not_tell_however_large_the_gain():
+    answer = judge({"real": [0.4], "CutMix": [0.5], "plain": [0.6]})
+    assert answer.outcome == "can not tell"
+    assert answer.headline == (
+        "One seed gives no interval, so whether synthetic data helps can not be told: test mIoU went from 40.0 to 60.0 "
+        "(+20.0); against CutMix, which needs none, the difference is +10.0."
+    )
+
+
+@pytest.mark.parametrize("miou", [{"real": REAL}, {"real": REAL, "CutMix": REAL}, {"real": REAL, "plain": [None] * 3}])
+def test_without_a_scored_synthetic_arm_there_is_no_answer(miou):
+    answer = judge(miou)
+    assert (answer.outcome, answer.best) == ("can not tell", None)
+
+
+def test_gain_over_the_other_augmentation_is_stated():
+    answer = judge({"real": REAL, "CutMix": shifted(0.01), "plain": shifted(0.02, 2 * CLEARLY)})
+    assert answer.headline.endswith(", and by +1.1 (+0.9 to +1.3) over CutMix.")
+    assert not answer.reserved
+
+
+def test_gain_that_does_not_beat_the_other_augmentation_is_reserved():
+    answer = judge({"real": REAL, "CutMix": shifted(0.02, PERHAPS), "plain": shifted(0.02)})
+    assert (answer.outcome, answer.reserved) == ("helps", True)
+    assert ", but against CutMix, which needs none, the difference of −0.2 (" in answer.headline
+    assert answer.headline.endswith(") may be chance.")
+
+
+def test_other_augmentation_that_is_better_is_named():
+    answer = judge({"real": REAL, "CutMix": shifted(0.03, 2 * CLEARLY), "plain": shifted(0.02)})
+    assert answer.reserved
+    assert answer.headline.endswith(", but CutMix, which needs none, is better by +1.1 (+0.9 to +1.3).")
+
+
+def test_the_answer_is_about_the_best_synthetic_arm():
+    answer = judge({"real": REAL, "plain": shifted(0.01), "CRFM": shifted(0.02)})
+    assert answer.best == "CRFM"
+
+
+def test_several_synthetic_arms_are_corrected_for():
+    firm = judge({"real": REAL, "plain": shifted(0.01), "CRFM": shifted(0.02)})
+    assert "Bonferroni" in firm.cautions[0]
+    assert firm.cautions[0].endswith("still excludes zero.")
+    assert not firm.reserved
+    # Differences whose 95 % interval is above zero and whose 97.5 % interval is not.
+    weak = judge({"real": REAL, "plain": REAL, "CRFM": shifted(0.02, np.array([-0.007, 0, 0.007]))})
+    assert weak.outcome == "helps"
+    assert weak.cautions[0].endswith("no longer excludes zero.")
+    assert weak.reserved
+
+
+def test_baseline_that_still_learns_is_a_caution():
+    answer = judge({"real": REAL, "plain": shifted(0.02)}, plateau=[0.004, 0.005, 0.006])
+    assert answer.reserved
+    assert answer.cautions == (
+        "The baseline had not learned all it can: trained for 600 instead of 300 steps, it changes by +0.5 (+0.3 to "
+        "+0.7). Over the baseline trained that long, the synthetic arm's difference is +1.6 (+1.4 to +1.8).",
+    )
+
+
+def test_change_of_more_than_half_the_gain_is_a_caution_even_within_its_interval():
+    answer = judge({"real": REAL, "plain": shifted(0.02)}, plateau=[-0.01, 0.015, 0.04])
+    assert answer.cautions[0].startswith("The baseline may not have learned all it can")
+
+
+@pytest.mark.parametrize("plateau", [[-0.003, 0.001, 0.004], [-0.02, -0.021, -0.019]])
+def test_baseline_that_has_levelled_off_is_a_note(plateau):
+    answer = judge({"real": REAL, "plain": shifted(0.02)}, plateau=plateau)
+    assert not answer.cautions
+    assert not answer.reserved
+    assert answer.notes[0].startswith("No sign that the baseline lacks training")
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+FULL = {"real": REAL, "CutMix": shifted(0.01), "plain": shifted(0.015), "CRFM": shifted(0.02)}
+
+
+def written(folder, results, gallery=None):
+    write_json(folder / "results.json", results)
+    if gallery is not None:
+        write_json(folder / "gallery.json", gallery)
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def painted_gallery(folder):
+    (folder / "gallery").mkdir()
+    entry = {"caption": "roads & water"}
+    for kind in ("mask", "real", "plain", "steered"):
+        pixels = np.full((300, 300, 3), len(entry) * 40, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "gallery" / f"{kind}.png")
+        entry[kind] = f"gallery/{kind}.png"
+    return [entry, {"caption": "no reference", "mask": "gallery/mask.png", "real": None, "plain": "gallery/plain.png"}]
+
+
+class _Page(HTMLParser):
+    """Tags, their attributes, and whether every opened tag is closed in order."""
+
+    _VOID = frozenset({"meta", "img", "br", "hr", "path", "use", "rect"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self._open = [], []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+
+def test_report_is_self_contained_and_well_formed(tmp_path):
+    text = written(tmp_path, study(FULL, plateau=[0.001, -0.001, 0.0]), painted_gallery(tmp_path))
+    page = _Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+    assert "http" not in re.sub(r"http-equiv", "", text)
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert sum(tag == "img" for tag, _ in page.tags) == 6
+    for fact in ("terrasynth study sample --out runs/sample", "1 h 8 min", "roads &amp; water", "seed 2"):
+        assert fact in text
+
+
+def test_charts_of_one_page_share_no_identifier(tmp_path):
+    text = written(tmp_path, study(FULL, plateau=[0.001, -0.001, 0.0]))
+    identifiers = re.findall(r'\bid="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(identifiers)
+    assert set(re.findall(r'xlink:href="#([^"]+)"', text)) <= set(identifiers)
+
+
+def test_same_results_give_the_same_report(tmp_path):
+    assert written(tmp_path, study(FULL)) == written(tmp_path, study(FULL))
+
+
+def test_foreign_names_are_escaped_everywhere(tmp_path):
+    evil = "<script>alert('&')</script> $x_1$"
+    miou = {"real": REAL, f"arm {evil}": shifted(0.01)}
+    results = study(miou, classes=(evil, "road"), name=evil)
+    results["environment"][evil] = evil
+    results["timing"][0]["name"] = evil
+    results["command"] = evil
+    text = written(tmp_path, results, [])
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 10
+    _Page(text)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        study({"real": [0.4]}),
+        study({"real": [0.4], "plain": [0.5]}, plateau=[0.1]),
+        study({"real": REAL}),
+        study({"real": REAL, "plain": shifted(-0.02)}, plateau=[None, 0.1, None]),
+        study({"real": REAL, "plain": [None] * 3}, class_scores=[None] * 3),
+        study(FULL, classes=tuple(f"a class with a rather long name, number {i}, and more" for i in range(25))),
+        study({"real": REAL} | {f"arm {i}": shifted(i / 100) for i in range(10)}),
+    ],
+    ids=["one-cell", "one-seed", "one-arm", "lower", "no-scores", "25-classes", "11-arms"],
+)
+def test_report_copes_with(results, tmp_path):
+    text = written(tmp_path, results)
+    _Page(text)
+    assert not re.search(r"\bnan\b|None", text)
+
+
+def test_nan_is_read_as_no_value(tmp_path):
+    nan = float("nan")
+    results = study({"real": REAL, "plain": shifted(0.01)}, plateau=[0.1, 0.2, 0.1])
+    results["arms"][0]["metrics"]["iou/road"] = {"values": [nan, 0.2, 0.3], "mean": nan, "ci95": None}
+    results["curves"]["real"][0]["miou"] = [nan, 0.2]
+    results["plateau"]["values"] = [nan, 0.2, 0.1]
+    results["synthetic"]["plain"]["agreement"] = nan
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert not re.search(r"\bnan\b", write_report(tmp_path).read_text(encoding="utf-8"))
+    assert read_results(tmp_path).arms[0].values("iou/road") == (None, 0.2, 0.3)
+
+
+def test_results_survive_the_file(tmp_path):
+    results = study(FULL, plateau=[0.001, -0.001, 0.0])
+    write_json(tmp_path / "results.json", results)
+    assert read_results(tmp_path) == Results.model_validate(results)
+    assert read_results(tmp_path).recipe == Recipe.model_validate(results["recipe"])
+
+
+def test_missing_results_say_which_command_makes_them(tmp_path):
+    with pytest.raises(TerraSynthError, match="terrasynth study"):
+        write_report(tmp_path)
+
+
+def test_incomplete_results_say_what_is_missing(tmp_path):
+    results = study(FULL)
+    del results["timing"]
+    write_json(tmp_path / "results.json", results)
+    with pytest.raises(TerraSynthError, match="timing: Field required"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_gallery_reads_no_picture_outside_the_study(tmp_path):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "private.png")
+    with pytest.raises(TerraSynthError, match="outside"):
+        written(folder, study(FULL), [{"caption": "", "mask": "../private.png"}])
+
+
+# --- charts and sheets -----------------------------------------------------------------------------------------------
+
+
+def test_charts_stand_alone_as_svg_with_real_text():
+    summary, difference = summarise([0.4, 0.5]), compare([0.4, 0.5], [0.3, 0.45])
+    charts = {
+        "water": class_figure([("water", (0, 0, 255))], {"real": [summary]}),
+        "CutMix": difference_figure([("CutMix", difference, 1)]),
+        "training step": curve_figure({"real": [([1, 2], [0.1, None])]}),
+    }
+    for text, svg in charts.items():
+        root = ET.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert text in {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+        assert "var(--ink" in svg
+
+
+def test_contact_sheet_holds_the_tiles_unchanged():
+    schema = LabelSchema(("road", "water"), ((200, 10, 10), (10, 10, 200)))
+    masks = torch.arange(3).view(3, 1, 1).expand(3, 8, 8) % 2
+    images = torch.full((3, 3, 8, 8), 77, dtype=torch.uint8)
+    sheet = np.asarray(contact_sheet({"painted": images, "as float": images / 255}, masks, schema, columns=2, zoom=3))
+    colors, counts = np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True)
+    found = {tuple(color): count for color, count in zip(colors.tolist(), counts.tolist(), strict=True)}
+    assert found[200, 10, 10] == 2 * 24 * 24
+    assert found[10, 10, 200] == 24 * 24
+    assert found[77, 77, 77] >= 2 * 3 * 24 * 24
+
+
+def test_contact_sheet_grows_by_its_legend():
+    schema = LabelSchema(("road", "water"), ((200, 10, 10), (10, 10, 200)))
+    masks = torch.zeros(1, 64, 64, dtype=torch.long)
+    plain, named = (contact_sheet({}, masks, schema, legend=legend) for legend in (False, True))
+    assert named.width == plain.width
+    assert named.height > plain.height
