@@ -124,13 +124,17 @@ def test_metrics_name_the_headline_numbers_and_the_classes():
         "oa": pytest.approx(2 / 3),
         "miou": pytest.approx(0.5),
         "macc": pytest.approx(0.5),
-        "mf1": pytest.approx((1 + 2 / 3) / 3),
+        "f1": pytest.approx((1 + 2 / 3) / 3),
         "iou/a": 1.0,
         "iou/b": 0.5,
         "iou/c": 0.0,
         "iou/d": None,
+        "f1/a": 1.0,
+        "f1/b": pytest.approx(2 / 3),
+        "f1/c": 0.0,
+        "f1/d": None,
     }
-    assert list(result.metrics()) == ["oa", "miou", "macc", "mf1"]
+    assert list(result.metrics()) == ["oa", "miou", "macc", "f1"]
 
 
 def test_a_target_that_is_no_class_is_named():

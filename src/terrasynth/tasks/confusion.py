@@ -120,14 +120,16 @@ class Confusion:
         """The headline numbers by name, JSON-able: None where a metric has no value.
 
         Returns:
-            `oa`, `miou`, `macc` and `mf1`; with `class_names` (K) also `iou/NAME` for every class.
+            `oa`, and the means `miou`, `macc` and `f1`; with `class_names` (K) also `iou/NAME` and `f1/NAME` for every
+            class.
         """
         values = {
             "oa": self.overall_accuracy,
             "miou": self.mean_iou,
             "macc": self.mean_accuracy,
-            "mf1": self.mean_f1,
+            "f1": self.mean_f1,
         }
         if class_names is not None:
-            values |= {f"iou/{name}": iou for name, iou in zip(class_names, self.iou.tolist(), strict=True)}
+            for metric, by_class in (("iou", self.iou), ("f1", self.f1)):
+                values |= {f"{metric}/{name}": x for name, x in zip(class_names, by_class.tolist(), strict=True)}
         return {name: None if math.isnan(value) else value for name, value in values.items()}
