@@ -1,0 +1,576 @@
+"""The text-image-mask MM-DiT with unified triple attention.
+
+Stable Diffusion 3's transformer (Esser et al. 2024, arXiv 2403.03206) keeps one stream of tokens per modality, each
+with weights of its own, and lets the streams meet in one joint attention. TODSynth (Yang et al. 2025, arXiv 2512.16740)
+adds the mask as a third stream. One block, for every stream s of image, text and mask:
+
+    h̃_s = (1 + scale_s) LN(h_s) + shift_s
+    O    = softmax(Q Kᵀ / √d) V          over the tokens of all streams, in the order [image, text, mask]
+    h_s += gate_s W_s O_s
+    h_s += gate'_s FF_s((1 + scale'_s) LN(h_s) + shift'_s)
+
+where shift, scale and gate are linear in the embedding of the timestep and the pooled text. Only the image is read out.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.embeddings import PatchEmbed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+# Not used here, but a pipeline finds the loading methods of its parts by this name in their modules.
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+
+from terrasynth.errors import TerraSynthError
+
+__all__ = ["TEXT_BRANCH", "MaskBranch", "MaskMMDiT", "MlpModulation", "Stream", "Trainable", "TripleBlock"]
+
+Trainable = Literal["all", "image+mask", "mask", "lora"]
+MlpModulation = Literal["own", "image"]
+
+_EPS = 1e-6
+#: What the published training keeps frozen with "image+mask": everything that only the text stream uses.
+TEXT_BRANCH = (
+    "time_text_embed.",
+    "context_embedder.",
+    ".norm1_context.",
+    ".ff_context.",
+    ".add_q_proj.",
+    ".add_k_proj.",
+    ".add_v_proj.",
+    ".to_add_out.",
+    ".norm_added_q.",
+    ".norm_added_k.",
+)
+#: The image stream's attention and feed-forward layers, which low-rank adapters go on.
+_IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn2?\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
+
+
+class Modulation(NamedTuple):
+    """Modulation of one residual branch, x + gate · branch((1 + scale) LN(x) + shift); each (B, 1, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One modality inside one block: views of the modules that act on its tokens.
+
+    Streams whose tokens nobody reads afterwards (text and mask in the last block) provide keys and values and have no
+    `out` and `feed_forward`. SD3's text stream asks there all the same; without that, results would differ from SD3's
+    in the last bits.
+    """
+
+    heads: int
+    modulation: nn.Module
+    query: nn.Module | None
+    key: nn.Module
+    value: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    out: nn.Module | None
+    feed_forward: nn.Module | None
+
+    def modulate(self, conditioning: Tensor) -> tuple[Modulation, ...]:
+        """Modulation of each residual branch, from the conditioning (B, D)."""
+        chunks = self.modulation(conditioning).unsqueeze(1).split(conditioning.shape[-1], dim=-1)
+        if len(chunks) == 2:  # keys and values only, nothing to add; SD3 stores these two the other way round
+            scale, shift = chunks
+            return (Modulation(shift, scale, gate=torch.zeros_like(scale)),)
+        return tuple(Modulation(*chunks[i : i + 3]) for i in range(0, len(chunks), 3))
+
+    def project(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries, keys and values (B, N, heads, D / heads) of tokens (B, N, D)."""
+        shape = (*x.shape[:2], self.heads, -1)
+        query = None if self.query is None else _normed(self.query(x).view(shape), self.query_norm)
+        return query, _normed(self.key(x).view(shape), self.key_norm), self.value(x).view(shape)
+
+
+def _normed(x: Tensor, norm: nn.Module | None) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
+
+
+# The sums below are in place because the product before them is needed by nobody else: same bits, one allocation less.
+def _shift_and_scale(normed: Tensor, modulation: Modulation) -> Tensor:
+    return (normed * (1 + modulation.scale)).add_(modulation.shift)
+
+
+def _add_residual(x: Tensor, branch: Tensor, modulation: Modulation) -> Tensor:
+    return (modulation.gate * branch).add_(x)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full bidirectional attention; everything is (B, N, heads, d)."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+class MaskBranch(nn.Module):
+    """The mask stream of one block.
+
+    Args:
+        width: D, the width of the tokens.
+        heads: attention heads.
+        qk_norm: "rms_norm" or None, as in the base model.
+        last: of the last block, where the mask only provides keys and values.
+        own_mlp_modulation: modulate the feed-forward by this branch's own shift, scale and gate (six chunks), not by
+            the image stream's (three chunks).
+        gated: a learnable gate per head between the base model's attention (0) and the unified attention (1).
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, qk_norm: str | None, last: bool, own_mlp_modulation: bool, gated: bool
+    ) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, (2 if last else 6 if own_mlp_modulation else 3) * width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.norm_k = RMSNorm(width // heads, _EPS) if qk_norm else None
+        self.to_q = None if last else nn.Linear(width, width)
+        self.norm_q = RMSNorm(width // heads, _EPS) if qk_norm and not last else None
+        self.to_out = None if last else nn.Linear(width, width)
+        self.ff = None if last else FeedForward(width, activation_fn="gelu-approximate")
+        self.gate = nn.Parameter(torch.zeros(heads)) if gated else None
+
+    @torch.no_grad()
+    def copy_image_branch(self, block: JointTransformerBlock) -> None:
+        """Start from the weights of the block's image stream."""
+        width = self.to_k.in_features
+        # Rows: shift, scale and gate of the attention, then of the feed-forward, then of SD3.5's second attention.
+        for name, rows in block.norm1.linear.state_dict().items():
+            if self.to_q is None:
+                shift, scale = rows[: 2 * width].chunk(2)
+                rows = torch.cat([scale, shift])
+            self.modulation.get_parameter(name).copy_(rows[: self.modulation.out_features])
+        sources = {
+            "to_q": block.attn.to_q,
+            "to_k": block.attn.to_k,
+            "to_v": block.attn.to_v,
+            "norm_q": block.attn.norm_q,
+            "norm_k": block.attn.norm_k,
+            "to_out": block.attn.to_out[0],
+            "ff": block.ff,
+        }
+        for name, source in sources.items():
+            own = getattr(self, name)
+            if own is not None:
+                own.load_state_dict(source.state_dict())
+
+
+class TripleBlock(JointTransformerBlock):
+    """One block over image, text and mask tokens: SD3's block, with a `mask` branch beside it.
+
+    The parameters of the image and text streams have SD3's names.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        last: bool,
+        dual_attention: bool,
+        qk_norm: str | None,
+        mlp_modulation: MlpModulation,
+        gated: bool,
+    ) -> None:
+        super().__init__(
+            dim=width,
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            context_pre_only=last,
+            qk_norm=qk_norm,
+            use_dual_attention=dual_attention,
+        )
+        self.heads = heads
+        self.mask_borrows_modulation = mlp_modulation == "image"
+        self.mask = MaskBranch(
+            width,
+            heads,
+            qk_norm=qk_norm,
+            last=last,
+            own_mlp_modulation=not self.mask_borrows_modulation,
+            gated=gated,
+        )
+
+    def streams(self) -> tuple[Stream, Stream, Stream]:
+        """Image, text and mask. Made anew for every use, because adapters replace modules."""
+        attn, mask = self.attn, self.mask
+        image_stream = Stream(
+            heads=self.heads,
+            modulation=self.norm1.linear,
+            query=attn.to_q,
+            key=attn.to_k,
+            value=attn.to_v,
+            query_norm=attn.norm_q,
+            key_norm=attn.norm_k,
+            out=attn.to_out[0],
+            feed_forward=self.ff,
+        )
+        text_stream = Stream(
+            heads=self.heads,
+            modulation=self.norm1_context.linear,
+            query=attn.add_q_proj,
+            key=attn.add_k_proj,
+            value=attn.add_v_proj,
+            query_norm=attn.norm_added_q,
+            key_norm=attn.norm_added_k,
+            out=attn.to_add_out,
+            feed_forward=self.ff_context,
+        )
+        mask_stream = Stream(
+            heads=self.heads,
+            modulation=mask.modulation,
+            query=mask.to_q,
+            key=mask.to_k,
+            value=mask.to_v,
+            query_norm=mask.norm_q,
+            key_norm=mask.norm_k,
+            out=mask.to_out,
+            feed_forward=mask.ff,
+        )
+        return image_stream, text_stream, mask_stream
+
+    def forward(self, conditioning: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Update the tokens.
+
+        Args:
+            conditioning: SiLU of the timestep and pooled-text embedding, (B, D).
+            tokens: image, text and, unless there is no mask, mask tokens, each (B, N, D).
+
+        Returns:
+            The updated tokens in the same order; the last block returns the image's alone.
+        """
+        streams = self.streams()[: len(tokens)]
+        modulations = [stream.modulate(conditioning) for stream in streams]
+        if self.mask_borrows_modulation and len(tokens) == 3:
+            modulations[2] = (*modulations[2], modulations[0][1])
+
+        # Every stream prepares its queries, keys and values.
+        normed = [_layer_norm(x) for x in tokens]
+        projected = [
+            stream.project(_shift_and_scale(x, modulation[0]))
+            for stream, x, modulation in zip(streams, normed, modulations, strict=True)
+        ]
+
+        # All tokens attend to all tokens.
+        attended = self._attend(projected)
+
+        # Every stream that is read again takes what it found, then passes through its feed-forward.
+        updated = []
+        for stream, x, found, modulation in zip(streams, tokens, attended, modulations, strict=False):
+            if stream.out is None or stream.feed_forward is None:
+                break
+            attention, mlp, *dual = modulation
+            x = _add_residual(x, stream.out(found.flatten(2)), attention)
+            if dual:  # SD3.5: the image attends to itself once more
+                x = _add_residual(x, self.attn2(_shift_and_scale(normed[0], dual[0])), dual[0])
+            x = _add_residual(x, stream.feed_forward(_shift_and_scale(_layer_norm(x), mlp)), mlp)
+            updated.append(x)
+        return tuple(updated)
+
+    def _attend(self, projected: list[tuple[Tensor | None, Tensor, Tensor]]) -> list[Tensor]:
+        """Joint attention, split again into the streams that have queries."""
+        queries = [q for q, _, _ in projected if q is not None]
+        lengths = [q.shape[1] for q in queries]
+        q = torch.cat(queries, dim=1)
+        k = torch.cat([k for _, k, _ in projected], dim=1)
+        v = torch.cat([v for _, _, v in projected], dim=1)
+        unified = _attention(q, k, v).split(lengths, dim=1)
+        if self.mask.gate is None or len(projected) < 3:
+            return list(unified)
+        # Image and text move from what the base model sees, O_base, to what the unified attention sees, O_full:
+        # O = O_base + g (O_full - O_base), exact at g = 0 and g = 1.
+        n = sum(k.shape[1] for _, k, _ in projected[:2])
+        base = _attention(q[:, :n], k[:, :n], v[:, :n]).split(lengths[:2], dim=1)
+        gate = self.mask.gate.to(base[0].dtype)[:, None]
+        return [torch.lerp(*pair, gate) for pair in zip(base, unified, strict=False)] + list(unified[2:])
+
+
+class MaskMMDiT(SD3Transformer2DModel):
+    """SD3's transformer with a mask stream.
+
+    The image and text parameters have SD3's state-dict names, so a Stable Diffusion 3 / 3.5 checkpoint is a subset; the
+    mask's are `mask_embed.*` and `transformer_blocks.N.mask.*`. Without `mask_latents` it is the base model.
+
+    Args:
+        sample_size: side of the latents that the positional embedding is scaled to.
+        patch_size: latent pixels per token side.
+        in_channels: C, channels of the latents.
+        num_layers: blocks.
+        attention_head_dim: width of one head.
+        num_attention_heads: heads; the tokens' width D is heads x width of one head.
+        joint_attention_dim: width of the prompt embeddings.
+        caption_projection_dim: width they are projected to; must be D.
+        pooled_projection_dim: width of the pooled prompt embeddings.
+        out_channels: channels of the velocity.
+        pos_embed_max_size: side, in tokens, of the positional grid that smaller latents are cut from.
+        dual_attention_layers: blocks with a second, image-only attention (SD3.5).
+        qk_norm: "rms_norm" (SD3.5) or None (SD3).
+        mask_channels: Cm, channels of the mask code at latent resolution.
+        mask_mlp_modulation: what modulates the mask's feed-forward: the mask branch's own shift, scale and gate, or the
+            image stream's, as in the published code.
+        mask_gate: a learnable gate per block and head through which the mask enters the image and text tokens. At 0 the
+            model is the base model, at 1 the attention is unified as published.
+    """
+
+    _no_split_modules = ["TripleBlock"]  # noqa: RUF012 - diffusers' own declaration
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 18,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 18,
+        joint_attention_dim: int = 4096,
+        caption_projection_dim: int = 1152,
+        pooled_projection_dim: int = 2048,
+        out_channels: int = 16,
+        pos_embed_max_size: int = 96,
+        dual_attention_layers: tuple[int, ...] = (),
+        qk_norm: str | None = None,
+        mask_channels: int = 16,
+        mask_mlp_modulation: MlpModulation = "own",
+        mask_gate: bool = False,
+    ) -> None:
+        super().__init__(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=0,  # the blocks are ours
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            caption_projection_dim=caption_projection_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            out_channels=out_channels,
+            pos_embed_max_size=pos_embed_max_size,
+            dual_attention_layers=dual_attention_layers,
+            qk_norm=qk_norm,
+        )
+        self.register_to_config(num_layers=num_layers)
+        self.transformer_blocks: Any = nn.ModuleList(  # of TripleBlock
+            TripleBlock(
+                self.inner_dim,
+                num_attention_heads,
+                last=i == num_layers - 1,
+                dual_attention=i in dual_attention_layers,
+                qk_norm=qk_norm,
+                mlp_modulation=mask_mlp_modulation,
+                gated=mask_gate,
+            )
+            for i in range(num_layers)
+        )
+        # Positions are the image's; a second copy of the grid would be 0.9 GB in SD3.5.
+        self.mask_embed = PatchEmbed(
+            patch_size=patch_size, in_channels=mask_channels, embed_dim=self.inner_dim, pos_embed_type=None
+        )
+        self._freeze_dead_parameters()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        mask_latents: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity.
+
+        Args:
+            hidden_states: noisy latents, (B, C, h, w).
+            timestep: 1000 sigma, (B,).
+            encoder_hidden_states: prompt embeddings, (B, L, joint_attention_dim).
+            pooled_projections: pooled prompt embeddings, (B, pooled_projection_dim).
+            mask_latents: mask code, (B, Cm, h, w); None leaves the mask tokens out, which is the base model.
+            return_dict: return a `Transformer2DModelOutput`, else a tuple.
+
+        Returns:
+            `sample`, the velocity, (B, C, h, w).
+
+        Raises:
+            TerraSynthError: `mask_latents` has another shape.
+        """
+        height, width = hidden_states.shape[-2:]
+        # Contiguous, because the tokens leave the patch embedding with their channels first.
+        image = self.pos_embed(hidden_states).contiguous()
+        text = self.context_embedder(encoder_hidden_states)
+        tokens: tuple[Tensor, ...] = (image, text)
+        if mask_latents is not None:
+            tokens += (self._embed_mask(mask_latents, hidden_states.shape),)
+        embedding = self.time_text_embed(timestep, pooled_projections)
+        conditioning = F.silu(embedding)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, conditioning, *tokens)
+            else:
+                tokens = block(conditioning, *tokens)
+
+        patches = self.proj_out(self.norm_out(tokens[0], embedding))
+        p = self.config.patch_size
+        grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
+        velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _embed_mask(self, mask_latents: Tensor, image_shape: torch.Size) -> Tensor:
+        expected = (image_shape[0], self.config.mask_channels, *image_shape[2:])
+        if mask_latents.shape != expected:
+            raise TerraSynthError(
+                "the mask code does not fit the latents",
+                found=tuple(mask_latents.shape),
+                expected=f"{expected} (batch, mask channels, height, width)",
+                fix="code the mask at the size of the image, with the coding that this model was trained with",
+            )
+        tokens = self.mask_embed(mask_latents)
+        return (tokens + self.pos_embed.cropped_pos_embed(*mask_latents.shape[-2:])).to(tokens.dtype)
+
+    @classmethod
+    def from_sd3(
+        cls,
+        transformer: SD3Transformer2DModel,
+        *,
+        mask_channels: int,
+        mask_init: Literal["copy", "random"],
+        mask_mlp_modulation: MlpModulation = "own",
+    ) -> Self:
+        """Add a mask branch to a Stable Diffusion 3 / 3.5 transformer, whose weights are copied.
+
+        Args:
+            transformer: the base model.
+            mask_channels: Cm, channels of the mask code.
+            mask_init: "copy" starts the mask branch as a copy of the image branch, behind gates that make the untrained
+                model equal the base model exactly; "random" starts it at random without gates, as published.
+            mask_mlp_modulation: what modulates the mask's feed-forward.
+        """
+        config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+        model = cls(
+            **config,
+            mask_channels=mask_channels,
+            mask_mlp_modulation=mask_mlp_modulation,
+            mask_gate=mask_init == "copy",
+        )
+        model.load_state_dict(transformer.state_dict(), strict=False)
+        if mask_init == "copy":
+            for block in model.transformer_blocks:
+                block.mask.copy_image_branch(block)
+            if mask_channels == transformer.config.in_channels:
+                model.mask_embed.proj.load_state_dict(model.pos_embed.proj.state_dict())
+            else:
+                _init_patch_embed(model.mask_embed)
+        # Not diffusers' own `to`, which warns about an empty list of layers to keep in float32.
+        return nn.Module.to(model, transformer.device, transformer.dtype)
+
+    @torch.no_grad()
+    def initialize_from_scratch(self) -> Self:
+        """Initialise all weights for training without a base model, and return self.
+
+        As in DiT (Peebles & Xie 2023): the image stream's modulation (adaLN-Zero) and the read-out start at zero, so
+        that the first velocity is zero and every block the identity on the image. The text and mask streams start as
+        plain transformers (gate 1); closed gates would keep the gradient from their layers for one more step.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        _init_patch_embed(self.pos_embed)
+        _init_patch_embed(self.mask_embed)
+        for embedder in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        for block in self.transformer_blocks:
+            for modulation in (block.norm1.linear, block.norm1_context.linear, block.mask.modulation):
+                nn.init.zeros_(modulation.weight)
+            for modulation in (block.norm1_context.linear, block.mask.modulation):
+                for gate in modulation.bias.split(self.inner_dim)[2::3]:
+                    gate.fill_(1)
+            if block.mask.gate is not None:
+                nn.init.ones_(block.mask.gate)
+        for readout in (self.norm_out.linear, self.proj_out):
+            nn.init.zeros_(readout.weight)
+        return self
+
+    def set_trainable(self, which: Trainable, lora_rank: int = 16) -> Self:
+        """Choose which parameters train, and return self.
+
+        Args:
+            which: "all"; "image+mask" as published, with the text branch frozen; "mask", the mask branch alone; "lora",
+                the mask branch and low-rank adapters on the image branch's attention and feed-forward layers.
+            lora_rank: rank of the adapters.
+
+        Raises:
+            TerraSynthError: "lora" without peft installed.
+        """
+        if which not in get_args(Trainable):
+            raise TerraSynthError(
+                "no such choice of branches", found=which, expected=", ".join(get_args(Trainable)), fix="choose one"
+            )
+        if which == "lora" and not getattr(self, "peft_config", None):
+            self._add_lora(lora_rank)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(_trains(name, which))
+        self._freeze_dead_parameters()
+        return self
+
+    def _freeze_dead_parameters(self) -> None:
+        # SD3 stores a query for the last block's text tokens, but nobody reads what it finds: it never gets a gradient.
+        attn = self.transformer_blocks[-1].attn
+        attn.add_q_proj.requires_grad_(False)
+        if attn.norm_added_q is not None:
+            attn.norm_added_q.requires_grad_(False)
+
+    def _add_lora(self, rank: int) -> None:
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise TerraSynthError(
+                "low-rank adapters need peft, which is not installed", fix="pip install 'terrasynth[peft]'"
+            ) from error
+        self.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_IMAGE_LINEARS))
+
+    def merge_lora(self) -> Self:
+        """Add the low-rank adapters to the weights they belong to, remove them, and return self."""
+        self.fuse_lora()
+        self.unload_lora()
+        return self
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save as diffusers does; adapters that are still attached are merged in what is saved, not in this model."""
+        if getattr(self, "peft_config", None):
+            copy.deepcopy(self).merge_lora().save_pretrained(save_directory, **kwargs)
+        else:
+            super().save_pretrained(save_directory, **kwargs)
+
+
+def _trains(name: str, which: Trainable) -> bool:
+    if which == "all":
+        return True
+    if which == "image+mask":
+        return not any(part in name for part in TEXT_BRANCH)
+    return name.startswith("mask_embed.") or ".mask." in name or ".lora_" in name
+
+
+def _init_patch_embed(embed: PatchEmbed) -> None:
+    # A linear layer on flattened patches, and initialised as one.
+    nn.init.xavier_uniform_(embed.proj.weight.view(embed.proj.weight.shape[0], -1))
+    nn.init.zeros_(embed.proj.bias)
