@@ -14,23 +14,23 @@ SOURCES = sorted((REPO / "src").rglob("*.py"))
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
 
 
-def run(*command):
-    """The tool's own words if it complains, nothing otherwise."""
+def check(*command):
     environment = {**os.environ, "NO_COLOR": "1"}
     done = subprocess.run([sys.executable, "-m", *command], cwd=REPO, capture_output=True, text=True, env=environment)
-    return "" if done.returncode == 0 else done.stdout + done.stderr
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
 
 
 def test_lint_is_clean():
-    assert run("ruff", "check", ".") == ""
+    check("ruff", "check", "src", "tests", "benchmarks")
 
 
 def test_format_is_clean():
-    assert run("ruff", "format", "--check", ".") == ""
+    check("ruff", "format", "--check", "src", "tests", "benchmarks")
 
 
 def test_types_are_clean():
-    assert run("mypy", "src/terrasynth") == ""
+    check("mypy", "src/terrasynth")
 
 
 @pytest.mark.parametrize(

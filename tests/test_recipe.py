@@ -202,7 +202,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     name=texts,
     caption=texts,
@@ -210,7 +210,9 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
     clip=st.none() | positive,
     seeds=st.lists(st.integers(min_value=0), min_size=1, unique=True),
     arms=st.lists(st.builds(ArmConfig, name=texts, cutmix=st.booleans()), min_size=1, unique_by=lambda arm: arm.name),
-    options=st.dictionaries(texts, st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts),
+    options=st.dictionaries(
+        texts, st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
+    ),
 )
 def test_an_explained_recipe_loads_back_to_itself(tmp_path_factory, name, caption, rate, clip, seeds, arms, options):
     recipe = Recipe(

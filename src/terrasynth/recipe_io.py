@@ -33,7 +33,7 @@ class LoadedRecipe:
 
     Attributes:
         recipe: the validated recipe.
-        base: folder of its file; relative paths inside the recipe start there.
+        base: folder of its file, where a relative `data.label_schema` starts.
     """
 
     recipe: Recipe
@@ -80,7 +80,7 @@ def load_recipe(
                 expected="data.kind: folder",
                 fix="leave --data out, or start from `terrasynth recipe dubai16`, which reads a folder",
             )
-        values["data"]["root"] = str(Path(data).resolve())
+        values["data"]["root"] = str(data)
         recipe = _validate(values, "--data")
     return LoadedRecipe(recipe, path.parent)
 
