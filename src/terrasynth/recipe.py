@@ -204,7 +204,7 @@ class SteeringConfig(_Config):
     steps: NonNegative = 4
     """K: how many of the first steps are rectified."""
     strength: Annotated[float, Field(ge=0)] = 0.1
-    """alpha: the largest step along the gradient. With `normalise: l2` it is relative to the velocity's norm."""
+    """alpha: the largest step along the gradient. With `normalise: velocity` it is relative to the velocity's norm."""
     schedule: Literal["constant", "increasing", "decreasing"] = "decreasing"
     """alpha over the steps i of N: alpha, alpha (i + 1) / N, or alpha (1 - (i + 1) / N)."""
     normalise: Literal["none", "unit", "velocity"] = "velocity"

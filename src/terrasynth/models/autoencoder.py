@@ -62,7 +62,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, images: Tensor, max_patches: int = 500_000) -> PatchPCA:
-        """Set the components from images (N, 3, H, W) in [-1, 1]; an even subset of at most `max_patches` patches is used."""
+        """Set the components from images (N, 3, H, W) in [-1, 1], from an even subset of at most `max_patches` patches."""
         patches = F.pixel_unshuffle(images, self.config.patch_size).movedim(1, -1).flatten(0, -2)
         patches = patches[:: max(1, len(patches) // max_patches)].double()
         mean = patches.mean(0)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 import terrasynth
-from terrasynth.data.folder import Tiles, check_splits, load_tiles
-from terrasynth.data.write import load_synthetic
+from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_tiles
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, write_json
 from terrasynth.recipe import ArmConfig, Recipe
@@ -130,8 +129,10 @@ class Study:
             if not outcome.finished:
                 raise OutOfTime
             segmentor.save_pretrained(folder / "segmentor")
+            confusion = segmentor.evaluate(self.test)
             result = {
-                "test": segmentor.evaluate(self.test).to_dict(schema.names),
+                "metrics": confusion.metrics(schema.names),
+                "confusion": confusion.matrix.tolist(),
                 "curve": _curve(folder / "training" / "log.jsonl"),
             }
             # Most of the space, and of no use once the cell is finished.
@@ -252,7 +253,10 @@ class Study:
 
 def _statistics(cells: Mapping[str, list[Unit]], baseline: str) -> dict[str, Any]:
     """Mean and interval of every metric of every arm, and every arm's paired difference to the baseline."""
-    values = {arm: _by_metric([_metrics(unit) for unit in units]) for arm, units in cells.items()}
+    values = {
+        arm: {name: [unit.result["metrics"][name] for unit in units] for name in units[0].result["metrics"]}
+        for arm, units in cells.items()
+    }
     return {
         "arms": [
             {"name": arm, "metrics": {name: summarise(v).to_dict() for name, v in metrics.items()}}
@@ -267,24 +271,11 @@ def _statistics(cells: Mapping[str, list[Unit]], baseline: str) -> dict[str, Any
     }
 
 
-def _metrics(unit: Unit) -> dict[str, float | None]:
-    """The metrics of a cell by their keys in `results.json`."""
-    test = unit.result["test"]
-    metrics = {"miou": test["mIoU"], "oa": test["OA"], "macc": test["mAcc"], "f1": test["mF1"]}
-    metrics |= {f"iou/{name}": values["IoU"] for name, values in test["classes"].items()}
-    metrics |= {f"f1/{name}": values["F1"] for name, values in test["classes"].items()}
-    return metrics
-
-
-def _by_metric(cells: list[dict[str, float | None]]) -> dict[str, list[float | None]]:
-    return {name: [metrics[name] for metrics in cells] for name in cells[0]}
-
-
 def _plateau(once: list[Unit], twice: list[Unit], baseline: str, steps: int) -> dict[str, Any] | None:
     """How much twice the steps move the baseline."""
     if not twice:
         return None
-    before, after = ([_metrics(unit)["miou"] for unit in units] for units in (once, twice))
+    before, after = ([unit.result["metrics"]["miou"] for unit in units] for units in (once, twice))
     return {
         "baseline": baseline,
         "steps": steps,
@@ -297,8 +288,8 @@ def _plateau(once: list[Unit], twice: list[Unit], baseline: str, steps: int) -> 
 def _curve(log: Path) -> dict[str, list[float]]:
     """Validation mIoU against step from the log of a training."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    points = [line for line in lines if "mIoU" in line]
-    return {"steps": [line["step"] for line in points], "miou": [line["mIoU"] for line in points]}
+    points = [line for line in lines if "miou" in line]
+    return {"steps": [line["step"] for line in points], "miou": [line["miou"] for line in points]}
 
 
 def _gallery(out: Path, tiles: Tiles, painted: Mapping[str, Unit], count: int = 6) -> None:

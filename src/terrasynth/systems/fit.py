@@ -17,7 +17,8 @@ from terrasynth.io import atomic_dir, atomic_write, digest
 from terrasynth.models.text import PromptCache
 from terrasynth.progress import track
 from terrasynth.systems.todsynth import TODSynthPipeline
-from terrasynth.training.loop import Key, Outcome, train
+from terrasynth.training.keys import Key
+from terrasynth.training.loop import Outcome, train
 
 if TYPE_CHECKING:
     from terrasynth.recipe import DataConfig, GeneratorConfig, SamplingConfig
@@ -65,7 +66,7 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
         if not path.is_file():
             latents, mask_latents = [], []
             device = pipeline.vae.device
-            with track(len(jobs), "encoding tiles") as progress:
+            with track(len(jobs), "encoding tiles", unit="views") as progress:
                 for start in range(0, len(jobs), batch_size):
                     some = slice(start, start + batch_size)
                     images = torch.stack([image for image, _ in pairs[some]]).to(device).float() / 255
@@ -176,9 +177,6 @@ def fit_generator(
         label="training the generator",
     )
     if outcome.finished and not (folder / "model").is_dir():
-        if config.trainable == "lora":
-            transformer.fuse_lora()
-            transformer.unload_lora()
         with atomic_dir(folder / "model") as partial:
             pipeline.save_pretrained(partial)
     return outcome

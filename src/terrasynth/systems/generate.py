@@ -99,8 +99,7 @@ def paint(
         plan={**provenance, "jobs": digest([vars(job) for job in jobs]), "tiles": tiles.fingerprint()},
     )
     done = writer.done()
-    with track(len(jobs), label) as progress:
-        progress.advance(len(done))
+    with track(len(jobs), label, unit="images", done=len(done)) as progress:
         # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
         for start in range(0, len(jobs), sampling.batch_size):
             batch = jobs[start : start + sampling.batch_size]
@@ -123,13 +122,7 @@ def paint(
             pixels = (images * 255).round().byte().cpu()
             for job, image, mask, prompt in zip(batch, pixels, masks, prompts, strict=True):
                 if job in missing:
-                    row = {
-                        "seed": job.seed,
-                        "source_mask": tiles.ids[job.source],
-                        "view": job.view,
-                        "prompt": prompt,
-                        **provenance,
-                    }
-                    writer.add(job.id, image, mask, row)
+                    source = {"source_mask": tiles.ids[job.source], "view": job.view}
+                    writer.add(job.id, image, mask, {"seed": job.seed, **source, "prompt": prompt, **provenance})
             progress.advance(len(missing))
     return writer.finish()

@@ -76,8 +76,9 @@ class TODSynthPipeline(DiffusionPipeline):
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         label_schema: dict[str, Any] | None = None,
-        mask_coding: MaskCoding = "onehot",
-        mask_init: Literal["copy", "random"] = "copy",
+        # Plain `str`: diffusers checks the types it loads, and can not read a Literal.
+        mask_coding: str = "onehot",
+        mask_init: str = "copy",
         caption: str = "a satellite image of {classes}",
     ) -> None:
         super().__init__()
@@ -279,7 +280,7 @@ class TODSynthPipeline(DiffusionPipeline):
         grid = images.shape[-1] // vae.config.patch_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            transformer = MaskMMDiT.from_scratch(
+            transformer = MaskMMDiT(
                 sample_size=grid,
                 patch_size=config.patch_size,
                 in_channels=config.autoencoder.channels,
@@ -294,7 +295,7 @@ class TODSynthPipeline(DiffusionPipeline):
                 pos_embed_max_size=2 * grid // config.patch_size,
                 qk_norm="rms_norm",
                 mask_channels=mask_channels(schema, config.mask_coding, vae),
-            )
+            ).initialize_from_scratch()
         return cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift),
