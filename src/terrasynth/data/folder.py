@@ -567,7 +567,7 @@ def _common_coding(
         path=paths[0].parent,
         found="; ".join(f"{name} could be {fits}" for fits, name in example.items()),
         expected="class indices in all masks, or the colours of the label schema in all masks",
-        fix="export the masks in one coding, or correct the colours of the label schema",
+        fix="export the masks in one coding, or correct the colours of the label schema: a grey level v is [v, v, v]",
     )
 
 
