@@ -145,8 +145,8 @@ def test_the_answer_is_about_the_best_synthetic_arm():
 
 def test_several_synthetic_arms_are_corrected_for():
     firm = judge({"real": REAL, "plain": shifted(0.01), "CRFM": shifted(0.02)})
-    assert "Bonferroni" in firm.cautions[0]
-    assert firm.cautions[0].endswith("still excludes zero.")
+    assert "Bonferroni" in firm.notes[0]
+    assert firm.notes[0].endswith("still excludes zero.")
     assert not firm.reserved
     # Differences whose 95 % interval is above zero and whose 97.5 % interval is not.
     weak = judge({"real": REAL, "plain": REAL, "CRFM": shifted(0.02, np.array([-0.007, 0, 0.007]))})

@@ -63,7 +63,7 @@ def class_figure(
     """
     pitch, gap = 0.13, 0.19
     row = pitch * len(arms) + gap
-    with _figure(width, row * len(classes) + 0.75) as figure:
+    with _figure(width, row * len(classes) + 0.55) as figure:
         axes = figure.add_subplot()
         centres = [-position * row for position in range(len(classes))]
         for position, (name, summaries) in enumerate(arms.items()):
@@ -132,7 +132,7 @@ def curve_figure(
         curves: by arm, steps and mIoU (fractions) of every seed.
         width: in inches.
     """
-    with _figure(width, min(3.6, 0.75 * width)) as figure:
+    with _figure(width, min(3.4, 0.65 * width)) as figure:
         axes = figure.add_subplot()
         for position, (name, seeds) in enumerate(curves.items()):
             color = arm_color(position)
@@ -338,14 +338,19 @@ def _row_labels(
 
 
 def _arm_legend(figure: Any, width: float) -> None:
+    """Name the arms above the chart, which keeps its own height."""
     characters = int(width * 72 / (0.62 * _FONT_SIZE))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     labels = [textwrap.shorten(label, characters - 8, placeholder="…") for label in labels]
+    one_row = sum(len(label) + 6 for label in labels) <= characters
+    columns = len(labels) if one_row else max(1, min(4, characters // (max(map(len, labels)) + 6)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 1.35 * _FONT_SIZE / 72 * rows)
     figure.legend(
         handles,
         labels,
         loc="outside upper left",
-        ncols=max(1, min(4, characters // (max(map(len, labels)) + 6))),
+        ncols=columns,
         frameon=False,
         handletextpad=0.2,
         columnspacing=1.4,

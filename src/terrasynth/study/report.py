@@ -216,7 +216,7 @@ def verdict(results: Results) -> Verdict:
         doubts.append(not _above(over))
     if len(arms) > 1 and outcome == "helps":
         corrected = best.minus(baseline, confidence=1 - 0.05 / len(arms))
-        cautions.append(_selection(len(arms), corrected))
+        (notes if _above(corrected) else cautions).append(_selection(len(arms), corrected))
         doubts.append(not _above(corrected))
     if (plateau := results.plateau) is not None and plateau.difference.delta is not None:
         moving = _still_moving(plateau.difference, gain)
