@@ -180,7 +180,8 @@ class Segmentor(nn.Module):
                 control-rectify flow matching descends; "none", (B, H, W), 0 where unlabelled.
                 The mean of no pixels is 0.
         """
-        logits = self(images).float()
+        logits = self(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="none")
         labelled = targets != self.ignore_index
         match reduction:
