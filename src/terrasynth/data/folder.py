@@ -27,7 +27,7 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.io import IMAGE_SUFFIXES, Pixels, digest, open_image
 from terrasynth.recipe import DataConfig, SplitConfig
 
-__all__ = ["Sample", "Split", "Tiles", "check_splits", "load_synthetic", "load_tiles"]
+__all__ = ["Sample", "Split", "Tiles", "check_splits", "load_masks", "load_synthetic", "load_tiles"]
 
 Split = Literal["train", "validation", "test"]
 _Array = NDArray[np.uint8]
@@ -159,6 +159,47 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
     return tiles
 
 
+def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tuple[tuple[str, ...], Tensor]:
+    """Load every mask of a folder, without images: layouts to paint.
+
+    Args:
+        folder: mask files, coded as `load_tiles` reads them.
+        schema: their classes.
+        image_size: what they are brought to, by the most frequent or middle class.
+
+    Returns:
+        The names without suffix, and uint8 masks (N, S, S).
+
+    Raises:
+        TerraSynthError: anything that is wrong, with every bad file in one message.
+    """
+    folder = Path(folder)
+    config = DataConfig(image_size=image_size)
+    paths = [path for several in _by_stem(folder, "--masks").values() for path in several]
+    if not paths:
+        raise TerraSynthError("no masks here", path=folder, expected=", ".join(IMAGE_SUFFIXES), fix="correct --masks")
+    masks, problems = [], []
+    for path in paths:
+        try:
+            readings = _read_mask(path, schema, config.mask_coding)
+            shape = next(iter(readings.values())).shape
+            if min(shape) < image_size:
+                raise TerraSynthError(
+                    "the mask is smaller than the model paints",
+                    path=path,
+                    found=_size(shape),
+                    expected=f"at least {image_size} x {image_size}",
+                    fix="cut larger masks",
+                )
+            masks.append({coding: _fit_mask(mask, config) for coding, mask in readings.items()})
+        except TerraSynthError as error:
+            problems.append(error)
+    if problems:
+        raise _combined(problems, folder.name, len(paths))
+    coding = _common_coding(masks, paths, schema, chosen=config.mask_coding)
+    return tuple(path.stem for path in paths), torch.from_numpy(np.stack([readings[coding] for readings in masks]))
+
+
 def load_synthetic(folder: str | Path) -> Tiles:
     """Load a finished dataset of `data.write.SyntheticWriter`.
 
@@ -184,7 +225,12 @@ def load_synthetic(folder: str | Path) -> Tiles:
         except TerraSynthError as error:
             problems.append(error)
     if problems:
-        raise _combined(problems, "synthetic", len(rows))
+        raise TerraSynthError(
+            f"{len(problems)} of {len(rows)} samples are damaged",
+            path=folder,
+            found="\n    " + _listed([f"{e.path}: {e.problem}" for e in problems], separator="\n    "),
+            fix="delete these files and run the command that painted them again",
+        )
     return Tiles(
         tuple(row["id"] for row in rows),
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),

@@ -72,9 +72,9 @@ class SyntheticWriter:
         self._versions = {name: version(name) for name in ("terrasynth", "torch", "diffusers")}
         self._claim()
         write_json(self.folder / "schema.json", schema.to_dict())
-        for name in ("images", "masks"):
-            (self.folder / name).mkdir(exist_ok=True)
-            remove_incomplete(self.folder / name)
+        for folder in (self.folder, self.folder / "images", self.folder / "masks"):
+            folder.mkdir(exist_ok=True)
+            remove_incomplete(folder)
 
     def _claim(self) -> None:
         marker = self.folder / _MARKER
@@ -97,7 +97,6 @@ class SyntheticWriter:
                     expected="the same settings",
                     fix=f"choose another --out, or delete {self.folder}",
                 )
-            remove_incomplete(self.folder)
         else:
             write_json(marker, {"format": "terrasynth synthetic dataset", "version": 1, "plan": self.plan})
 
