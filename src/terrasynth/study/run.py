@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import terrasynth
+from terrasynth.data.augment import view
 from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_tiles
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, write_json
@@ -22,8 +23,7 @@ from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.study.units import Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
-from terrasynth.systems.generate import paint, plan, steering_for
-from terrasynth.systems.todsynth import TODSynthPipeline
+from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
 from terrasynth.tasks.segmentation import Segmentor, fit
 
 __all__ = ["Study"]
@@ -157,32 +157,21 @@ class Study:
 
         def work(folder: Path) -> dict[str, Any]:
             segmentor = Segmentor.from_pretrained(steers.folder / "segmentor").to(_DEVICE)
-            self.paint(folder / "dataset", count, seed, segmentor if steered else None, f"painting {kind}, seed {seed}")
+            paint(
+                load_pipeline(self.generator.folder / "model").to(_DEVICE),
+                self.train.masks,
+                self.train.ids,
+                plan(count, len(self.train), seed),
+                self.recipe.sampling,
+                folder / "dataset",
+                provenance={"recipe": self.recipe.name, **inputs},
+                steering=steering_for(self.recipe.steering, segmentor.loss) if steered else None,
+                label=f"painting {kind}, seed {seed}",
+            )
             painted = load_synthetic(folder / "dataset")
             return {"agreement": segmentor.evaluate(painted).mean_iou, "count": len(painted)}
 
         return do(self.out / "synthetic", f"{kind} seed {seed}", inputs, self.clock, work)
-
-    def paint(self, folder: Path, count: int, seed: int, steers: Segmentor | None, label: str = "painting") -> Path:
-        """Paint `count` images under the training masks into `folder`, steered by a segmentor or not."""
-        pipeline = TODSynthPipeline.from_pretrained(self.generator.folder / "model").to(_DEVICE)
-        recipe = self.recipe
-        steering = None if steers is None else steering_for(recipe.steering, recipe.sampling, steers.loss)
-        return paint(
-            pipeline,
-            self.train,
-            plan(count, len(self.train), seed),
-            recipe.sampling,
-            folder,
-            provenance={
-                "recipe": recipe.name,
-                "model": self.generator.key,
-                "sampling": recipe.sampling.model_dump(mode="json", exclude={"batch_size"}),
-                "steering": None if steers is None else recipe.steering.model_dump(mode="json"),
-            },
-            steering=steering,
-            label=label,
-        )
 
     # The whole
 
@@ -202,7 +191,7 @@ class Study:
         timing |= {"plateau check": twice} if twice else {}
         seconds = {name: sum(unit.seconds for unit in units) for name, units in timing.items()}
         schema = self.train.schema
-        _gallery(self.out, self.train, {kind: units[0] for kind, units in painted.items()})
+        _gallery(self.out, self.train, study.seeds[0], {kind: units[0] for kind, units in painted.items()})
         write_json(
             self.out / "results.json",
             {
@@ -292,19 +281,21 @@ def _curve(log: Path) -> dict[str, list[float]]:
     return {"steps": [line["step"] for line in points], "miou": [line["miou"] for line in points]}
 
 
-def _gallery(out: Path, tiles: Tiles, painted: Mapping[str, Unit], count: int = 6) -> None:
-    """Masks with their paintings, the same job with and without steering, for the report."""
+def _gallery(out: Path, tiles: Tiles, seed: int, painted: Mapping[str, Unit], count: int = 6) -> None:
+    """Masks, the real tiles under them, and their paintings with and without steering, for the report."""
     from PIL import Image
 
     sets = {kind: load_synthetic(unit.folder / "dataset") for kind, unit in painted.items()}
     if not sets:
         return
-    masks = next(iter(sets.values())).masks
+    total = len(next(iter(sets.values())))
     entries = []
-    for index in sorted({round(i * (len(masks) - 1) / (count - 1)) for i in range(count)}):
-        entry = {"caption": tiles.schema.caption(masks[index])}
-        pictures = {"mask": tiles.schema.to_color(masks[index].numpy())}
+    for index in sorted({round(i * (total - 1) / (count - 1)) for i in range(count)}):
+        job = plan(total, len(tiles), seed)[index]
+        image, mask = view(tiles.images[job.source], tiles.masks[job.source], job.view)
+        pictures = {"mask": tiles.schema.to_color(mask), "real": image.movedim(0, -1).numpy()}
         pictures |= {kind: dataset.images[index].movedim(0, -1).numpy() for kind, dataset in sets.items()}
+        entry = {"caption": tiles.schema.caption(mask)}
         for kind, pixels in pictures.items():
             path = out / "gallery" / f"{index:06d}-{kind}.png"
             with atomic_write(path) as partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from terrasynth.data.augment import view
-from terrasynth.data.folder import Tiles
+from terrasynth.data.folder import Tiles, load_masks
 from terrasynth.data.write import SyntheticWriter
+from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest
 from terrasynth.progress import track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
@@ -20,7 +22,7 @@ from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
 from terrasynth.systems.todsynth import TODSynthPipeline
 
-__all__ = ["Job", "paint", "plan", "steering_for"]
+__all__ = ["Job", "generate", "load_pipeline", "paint", "plan", "steering_for"]
 
 #: Views 0...7 are the tile itself, flipped and turned; from here on each is another zoom.
 _FIRST_ZOOM = 8
@@ -48,14 +50,11 @@ def plan(count: int, tiles: int, seed: int) -> list[Job]:
     return jobs
 
 
-def steering_for(
-    config: SteeringConfig, sampling: SamplingConfig, loss: Callable[[Tensor, Tensor, str], Tensor]
-) -> Callable[[Tensor], Steering]:
+def steering_for(config: SteeringConfig, loss: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[[Tensor], Steering]:
     """CRFM by a task's loss: maps the masks of a batch to its steering.
 
     Args:
         config: strength, schedule and the rest.
-        sampling: for the number of steps.
         loss: `Task.loss(images, targets, reduction)`; with reduction "wrong" or "image" it gives one value per image.
     """
     reduction = "wrong" if config.wrong_pixels_only else "image"
@@ -72,7 +71,8 @@ def steering_for(
 
 def paint(
     pipeline: TODSynthPipeline,
-    tiles: Tiles,
+    masks: Tensor,
+    ids: Sequence[str],
     jobs: Sequence[Job],
     sampling: SamplingConfig,
     folder: Path,
@@ -85,20 +85,22 @@ def paint(
 
     Args:
         pipeline: paints.
-        tiles: their masks are painted.
+        masks: uint8 (N, S, S), the layouts.
+        ids: their N names, recorded with every sample.
         jobs: what to paint, from `plan`.
         sampling: steps, guidance scales, batch size.
         folder: new, or begun by the same call.
-        provenance: recorded with every sample: model, recipe and steering digests.
+        provenance: recorded with every sample: model, recipe, steering.
         steering: makes the steering of a batch from its masks, from `steering_for`.
         label: names the progress bar.
     """
     writer = SyntheticWriter(
         folder,
-        tiles.schema,
-        plan={**provenance, "jobs": digest([vars(job) for job in jobs]), "tiles": tiles.fingerprint()},
+        pipeline.schema,
+        plan={**provenance, "jobs": digest([vars(job) for job in jobs]), "masks": digest(ids, masks.tolist())},
     )
     done = writer.done()
+    device = pipeline.transformer.device
     with track(len(jobs), label, unit="images", done=len(done)) as progress:
         # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
         for start in range(0, len(jobs), sampling.batch_size):
@@ -106,23 +108,101 @@ def paint(
             missing = [job for job in batch if job.id not in done]
             if not missing:
                 continue
-            masks = torch.stack([view(tiles.images[job.source], tiles.masks[job.source], job.view)[1] for job in batch])
-            prompts = [pipeline.schema.caption(mask, pipeline.config.caption) for mask in masks]
-            device_masks = masks.long().to(pipeline.transformer.device)
+            targets = torch.stack([view_mask(masks[job.source], job.view) for job in batch])
+            prompts = [pipeline.schema.caption(mask, pipeline.config.caption) for mask in targets]
             images = pipeline(
-                device_masks,
+                targets.long().to(device),
                 prompts,
                 seeds=[job.seed for job in batch],
                 num_inference_steps=sampling.steps,
                 text_scale=sampling.text_scale,
                 mask_scale=sampling.mask_scale,
-                steering=None if steering is None else steering(device_masks),
+                steering=None if steering is None else steering(targets.long().to(device)),
                 output_type="pt",
             ).images
             pixels = (images * 255).round().byte().cpu()
-            for job, image, mask, prompt in zip(batch, pixels, masks, prompts, strict=True):
+            for job, image, mask, prompt in zip(batch, pixels, targets, prompts, strict=True):
                 if job in missing:
-                    source = {"source_mask": tiles.ids[job.source], "view": job.view}
+                    source = {"source_mask": ids[job.source], "view": job.view}
                     writer.add(job.id, image, mask, {"seed": job.seed, **source, "prompt": prompt, **provenance})
             progress.advance(len(missing))
     return writer.finish()
+
+
+def view_mask(mask: Tensor, index: int) -> Tensor:
+    """The view of a mask alone, uint8 (S, S); see `data.augment.view`."""
+    return view(mask.expand(3, -1, -1), mask, index)[1]
+
+
+def generate(
+    model: Path,
+    masks: Path | Tiles,
+    folder: Path,
+    *,
+    sampling: SamplingConfig,
+    steering: SteeringConfig,
+    segmentor: Path | None = None,
+    count: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Paint a synthetic dataset with a trained model: `terrasynth generate`.
+
+    Args:
+        model: folder of a pipeline.
+        masks: folder of mask files, or tiles whose masks are painted.
+        folder: of the dataset.
+        sampling: steps, guidance scales, batch size.
+        steering: settings of CRFM, used with a `segmentor`.
+        segmentor: folder of the segmentor that steers; None paints without steering.
+        count: how many images; by default one per mask.
+        seed: of the run.
+    """
+    from terrasynth.tasks.segmentation import Segmentor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_pipeline(model).to(device)
+    if isinstance(masks, Path):
+        size = pipeline.transformer.config.sample_size * pipeline.factor
+        ids, layouts = load_masks(masks, pipeline.schema, size)
+    else:
+        ids, layouts = masks.ids, masks.masks
+    steer = None
+    if segmentor is not None:
+        steer = steering_for(steering, Segmentor.from_pretrained(segmentor, schema=pipeline.schema).to(device).loss)
+    return paint(
+        pipeline,
+        layouts,
+        ids,
+        plan(count or len(ids), len(ids), seed),
+        sampling,
+        folder,
+        provenance={
+            "model": file_digest(model / "transformer"),
+            "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "steering": None if segmentor is None else steering.model_dump(mode="json"),
+            "segmentor": None if segmentor is None else file_digest(segmentor),
+        },
+        steering=steer,
+    )
+
+
+def file_digest(folder: Path) -> str:
+    """Digest of the safetensors files of a model's folder: what made a sample, whatever the folder is called."""
+    hashes = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            hashes.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(hashes)
+
+
+def load_pipeline(folder: Path) -> TODSynthPipeline:
+    """Load what `terrasynth train` made, with an error that helps where the folder is something else."""
+    if not (folder / "model_index.json").is_file():
+        raise TerraSynthError(
+            "not the folder of a model",
+            path=folder,
+            found="no model_index.json",
+            expected="a pipeline that `terrasynth train` saved",
+            fix="give the folder called `model` that `terrasynth train` printed",
+        )
+    return TODSynthPipeline.from_pretrained(folder)
