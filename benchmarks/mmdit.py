@@ -93,7 +93,7 @@ def kernels(step: Callable[[], object]) -> dict[str, float]:
         "concatenate, copy, fill": ("cat", "copy_", "fill_", "zero_", "clone", "split", "slice"),
         "sums over tokens": ("sum",),
         "multiply, add": ("mul", "add", "lerp", "sub"),
-        "q/k RMS norm": ("pow", "mean", "rsqrt", "rms_norm"),
+        "squares, means, roots (q/k norm)": ("pow", "mean", "rsqrt", "rms_norm"),
     }
     step()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
