@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import torch
+
+from terrasynth.data.folder import load_synthetic, load_tiles
+from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
+from terrasynth.recipe import SamplingConfig, SteeringConfig
+from terrasynth.systems.fit import build
+from terrasynth.systems.generate import generate, load_pipeline, paint, plan, steering_for
+from terrasynth.tasks.segmentation import Segmentor
+
+SAMPLING = SamplingConfig(steps=2, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def tiles(tiny_recipe):
+    return load_tiles(tiny_recipe.data, "train")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_recipe, tiles, tmp_path_factory):
+    torch.manual_seed(0)
+    pipeline = build(tiny_recipe.generator, tiny_recipe.data, tiles)
+    for parameter in pipeline.transformer.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("model")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_job_derives_from_seed_and_index_alone():
+    short, long = plan(5, tiles=3, seed=7), plan(9, tiles=3, seed=7)
+    assert long[:5] == short
+    assert [job.source for job in long] == [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    seeds = {job.seed for run in range(50) for job in plan(100, tiles=3, seed=run)}
+    assert len(seeds) == 5000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_an_interrupted_painting_ends_as_an_uninterrupted_one(model, tiles, tmp_path):
+    pipeline = load_pipeline(model)
+    jobs = plan(5, len(tiles), seed=0)
+    paint(pipeline, tiles.masks, tiles.ids, jobs, SAMPLING, tmp_path / "whole", provenance={"model": "x"})
+
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+    original = pipeline.decode
+
+    def fail_in_the_third_batch(latents):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        return original(latents)
+
+    pipeline.decode = fail_in_the_third_batch
+    with pytest.raises(Killed):
+        paint(pipeline, tiles.masks, tiles.ids, jobs, SAMPLING, tmp_path / "cut", provenance={"model": "x"})
+    assert not (tmp_path / "cut" / "metadata.jsonl").exists()
+    # As if the kill had come between two samples of one batch.
+    (tmp_path / "cut" / "images" / "000003.png").unlink()
+    pipeline.decode = original
+    paint(pipeline, tiles.masks, tiles.ids, jobs, SAMPLING, tmp_path / "cut", provenance={"model": "x"})
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_the_dataset_says_where_every_sample_comes_from(model, tiles, tmp_path):
+    folder = generate(model, tiles, tmp_path / "out", sampling=SAMPLING, steering=SteeringConfig(), count=3, seed=4)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [job.seed for job in plan(3, len(tiles), 4)]
+    assert {row["source_mask"] for row in rows} <= set(tiles.ids)
+    assert all(row["prompt"].startswith("a satellite image of ") and row["steering"] is None for row in rows)
+    painted = load_synthetic(folder)
+    assert painted.images.shape == (3, 3, 32, 32)
+    assert painted.schema == tiles.schema
+
+
+def test_masks_of_a_folder_are_painted_in_any_coding(model, tiles, tmp_path):
+    from PIL import Image
+
+    for i, mask in enumerate(tiles.masks[:2]):
+        (tmp_path / "index").mkdir(exist_ok=True)
+        (tmp_path / "color").mkdir(exist_ok=True)
+        Image.fromarray(mask.numpy()).save(tmp_path / "index" / f"{i}.png")
+        Image.fromarray(tiles.schema.to_color(mask)).save(tmp_path / "color" / f"{i}.png")
+    made = [
+        generate(model, tmp_path / name, tmp_path / f"out-{name}", sampling=SAMPLING, steering=SteeringConfig())
+        for name in ("index", "color")
+    ]
+    first, second = map(load_synthetic, made)
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.masks, second.masks)
+
+
+def test_steering_by_a_segmentor_lowers_its_loss(model, tiles, tiny_recipe, tmp_path):
+    segmentor = Segmentor.build(tiny_recipe.segmentor, tiles.schema.num_classes, seed=0)
+    strong = SteeringConfig(steps=2, strength=0.5, schedule="constant")
+    losses = []
+    for steering in (None, steering_for(strong, segmentor.loss)):
+        folder = tmp_path / str(steering is None)
+        jobs = plan(4, len(tiles), seed=0)
+        paint(load_pipeline(model), tiles.masks, tiles.ids, jobs, SAMPLING, folder, provenance={}, steering=steering)
+        painted = load_synthetic(folder)
+        with torch.no_grad():
+            losses.append(segmentor.loss(painted.images.float() / 255, painted.masks.long(), "image").mean().item())
+    assert losses[1] < losses[0]
+
+
+def test_a_segmentor_of_other_classes_does_not_steer(model, tiles, tiny_recipe, tmp_path):
+    schema = LabelSchema(("a", "b"), ((1, 1, 1), (2, 2, 2)))
+    Segmentor.build(tiny_recipe.segmentor, 2, seed=0, class_names=schema.names).save_pretrained(tmp_path / "other")
+    with pytest.raises(TerraSynthError, match=r"was|classes"):
+        generate(
+            model, tiles, tmp_path / "out", sampling=SAMPLING, steering=SteeringConfig(), segmentor=tmp_path / "other"
+        )
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(TerraSynthError, match="not the folder of a model"):
+        load_pipeline(tmp_path)

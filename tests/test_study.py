@@ -1,0 +1,153 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from terrasynth.errors import TerraSynthError
+from terrasynth.recipe import Recipe
+from terrasynth.study.run import Study
+from terrasynth.study.units import Clock, OutOfTime, do
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    Study(tiny_recipe, Path(), out).run("terrasynth study tiny")
+    return out
+
+
+def stamps(out):
+    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in out.rglob("unit.json")}
+
+
+def scores(out):
+    """What must not depend on how often the study was interrupted: everything but times."""
+    results = json.loads((out / "results.json").read_text())
+    return {name: value for name, value in results.items() if name not in ("timing", "total_seconds", "command")}
+
+
+def test_results_have_every_arm_paired_by_seed(finished, tiny_recipe):
+    results = json.loads((finished / "results.json").read_text())
+    names = [arm.name for arm in tiny_recipe.study.arms]
+    assert [arm["name"] for arm in results["arms"]] == names
+    values = {arm["name"]: arm["metrics"]["miou"] for arm in results["arms"]}
+    assert all(len(v["values"]) == 2 and v["ci95"][0] <= v["mean"] <= v["ci95"][1] for v in values.values())
+    comparisons = {c["arm"]: c for c in results["comparisons"] if c["metric"] == "miou"}
+    assert set(comparisons) == set(names[1:])
+    for name, comparison in comparisons.items():
+        differences = [a - b for a, b in zip(values[name]["values"], values["real"]["values"], strict=True)]
+        assert comparison["delta"] == pytest.approx(sum(differences) / 2)
+    assert results["plateau"]["twice"] == 2 * tiny_recipe.segmentor.train.steps
+
+
+def test_metrics_are_those_of_the_saved_segmentor_on_the_test_tiles(finished, tiny_recipe):
+    from terrasynth.data.folder import load_tiles
+    from terrasynth.tasks.segmentation import Segmentor
+
+    test = load_tiles(tiny_recipe.data, "test")
+    results = json.loads((finished / "results.json").read_text())
+    (cell,) = finished.glob("cells/real-seed-1-????????")
+    miou = Segmentor.from_pretrained(cell / "segmentor").evaluate(test).mean_iou
+    (real,) = [arm for arm in results["arms"] if arm["name"] == "real"]
+    assert real["metrics"]["miou"]["values"][1] == pytest.approx(miou, abs=1e-6)
+
+
+def test_every_arm_and_seed_trains_as_many_steps_on_the_same_real_tiles(finished, tiny_recipe):
+    for log in finished.glob("cells/*/training/log.jsonl"):
+        last = json.loads(log.read_text().splitlines()[-1])
+        twice = "-x2-" in log.parent.parent.name
+        assert last["step"] == tiny_recipe.segmentor.train.steps * (2 if twice else 1)
+
+
+def test_finished_units_are_not_computed_again(finished, tiny_recipe):
+    before, scored = stamps(finished), scores(finished)
+    Study(tiny_recipe, Path(), finished).run()
+    assert stamps(finished) == before
+    assert scores(finished) == scored
+
+
+def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
+    before = stamps(finished)
+    steering = tiny_recipe.steering.model_copy(update={"strength": 0.2})
+    study = Study(tiny_recipe.model_copy(update={"steering": steering}), Path(), finished)
+    study.run()
+    after = stamps(finished)
+    assert {name: after[name] for name in before} == before
+    new = {name.rsplit("-", 1)[0] for name in after.keys() - before.keys()}
+    assert new == {
+        *(f"synthetic/steered-seed-{seed}" for seed in (0, 1)),
+        *(f"cells/real-synthetic-crfm-seed-{seed}" for seed in (0, 1)),
+    }
+    Study(tiny_recipe, Path(), finished).run()  # leave results.json as the other tests expect it
+
+
+def test_killed_at_any_time_it_ends_with_the_results_of_an_uninterrupted_run(finished, tiny_recipe, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe.model_dump(mode="json")))
+    code = (
+        "import sys; from pathlib import Path; from terrasynth.recipe_io import load_recipe;"
+        "from terrasynth.study.run import Study; loaded = load_recipe(sys.argv[1], []);"
+        "print('ready', flush=True); Study(loaded.recipe, loaded.base, Path(sys.argv[2])).run()"
+    )
+    command = [sys.executable, "-c", code, str(recipe), str(tmp_path / "out")]
+    kills = 0
+    for seconds in (2.0, 5.0, None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
+        assert process.stdout is not None
+        process.stdout.readline()
+        if seconds is None:
+            assert process.wait(240) == 0
+            break
+        time.sleep(seconds)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills, "the study was over before it could be killed"
+    assert scores(tmp_path / "out") == scores(finished)
+
+
+def test_the_report_is_there_and_answers(finished):
+    page = (finished / "report.html").read_text()
+    assert "mIoU" in page
+    assert "<script" not in page
+
+
+def test_out_of_time_stops_and_the_same_call_goes_on(tiny_recipe, tmp_path):
+    with pytest.raises(OutOfTime):
+        Study(tiny_recipe, Path(), tmp_path, max_minutes=0.0).run()
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_unit_is_done_once_and_its_time_adds_up_over_sittings(tmp_path):
+    calls = []
+
+    def work(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            time.sleep(0.2)
+            raise RuntimeError("killed")
+        return {"answer": 42}
+
+    with pytest.raises(RuntimeError):
+        do(tmp_path, "A unit!", {"x": 1}, Clock(), work)
+    unit = do(tmp_path, "A unit!", {"x": 1}, Clock(), work)
+    assert unit == do(tmp_path, "A unit!", {"x": 1}, Clock(), work)
+    assert len(calls) == 2
+    assert calls[0] == calls[1] == unit.folder
+    assert unit.folder.name.startswith("a-unit-")
+    assert unit.seconds >= 0.2
+    assert do(tmp_path, "A unit!", {"x": 2}, Clock(), lambda folder: None).folder != unit.folder
+
+
+def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
+    recipe = tiny_recipe.model_dump()
+    recipe["study"]["arms"] = recipe["study"]["arms"][::-1]
+    with pytest.raises(TerraSynthError, match="baseline"):
+        Study(Recipe.model_validate(recipe), Path(), Path("unused"))
