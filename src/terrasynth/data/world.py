@@ -13,6 +13,7 @@ includes dirt tracks and the cars on them; `water` includes swimming pools.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -391,6 +392,13 @@ def _uv(axis: int, along: T, across: T) -> tuple[T, T]:
     return (along, across) if axis == 0 else (across, along)
 
 
+@lru_cache(maxsize=8)
+def _outline(points: int) -> tuple[Floats, Floats]:
+    """The outline of the unit square, with that many points a side."""
+    t, zero = np.arange(points) / points, np.zeros(points)
+    return np.concatenate((t, zero + 1, 1 - t, zero)), np.concatenate((zero, t, zero + 1, 1 - t))
+
+
 class _Place(NamedTuple):
     """A point of the scene, and the direction of something that stands there."""
 
@@ -418,7 +426,6 @@ class _Frame:
         self.cos, self.sin = math.cos(angle), math.sin(angle)
         reach = min(max(extent, 80.0), 600.0)
         self.shears = [self._shear(rng, reach), self._shear(rng, reach)]
-        self.largest = sum(amplitude * 2 for shear in self.shears for amplitude, _, _ in shear)
 
     @staticmethod
     def _shear(rng: np.random.Generator, reach: float) -> list[tuple[float, float, float]]:
@@ -498,8 +505,9 @@ class _Plan:
     def __init__(self, rng: np.random.Generator, region: Region, extent: float) -> None:
         self.rng, self.region, self.extent = rng, region, extent
         self.frame = _Frame(rng, extent)
-        # What is further out than half the diagonal is not built.
-        self.reach = 0.72 * extent + self.frame.largest + 4.0
+        # What is further from the origin than any point of the tile is not built.
+        edge = [extent * (side - 0.5) for side in _outline(8)]
+        self.reach = float(np.hypot(*self.frame.to_plan(*edge)).max()) + 0.01 * extent + 4.0
         # Cars, markings and the like would be lost in a larger scene.
         self.detailed = extent < 500.0
         self.block = min(max(extent * self.between(1.0, 1.5), 60.0), 260.0)
@@ -599,8 +607,8 @@ class _Plan:
             for part in self.road(cell, axis, cell.at(axis, self.between(0.36, 0.64))):
                 self.divide(part)
             return
-        at = self.rng.random() * sum(self.uses.values())
-        use = next(use for use, upto in zip(self.uses, accumulate(self.uses.values()), strict=True) if at < upto)
+        upto = list(accumulate(self.uses.values()))
+        use = list(self.uses)[bisect(upto, self.rng.random() * upto[-1], hi=len(upto) - 1)]
         # What is there already becomes rarer, so that small scenes stay mixed.
         self.uses[use] *= 0.6
         build = {"houses": self.houses, "farm": self.farm, "wood": self.wood, "lake": self.lake, "open": self.open}
@@ -848,9 +856,7 @@ class _Plan:
             if self.chance(region.pools):
                 at = self.between(start + 2.0, stop - 8.0)
                 pool = _along(axis, at, at + self.between(5, 7), back + inward * 3.2, back + inward * 6.8)
-                self.ground.append((pool.inset(-0.8), paving))
-                u, v = np.array([pool.u0, pool.u1, pool.u1, pool.u0]), np.array([pool.v0, pool.v0, pool.v1, pool.v1])
-                self.shapes.append((u, v, self.surface(WATER, region.pool)))
+                self.ground += (pool.inset(-0.8), paving), (pool, self.surface(WATER, region.pool))
             elif self.detailed and self.chance(0.45):
                 at = start + 3.0 if self.chance(0.5) else stop - 3.0
                 where, shed = _uv(axis, at, front + inward * (depth - 2.8)), self.pick(region.roofs)
@@ -1041,13 +1047,6 @@ class _Plan:
 # --- The drawing, in pixels ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
-def _outline(points: int) -> tuple[Floats, Floats]:
-    """The outline of the unit square, with that many points a side."""
-    t, zero = np.arange(points) / points, np.zeros(points)
-    return np.concatenate((t, zero + 1, 1 - t, zero)), np.concatenate((zero, t, zero + 1, 1 - t))
-
-
 @lru_cache(maxsize=4096)
 def _crown(kind: int, diameter: int, variant: int) -> Floats:
     """Heights of one crown seen from above, (d, d), 0 outside, up to 1."""
@@ -1083,6 +1082,7 @@ class _Maps(NamedTuple):
 
 
 def _draw(plan: _Plan, side: int) -> _Maps:
+    """Draw a plan with `side` pixels a side."""
     scale = side / plan.extent
     middle = side / 2
     frame = plan.frame
@@ -1146,9 +1146,8 @@ def _plant(plan: _Plan, maps: _Maps, scale: float) -> None:
     for i, x_start, y_start, size, variant in zip(keep.tolist(), *(c[keep].tolist() for c in columns), strict=True):
         row = trees[i]
         x0, y0, x1, y1 = max(x_start, 0), max(y_start, 0), min(x_start + size, side), min(y_start + size, side)
-        crown = _crown(int(row[5]), size, variant)[
-            y0 - y_start : y1 - y_start, x0 - x_start : x1 - x_start
-        ] * np.float32(row[3])
+        crown = _crown(int(row[5]), size, variant)[y0 - y_start : y1 - y_start, x0 - x_start : x1 - x_start]
+        crown = crown * np.float32(row[3])
         window = maps.height[y0:y1, x0:x1]
         higher = crown > window
         np.copyto(window, crown, where=higher)
@@ -1291,7 +1290,9 @@ def _majority(fine: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def render(
     seed: int, *, size: int = 128, gsd: float = 0.5, region: str = "temperate"
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Render a scene and its mask. A pure function of its arguments.
+    """Render a scene and its mask.
+
+    A pure function of its arguments: the same bits on every call, with the same versions of numpy and Pillow.
 
     The scene is planned from the seed, the region and the ground it covers (`size * gsd` metres): the same ground at
     another `gsd` is the same scene, seen more finely or more coarsely.
