@@ -1,0 +1,368 @@
+"""Checkpoints: the whole state of a training run as safetensors and JSON, never pickle.
+
+    RUN/
+    ├── log.jsonl                      one line per `log_every` steps, one per evaluation
+    ├── best.safetensors               best weights so far, of a run that monitors a metric
+    └── checkpoints/
+        ├── last -> step-00000500      for people and scripts; the folders themselves decide
+        └── step-00000500/
+            ├── model.safetensors      trainable parameters and buffers, by their name in the model
+            ├── ema.safetensors        moving average of the trainable parameters, if the run keeps one
+            ├── optimizer.safetensors  "NAME.exp_avg", "NAME.exp_avg_sq", "NAME.step" of every trainable parameter
+            ├── best.safetensors       hard link to (or copy of) RUN/best.safetensors as it was at this step
+            └── state.json             step, config, identity, seconds, best, pending log values, versions
+
+A checkpoint folder appears by one rename, so it is whole or absent; only then is its predecessor deleted. There is no
+file of random states: every random number of a run is a function of (seed, step), see `terrasynth.training.loop`.
+Frozen parameters are not stored: whoever builds the model puts them back.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import terrasynth
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import atomic_dir, atomic_write, read_json, write_json
+
+__all__ = [
+    "check_resume",
+    "latest",
+    "load_weights",
+    "read_state",
+    "restore",
+    "restore_best",
+    "save",
+    "save_weights",
+    "tidy",
+    "warn_of_versions",
+    "weights",
+]
+
+_FORMAT = "terrasynth checkpoint 1"
+_STEP = re.compile(r"step-(\d{8,})")
+_BEST = "best.safetensors"
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and persistent buffers by name; a tensor shared by two names appears under the first."""
+    persistent = model.state_dict().keys()
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # safetensors makes files that only their owner may read; the usual permissions are those of a file made here.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(mode)
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TerraSynthError(
+            "the weights can not be written",
+            path=path,
+            found=str(error),
+            fix="make room on the disk and run the same command again; it goes on from the checkpoint before",
+        ) from error
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write `weights(model)` to a safetensors file that replaces `path` in one step."""
+    with _full_disk(path), atomic_write(path) as partial:
+        _write(partial, weights(model))
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    saved = optimizer.state_dict()
+    return {
+        f"{name}.{key}": value
+        for group in saved["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+        for key, value in saved["state"].get(index, {}).items()
+    }
+
+
+def save(
+    run: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor] | None,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `state["step"]`, then delete the one before.
+
+    Args:
+        run: folder of the run.
+        model: its `weights` are written.
+        optimizer: made from named parameters; every value of its state is a tensor.
+        ema: moving averages of the trainable parameters by name, if there are any.
+        state: JSON-able; what `read_state` gives back, with `versions` added.
+
+    Raises:
+        TerraSynthError: the disk is full or refuses; the checkpoint before is still whole.
+    """
+    checkpoints = run / "checkpoints"
+    folder = checkpoints / f"step-{state['step']:08d}"
+    with _full_disk(folder), atomic_dir(folder) as partial:
+        _write(partial / "model.safetensors", weights(model))
+        _write(partial / "optimizer.safetensors", _optimizer_tensors(optimizer))
+        if ema is not None:
+            _write(partial / "ema.safetensors", ema)
+        if (run / _BEST).is_file():
+            _link(run / _BEST, partial / _BEST)
+        write_json(partial / "state.json", {"format": _FORMAT, **state, "versions": _versions()})
+    tidy(run)
+    return folder
+
+
+def _versions() -> dict[str, str]:
+    return {"terrasynth": terrasynth.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard link where the file system can, copy where not; files here are replaced, never changed in place."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def tidy(run: Path) -> None:
+    """Point `last` to the newest whole checkpoint, then delete the older ones."""
+    if not (folders := _folders(run)):
+        return
+    *older, newest = folders
+    last, link = newest.with_name("last"), newest.with_name("last.new")
+    link.unlink(missing_ok=True)
+    link.symlink_to(newest.name)
+    if last.is_dir() and not last.is_symlink():
+        shutil.rmtree(last)  # the run folder was copied with its links followed
+    link.replace(last)
+    for folder in older:
+        shutil.rmtree(folder)
+
+
+def _folders(run: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest(run: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run folder; None when there is none yet."""
+    return next(reversed(_folders(Path(run))), None)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint.
+
+    Raises:
+        TerraSynthError: it is missing, or was written by something else.
+    """
+    path = checkpoint / "state.json"
+    state = read_json(path)
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != _FORMAT:
+        raise TerraSynthError(
+            "not the state of a checkpoint that this version can read",
+            path=path,
+            found=found,
+            expected=_FORMAT,
+            fix=f"delete {checkpoint.parent} to start over, or use the version that wrote it",
+        )
+    return dict(state)
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def check_resume(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any], harmless: frozenset[str]) -> None:
+    """The resume guard: a run goes on only as what it was.
+
+    Args:
+        checkpoint: named in the message.
+        was: what the run was started with, from its state.
+        now: what it is to go on with; plain JSON values, nested as in `was`.
+        harmless: dotted keys that may differ.
+
+    Raises:
+        TerraSynthError: lists every dotted key that differs, `was -> now`.
+    """
+    before, after = _flat(was), _flat(now)
+    changed = [
+        f"{key}: {before.get(key, '(not set)')} -> {after.get(key, '(not set)')}"
+        for key in [*before, *(key for key in after if key not in before)]
+        if key not in harmless and before.get(key, "(not set)") != after.get(key, "(not set)")
+    ]
+    if changed:
+        run = checkpoint.parent.parent
+        raise TerraSynthError(
+            "this folder holds a training run with other settings, which can not be continued with these",
+            path=run,
+            found="\n            ".join(changed),
+            expected="the settings that it was started with",
+            fix=f"give another folder (--out), restore the settings, or delete {run} to start over",
+        )
+
+
+def warn_of_versions(state: Mapping[str, Any]) -> None:
+    """Other library versions are allowed, but only equal ones promise an equal result to the bit."""
+    versions = _versions()
+    changed = [f"{name}: {was} -> {versions[name]}" for name, was in state["versions"].items() if was != versions[name]]
+    if changed:
+        warnings.warn(
+            f"the run goes on with other versions ({', '.join(changed)}): its numbers may differ in the last digits",
+            stacklevel=2,
+        )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, its faults turned into errors that name it."""
+    if not path.is_file():
+        raise TerraSynthError(
+            "the checkpoint is not complete",
+            path=path.parent,
+            found=f"no {path.name}",
+            fix="restore the file, or delete the folder to start over",
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TerraSynthError(
+            "not a whole safetensors file",
+            path=path,
+            found=str(error),
+            fix="copy it again from its source, or delete its folder and run again",
+        ) from error
+
+
+@torch.no_grad()
+def _fill(path: Path, targets: Mapping[str, Tensor], *, every: bool) -> None:
+    """Copy the tensors of a file into those of the same names, in place; before any is copied, all are checked.
+
+    Args:
+        path: safetensors file.
+        targets: where to put them.
+        every: whether every target must be in the file.
+
+    Raises:
+        TerraSynthError: names, shapes or dtypes do not fit.
+    """
+    found = _read(path)
+    names = [*found, *(name for name in targets if every and name not in found)]
+    wrong = [
+        f"{name}: {_signature(found.get(name))} -> {_signature(targets.get(name))}"
+        for name in names
+        if _signature(found.get(name)) != _signature(targets.get(name))
+    ]
+    if wrong:
+        raise TerraSynthError(
+            "these weights belong to another model",
+            path=path,
+            found=f"{len(wrong)} of {len(names)} tensors differ (file -> model): "
+            + "; ".join(wrong[:4] + ["..."] * (len(wrong) > 4)),
+            expected="the names, shapes and dtypes of the model",
+            fix="build the model with the configuration that it was trained with, or give another folder",
+        )
+    for name, tensor in found.items():
+        targets[name].copy_(tensor)
+
+
+def _signature(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def restore(
+    checkpoint: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None
+) -> None:
+    """Put weights, optimiser state and moving averages back, in place.
+
+    Raises:
+        TerraSynthError: a file is missing, truncated, or of another model.
+    """
+    _fill(checkpoint / "model.safetensors", weights(model), every=True)
+    if ema is not None:
+        _fill(checkpoint / "ema.safetensors", ema, every=True)
+    parameters = dict(model.named_parameters())
+    values: dict[str, dict[str, Tensor]] = {}
+    for entry, tensor in _read(checkpoint / "optimizer.safetensors").items():
+        name, _, key = entry.rpartition(".")
+        if key != "step":
+            # The moments lie in memory as their parameter does (channels last, say): fused kernels rely on it.
+            tensor = torch.empty_like(parameters[name]).copy_(tensor)
+        values.setdefault(name, {})[key] = tensor
+    saved = optimizer.state_dict()
+    indices = {
+        name: index
+        for group in saved["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+    }
+    optimizer.load_state_dict({**saved, "state": {indices[name]: state for name, state in values.items()}})
+
+
+def restore_best(checkpoint: Path, run: Path) -> None:
+    """Make RUN/best.safetensors what it was when the checkpoint was written."""
+    if (checkpoint / _BEST).is_file():
+        with atomic_write(run / _BEST) as partial:
+            _link(checkpoint / _BEST, partial)
+    else:
+        (run / _BEST).unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, source: str | Path, which: Literal["ema", "model"] = "ema") -> None:
+    """Load trained weights into a model, in place.
+
+    Args:
+        model: holds parameters and buffers of the stored names; those that are not stored (frozen in training) stay.
+        source: run folder (its newest checkpoint), checkpoint folder, or a safetensors file such as `best.safetensors`.
+        which: of a folder, the moving average or the plain weights.
+
+    Raises:
+        TerraSynthError: there is no such checkpoint or average, or it does not fit the model.
+    """
+    source = Path(source)
+    targets = model.state_dict()
+    if source.is_file():
+        _fill(source, targets, every=False)
+        return
+    checkpoint = source if (source / "model.safetensors").is_file() else latest(source)
+    if checkpoint is None:
+        raise TerraSynthError(
+            "there is no checkpoint here",
+            path=source,
+            expected="a run folder, a checkpoint folder or a safetensors file",
+            fix="check the path, or train first",
+        )
+    if which == "ema" and not (checkpoint / "ema.safetensors").is_file():
+        raise TerraSynthError(
+            "the run keeps no moving average",
+            path=checkpoint,
+            found="no ema.safetensors",
+            fix="load its plain weights (which='model'), or train with ema_decay above 0",
+        )
+    _fill(checkpoint / "model.safetensors", targets, every=False)
+    if which == "ema":
+        _fill(checkpoint / "ema.safetensors", targets, every=False)
