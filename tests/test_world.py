@@ -54,22 +54,24 @@ def test_every_class_has_its_share_and_a_tile_shows_several(scenes, region):
     assert ((share > 0.01).sum(axis=1) >= 3).mean() > 0.95
 
 
-def test_regions_differ_in_colour_more_than_tiles_of_one_region(scenes):
-    colors = {r: images.astype(float).mean(axis=(1, 2)) for r, (images, _) in scenes.items()}
-    temperate, arid = colors["temperate"], colors["arid"]
-    between = np.linalg.norm(temperate.mean(axis=0) - arid.mean(axis=0))
-    within = np.sqrt((temperate.var(axis=0) + arid.var(axis=0)).sum() / 2)
-    assert between > 1.5 * within
+def test_regions_differ_in_the_colours_of_their_classes(scenes):
+    (temperate, m), (arid, n) = scenes["temperate"], scenes["arid"]
+    for name in ("bare ground", "building", "water"):
+        c = CLASS[name]
+        assert np.linalg.norm(temperate[m == c].mean(axis=0) - arid[n == c].mean(axis=0)) > 30
 
 
 def test_a_class_is_not_given_away_by_its_colour_alone(scenes):
-    """The best rule from colour (16 levels a band) to class, learned from half of the tiles, fails on the rest."""
-    images, masks = scenes["temperate"]
-    levels = (images // 16).astype(int) @ np.array([256, 16, 1])
-    votes = np.zeros((4096, WORLD_SCHEMA.num_classes))
-    np.add.at(votes, (levels[:16].ravel(), masks[:16].ravel()), 1)
-    accuracy = (votes.argmax(axis=1)[levels[16:]] == masks[16:]).mean()
-    assert 0.4 < accuracy < 0.8
+    """The best rule from colour (16 levels a band) to class, learned on half of the tiles of a region, falls short on
+    the rest of them, and further short in another region."""
+    levels = {r: (images // 16).astype(int) @ np.array([256, 16, 1]) for r, (images, _) in scenes.items()}
+    for home, away in (("temperate", "arid"), ("arid", "temperate")):
+        votes = np.zeros((4096, WORLD_SCHEMA.num_classes))
+        np.add.at(votes, (levels[home][:16].ravel(), scenes[home][1][:16].ravel()), 1)
+        rule = votes.argmax(axis=1)
+        at_home, abroad = ((rule[levels[r][16:]] == scenes[r][1][16:]).mean() for r in (home, away))
+        assert 0.4 < at_home < 0.8
+        assert abroad < at_home - 0.1
 
 
 @pytest.mark.parametrize("region", REGIONS)

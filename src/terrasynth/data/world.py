@@ -105,6 +105,7 @@ class Region:
         uses: weights of what a block becomes.
         haze: colour of the haze, and its largest share.
         elevation: range of the sun's elevation in degrees.
+        gain: range of the sensor's gain.
     """
 
     land: tuple[Cover, int]
@@ -137,6 +138,7 @@ class Region:
     uses: Mapping[str, float]
     haze: tuple[Rgb, float]
     elevation: tuple[float, float]
+    gain: tuple[float, float]
 
 
 _TEMPERATE = Region(
@@ -214,6 +216,7 @@ _TEMPERATE = Region(
     uses=MappingProxyType({"houses": 0.46, "farm": 0.24, "wood": 0.14, "lake": 0.09, "open": 0.07}),
     haze=((196, 206, 218), 0.14),
     elevation=(32.0, 60.0),
+    gain=(1.04, 1.32),
 )
 
 _ARID = Region(
@@ -282,6 +285,7 @@ _ARID = Region(
     uses=MappingProxyType({"houses": 0.38, "farm": 0.30, "wood": 0.18, "lake": 0.10, "open": 0.04}),
     haze=((226, 210, 184), 0.18),
     elevation=(42.0, 68.0),
+    gain=(0.98, 1.2),
 )
 
 #: The looks a scene can have, by name.
@@ -1263,7 +1267,7 @@ def _sense(plan: _Plan, scene: Floats) -> NDArray[np.uint8]:
     rgb = scene[:, ::2, ::2] + scene[:, 1::2, ::2] + scene[:, ::2, 1::2] + scene[:, 1::2, 1::2]
     side = rgb.shape[1]
     # One gain per band and scene: sun, season and calibration differ from one image to the next.
-    gain = plan.between(1.0, 1.26) * (1 + 0.03 * rng.standard_normal(3))
+    gain = plan.between(*region.gain) * (1 + 0.03 * rng.standard_normal(3))
     color, most = region.haze
     haze = most * rng.random() ** 1.5
     light = 1 + np.float32(0.035) * _noise(rng, side, max(0.7 * side, 1.0), fractal=False)
