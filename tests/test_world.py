@@ -58,7 +58,7 @@ def test_regions_differ_in_the_colours_of_their_classes(scenes):
     (temperate, m), (arid, n) = scenes["temperate"], scenes["arid"]
     for name in ("bare ground", "building", "water"):
         c = CLASS[name]
-        assert np.linalg.norm(temperate[m == c].mean(axis=0) - arid[n == c].mean(axis=0)) > 30
+        assert np.linalg.norm(temperate[m == c].mean(axis=0) - arid[n == c].mean(axis=0)) > 20
 
 
 def test_a_class_is_not_given_away_by_its_colour_alone(scenes):
