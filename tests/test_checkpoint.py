@@ -225,6 +225,12 @@ def test_other_library_versions_are_allowed_with_a_warning(tmp_path):
         run(tmp_path)
 
 
+def test_the_best_of_a_killed_sitting_is_no_part_of_the_next(tmp_path):
+    checkpoint.save_weights(tmp_path / "best.safetensors", network())
+    run(tmp_path, evaluate=lambda step: {"score": float("nan")}, monitor="score")
+    assert not list(tmp_path.rglob("best.safetensors"))
+
+
 def test_trained_weights_load_from_run_checkpoint_or_file(tmp_path):
     trained = run(tmp_path, evaluate=lambda step: {"score": -step}, monitor="score", config=CONFIG)
     last = tmp_path / "checkpoints/last"

@@ -323,9 +323,9 @@ def restore(
     optimizer.load_state_dict({**saved, "state": {indices[name]: state for name, state in values.items()}})
 
 
-def restore_best(checkpoint: Path, run: Path) -> None:
-    """Make RUN/best.safetensors what it was when the checkpoint was written."""
-    if (checkpoint / _BEST).is_file():
+def restore_best(checkpoint: Path | None, run: Path) -> None:
+    """Make RUN/best.safetensors what it was when the checkpoint was written, or at the start of the run."""
+    if checkpoint is not None and (checkpoint / _BEST).is_file():
         with atomic_write(run / _BEST) as partial:
             _link(checkpoint / _BEST, partial)
     else:

@@ -145,7 +145,11 @@ class _Log:
         kept = []
         if path.is_file():
             for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                try:
+                    beyond = json.loads(line)["step"] > step
+                except ValueError:
+                    break
+                if beyond or not line.endswith(b"\n"):
                     break
                 kept.append(line)
         with atomic_write(path) as partial:
@@ -291,6 +295,9 @@ class _Run:
             checkpoint.tidy(self.folder)
         self.process.wait_for_everyone()
         saved = checkpoint.latest(self.folder)
+        if self.process.is_main_process:
+            checkpoint.restore_best(saved, self.folder)
+        self.process.wait_for_everyone()
         if saved is None:
             return
         state = checkpoint.read_state(saved)
@@ -300,9 +307,6 @@ class _Run:
         checkpoint.warn_of_versions(state)
         averages = self.average.values if self.average else None
         checkpoint.restore(saved, model=self.model, optimizer=self.optimizer, ema=averages)
-        if self.process.is_main_process:
-            checkpoint.restore_best(saved, self.folder)
-        self.process.wait_for_everyone()
         self.step, self.seconds = state["step"], state["seconds"]
         self.best, self.recent = state["best"], state["recent"]
 
