@@ -116,3 +116,42 @@ def test_a_fault_of_ours_keeps_its_stack_trace():
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
 
     assert isinstance(CliRunner().invoke(commands, ["command"]).exception, FileNotFoundError)
+
+
+def test_the_commands_follow_one_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = "{steps: 2, batch_size: 2, evaluate_every: 2}"
+    tmp_path.joinpath("tiny.yaml").write_text(f"""
+        name: tiny / recipe
+        data: {{image_size: 32, world: {{train: 4, validation: 2, test: 2}}}}
+        generator: {{width: 16, heads: 2, blocks: 1, views: 1, train: {training}}}
+        sampling: {{steps: 2}}
+        segmentor: {{train: {training}}}
+        study:
+          seeds: [0, 1]
+          ratio: 1
+          plateau_check: false
+          arms: [{{name: real}}, {{name: synthetic, synthetic: plain}}]
+    """)
+
+    def run(*arguments):
+        result = invoke(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout.splitlines()
+
+    late = invoke("study", "tiny.yaml", "--max-minutes", "0")
+    assert (late.exit_code, late.stdout) == (75, "")
+    assert "The same command goes on from here" in late.stderr
+
+    model = run("train", "tiny.yaml")[0]
+    headline, page = run("study", "tiny.yaml")
+    assert "mIoU" in headline
+    assert page == "runs/tiny-recipe/report.html"
+    assert run("report", "runs/tiny-recipe") == [page]
+    assert run("study", "tiny.yaml") == [headline, page]
+
+    (segmentor,) = tmp_path.glob("runs/tiny-recipe/cells/real-seed-0-*/segmentor")
+    first = run("generate", "tiny.yaml", "--count", "2")[-1]
+    again = run("generate", model, "--masks", f"{first}/masks", "--steer", str(segmentor), "--out", "painted")[-1]
+    assert (tmp_path / first).samefile(tmp_path / model / "../synthetic")
+    assert len(list((tmp_path / again / "images").iterdir())) == 2
