@@ -342,3 +342,33 @@ def test_an_sd3_checkpoint_is_a_subset_of_the_state_dict():
     result = MaskMMDiT(**SD35, mask_channels=MASK_CHANNELS).load_state_dict(base.state_dict(), strict=False)
     assert result.unexpected_keys == []
     assert all(name.startswith("mask_embed.") or ".mask." in name for name in result.missing_keys)
+
+
+def test_preconditioning_is_the_best_linear_prediction_of_the_velocity():
+    # Gaussian latents: regress the velocity on the noisy latents, channel by channel, in float64.
+    std = (3.0, 0.5)
+    model = MaskMMDiT(**{**SD35, "in_channels": 2, "out_channels": 2}, mask_channels=MASK_CHANNELS, latent_std=std)
+    for sigma in (0.05, 0.5, 0.95):
+        x0 = torch.randn(200_000, 2, 1, 1, dtype=torch.float64) * torch.tensor(std).view(1, 2, 1, 1)
+        noise = torch.randn_like(x0)
+        x, v = (1 - sigma) * x0 + sigma * noise, noise - x0
+        scale_in, skip, scale_out = model._precondition(torch.tensor([1000 * sigma]), x)
+        slope = (x * v).mean((0, 2, 3)) / (x * x).mean((0, 2, 3))
+        torch.testing.assert_close(skip.flatten(), slope, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close((scale_in * x).std((0, 2, 3)), torch.ones(2).double(), atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(
+            ((v - skip * x) / scale_out).std((0, 2, 3)), torch.ones(2).double(), atol=1e-2, rtol=1e-2
+        )
+
+
+def test_an_untrained_preconditioned_model_predicts_the_linear_part_alone():
+    config = {**SD35, "latent_std": [2.0] * SD35["in_channels"]}
+    model = MaskMMDiT(**config, mask_channels=MASK_CHANNELS).initialize_from_scratch()
+    x, t = torch.randn(2, SD35["in_channels"], 8, 8), torch.tensor([900.0, 100.0])
+    velocity = model(
+        x,
+        timestep=t,
+        encoder_hidden_states=torch.randn(2, 3, SD35["joint_attention_dim"]),
+        pooled_projections=torch.randn(2, SD35["pooled_projection_dim"]),
+    ).sample
+    torch.testing.assert_close(velocity, model._precondition(t, x)[1] * x)

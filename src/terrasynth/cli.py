@@ -199,6 +199,7 @@ def generate(
 
     from terrasynth.systems.generate import generate as paint
 
+    _silence_libraries()
     folder = paint(
         model,
         painted,
@@ -289,8 +290,19 @@ def _open(
 
     from terrasynth.study.run import Study
 
+    _silence_libraries()
     folder = re.sub(r"[^\w.-]+", "-", loaded.recipe.name).strip(".-") or "unnamed"
     return Study(loaded.recipe, loaded.base, out or Path("runs", folder), max_minutes=max_minutes)
+
+
+def _silence_libraries() -> None:
+    """Our own progress bars say what is going on; those of the libraries would interrupt them."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 @contextmanager

@@ -210,7 +210,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     # The suffix stays last: Pillow, rasterio and numpy choose the format by it.
     partial = path.with_name(f"{path.stem}{_INCOMPLETE}-{os.getpid()}{path.suffix}")
     try:
+        # Some libraries make files that only their owner may read (safetensors); these keep the usual permissions.
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         _fsync(partial)
         partial.replace(path)
         _fsync(path.parent)
@@ -235,9 +239,12 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}{_INCOMPLETE}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    readable = partial.stat().st_mode & 0o666
     try:
         yield partial
         for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                file.chmod(readable)
             _fsync(file)
         _fsync(partial)
         if path.is_dir():
@@ -262,7 +269,7 @@ def remove_incomplete(folder: str | Path) -> None:
         target = leftover.with_name(leftover.name.partition(_INCOMPLETE)[0])
         if f"{_RETIRED}-" in leftover.name and not target.exists():
             leftover.replace(target)
-        elif leftover.is_dir():
+        elif leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)

@@ -59,6 +59,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("components", torch.eye(dim)[:latent_channels].clone())
         self.register_buffer("scale", torch.ones(latent_channels))
+        self.register_buffer("std", torch.ones(latent_channels))  # of each latent channel on the images fitted
 
     @torch.no_grad()
     def fit(self, images: Tensor, max_patches: int = 500_000) -> PatchPCA:
@@ -78,6 +79,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
         self.mean.copy_(mean)
         self.components.copy_(components)
         self.scale.copy_(scale)
+        self.std.copy_(std / scale)
         return self
 
     def encode(self, x: Tensor) -> AutoencoderKLOutput:

@@ -15,6 +15,7 @@ where shift, scale and gate are linear in the embedding of the timestep and the 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -327,6 +328,9 @@ class MaskMMDiT(SD3Transformer2DModel):
             image stream's, as in the published code.
         mask_gate: a learnable gate per block and head through which the mask enters the image and text tokens. At 0 the
             model is the base model, at 1 the attention is unified as published.
+        latent_std: standard deviation of each of the C latent channels. With it the network predicts what the best
+            linear denoiser of such data leaves over, scaled to unit variance (`_precondition`); for training from
+            scratch. None predicts the velocity itself, as SD3 does.
     """
 
     _no_split_modules = ["TripleBlock"]  # noqa: RUF012 - diffusers' own declaration
@@ -350,6 +354,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         mask_channels: int = 16,
         mask_mlp_modulation: MlpModulation = "own",
         mask_gate: bool = False,
+        latent_std: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__(
             sample_size=sample_size,
@@ -412,8 +417,12 @@ class MaskMMDiT(SD3Transformer2DModel):
             TerraSynthError: `mask_latents` has another shape.
         """
         height, width = hidden_states.shape[-2:]
+        scaled = hidden_states
+        if self.config.latent_std is not None:
+            scale_in, skip, scale_out = self._precondition(timestep, hidden_states)
+            scaled = scale_in * hidden_states
         # Contiguous, because the tokens leave the patch embedding with their channels first.
-        image = self.pos_embed(hidden_states).contiguous()
+        image = self.pos_embed(scaled).contiguous()
         text = self.context_embedder(encoder_hidden_states)
         tokens: tuple[Tensor, ...] = (image, text)
         if mask_latents is not None:
@@ -431,7 +440,22 @@ class MaskMMDiT(SD3Transformer2DModel):
         p = self.config.patch_size
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
+        if self.config.latent_std is not None:
+            velocity = skip * hidden_states + scale_out * velocity
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _precondition(self, timestep: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input scale, skip and output scale (B, C, 1, 1): Karras et al. 2022, section 5, carried over to the flow.
+
+        For independent Gaussian data of standard deviation s and x = (1 - sigma) x_0 + sigma epsilon, with
+        n^2 = (1 - sigma)^2 s^2 + sigma^2 the variance of x, the velocity epsilon - x_0 given x has mean
+        x (sigma - (1 - sigma) s^2) / n^2 and standard deviation s / n. Without this, a transformer has to learn to carry
+        the noise from its input to its output before it learns anything about images.
+        """
+        sigma = (timestep / 1000).to(latents.dtype).view(-1, 1, 1, 1)
+        s = torch.tensor(self.config.latent_std, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+        n = ((1 - sigma) ** 2 * s**2 + sigma**2).sqrt()
+        return 1 / n, (sigma - (1 - sigma) * s**2) / n**2, s / n
 
     def _embed_mask(self, mask_latents: Tensor, image_shape: torch.Size) -> Tensor:
         expected = (image_shape[0], self.config.mask_channels, *image_shape[2:])
@@ -485,9 +509,8 @@ class MaskMMDiT(SD3Transformer2DModel):
     def initialize_from_scratch(self) -> Self:
         """Initialise all weights for training without a base model, and return self.
 
-        As in DiT (Peebles & Xie 2023): the image stream's modulation (adaLN-Zero) and the read-out start at zero, so
-        that the first velocity is zero and every block the identity on the image. The text and mask streams start as
-        plain transformers (gate 1); closed gates would keep the gradient from their layers for one more step.
+        The modulation starts as plain transformers (shift and scale 0, gate 1) and the read-out at zero, so that the
+        first output is zero. Positions get wavelengths that fit the grid (`_position_table`).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -495,13 +518,13 @@ class MaskMMDiT(SD3Transformer2DModel):
                 nn.init.zeros_(module.bias)
         _init_patch_embed(self.pos_embed)
         _init_patch_embed(self.mask_embed)
+        self.pos_embed.pos_embed.copy_(_position_table(self.config.pos_embed_max_size, self.inner_dim))
         for embedder in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
             nn.init.normal_(embedder.linear_1.weight, std=0.02)
             nn.init.normal_(embedder.linear_2.weight, std=0.02)
         for block in self.transformer_blocks:
             for modulation in (block.norm1.linear, block.norm1_context.linear, block.mask.modulation):
                 nn.init.zeros_(modulation.weight)
-            for modulation in (block.norm1_context.linear, block.mask.modulation):
                 for gate in modulation.bias.split(self.inner_dim)[2::3]:
                     gate.fill_(1)
             if block.mask.gate is not None:
@@ -568,6 +591,19 @@ def _trains(name: str, which: Trainable) -> bool:
     if which == "image+mask":
         return not any(part in name for part in TEXT_BRANCH)
     return name.startswith("mask_embed.") or ".mask." in name or ".lora_" in name
+
+
+def _position_table(side: int, width: int) -> Tensor:
+    """Sines and cosines of both coordinates, (1, side^2, width), with wavelengths from 4 to 2 `side` tokens.
+
+    SD3's reach from 6 to 60 000 positions, in steps of a fraction of a position: on a grid of a few dozen tokens nearly
+    all of them are constant, neighbours look alike, and the image takes long to find the mask below it.
+    """
+    wavelengths = 4 * (side / 2) ** torch.linspace(0, 1, width // 4)
+    angles = 2 * math.pi * torch.arange(side)[:, None] / wavelengths
+    along = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = along[:, None].expand(side, side, -1), along[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(1, side * side, width)
 
 
 def _init_patch_embed(embed: PatchEmbed) -> None:

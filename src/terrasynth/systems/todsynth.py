@@ -295,6 +295,7 @@ class TODSynthPipeline(DiffusionPipeline):
                 pos_embed_max_size=2 * grid // config.patch_size,
                 qk_norm="rms_norm",
                 mask_channels=mask_channels(schema, config.mask_coding, vae),
+                latent_std=vae.std.tolist(),
             ).initialize_from_scratch()
         return cls(
             transformer=transformer,

@@ -65,11 +65,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # safetensors makes files that only their owner may read; the usual permissions are those of a file made here.
-    path.touch()
-    mode = path.stat().st_mode
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(mode)
 
 
 @contextmanager
