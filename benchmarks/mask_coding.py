@@ -1,8 +1,8 @@
 """Which mask coding makes the generator obey its masks? The default of `generator.mask_coding` is chosen by this.
 
 The same procedural tiles, budget and seeds for every coding; only the coding differs. A segmentor trained on many other
-tiles of the same world (it is a ruler here, and steers nothing) reads every painted tile; its mIoU against the mask that
-was painted is the agreement. On real tiles that it has not seen the same segmentor gives the ceiling.
+tiles of the same world (it is a ruler here, and steers nothing) reads every painted tile; its mIoU against the mask
+that was painted is the agreement. On real tiles that it has not seen the same segmentor gives the ceiling.
 
     python benchmarks/mask_coding.py --seeds 2 --steps 600
 """

@@ -32,7 +32,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class WorldConfig(_Config):
@@ -161,8 +161,8 @@ class GeneratorConfig(_Config):
     """How a mask enters: `onehot` or `bits`, patch-embedded without loss; `grey` levels through the autoencoder, as
     published."""
     mask_init: Literal["copy", "random"] = "copy"
-    """With a `base` that has no mask branch: start it as a copy of the image branch (with a gate that makes step 0 equal
-    the base model), or at random."""
+    """With a `base` that has no mask branch: start it as a copy of the image branch (with a gate that makes step 0
+    equal the base model), or at random."""
     trainable: Literal["all", "image+mask", "mask", "lora"] = "all"
     """Which branches train: all three; image and mask (as published); the mask branch alone; the mask branch with
     low-rank adapters on the image branch (`terrasynth[peft]`)."""
@@ -208,8 +208,8 @@ class SteeringConfig(_Config):
     schedule: Literal["constant", "increasing", "decreasing"] = "decreasing"
     """alpha over the steps i of N: alpha, alpha (i + 1) / N, or alpha (1 - (i + 1) / N)."""
     normalise: Literal["none", "unit", "velocity"] = "velocity"
-    """Per image: the bare gradient; the gradient over its norm (as published, "l2_norm"); the same times the norm of the
-    velocity, so that alpha means the same at every size."""
+    """Per image: the bare gradient; the gradient over its norm (as published, "l2_norm"); the same times the norm of
+    the velocity, so that alpha means the same at every size."""
     blend: bool = False
     """Multiply the velocity by 1 - alpha first (published as "is_synth")."""
     repeats: Positive = 1
@@ -227,7 +227,8 @@ class SegmentorConfig(_Config):
     """A decoder of segmentation_models_pytorch (`unet`, `fpn`, `deeplabv3plus`, `segformer`, ...), or
     `transformers/segformer`, `transformers/upernet`."""
     encoder: str = "resnet18"
-    """Encoder name of segmentation_models_pytorch (`tu-NAME` for any of timm), or a hub name or folder for transformers."""
+    """Encoder name of segmentation_models_pytorch (`tu-NAME` for any of timm), or for transformers a hub name, a folder
+    or `tiny`."""
     weights: str | None = None
     """Pretrained encoder weights (`imagenet`, ...; needs a hub); null trains from scratch."""
     options: dict[str, object] = {}

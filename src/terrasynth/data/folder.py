@@ -329,7 +329,9 @@ def _load_schema(config: DataConfig, root: Path, base: Path | None) -> LabelSche
             expected='a YAML file with classes: [{name: building, color: "#3C1098"}, ...]',
             fix="write one and set data.label_schema",
         )
-    candidates = [folder / config.label_schema for folder in (base or Path(), root)]
+    # The last one, so that a packaged recipe still finds its schema when it is copied and changed.
+    packaged = Path(__file__).parents[1] / "recipes"
+    candidates = [folder / config.label_schema for folder in (base or Path(), root, packaged)]
     for candidate in candidates:
         if candidate.is_file():
             return LabelSchema.from_yaml(candidate)

@@ -43,6 +43,11 @@ class PatchPCA(ModelMixin, ConfigMixin):
         shift_factor: as in `AutoencoderKL`; 0 because `fit` already centres them.
     """
 
+    mean: Tensor
+    components: Tensor
+    scale: Tensor
+    std: Tensor
+
     @register_to_config
     def __init__(
         self,
@@ -63,7 +68,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, images: Tensor, max_patches: int = 500_000) -> PatchPCA:
-        """Set the components from images (N, 3, H, W) in [-1, 1], from an even subset of at most `max_patches` patches."""
+        """Set the components from images (N, 3, H, W) in [-1, 1], evenly thinned out to `max_patches` patches."""
         patches = F.pixel_unshuffle(images, self.config.patch_size).movedim(1, -1).flatten(0, -2)
         patches = patches[:: max(1, len(patches) // max_patches)].double()
         mean = patches.mean(0)
@@ -96,7 +101,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=F.pixel_shuffle(patches, self.config.patch_size))
 
 
-def spatial_factor(autoencoder: torch.nn.Module) -> int:
+def spatial_factor(autoencoder: ConfigMixin) -> int:
     """Pixels per latent along one side, for `PatchPCA` and diffusers' autoencoders."""
     config = autoencoder.config
     if "patch_size" in config:

@@ -449,8 +449,8 @@ class MaskMMDiT(SD3Transformer2DModel):
 
         For independent Gaussian data of standard deviation s and x = (1 - sigma) x_0 + sigma epsilon, with
         n^2 = (1 - sigma)^2 s^2 + sigma^2 the variance of x, the velocity epsilon - x_0 given x has mean
-        x (sigma - (1 - sigma) s^2) / n^2 and standard deviation s / n. Without this, a transformer has to learn to carry
-        the noise from its input to its output before it learns anything about images.
+        x (sigma - (1 - sigma) s^2) / n^2 and standard deviation s / n. Without this, a transformer has to learn to
+        carry the noise from its input to its output before it learns anything about images.
         """
         sigma = (timestep / 1000).to(latents.dtype).view(-1, 1, 1, 1)
         s = torch.tensor(self.config.latent_std, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,14 +50,16 @@ def plan(count: int, tiles: int, seed: int) -> list[Job]:
     return jobs
 
 
-def steering_for(config: SteeringConfig, loss: Callable[[Tensor, Tensor, str], Tensor]) -> Callable[[Tensor], Steering]:
+def steering_for(
+    config: SteeringConfig, loss: Callable[[Tensor, Tensor, Literal["wrong", "image"]], Tensor]
+) -> Callable[[Tensor], Steering]:
     """CRFM by a task's loss: maps the masks of a batch to its steering.
 
     Args:
         config: strength, schedule and the rest.
         loss: `Task.loss(images, targets, reduction)`; with reduction "wrong" or "image" it gives one value per image.
     """
-    reduction = "wrong" if config.wrong_pixels_only else "image"
+    reduction: Literal["wrong", "image"] = "wrong" if config.wrong_pixels_only else "image"
 
     def steering(masks: Tensor) -> Steering:
         return ControlRectify(

@@ -7,6 +7,7 @@ Reads like the method section: the conditions, the flow-matching loss, guided an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -16,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
-from terrasynth.data.schema import LabelSchema
+from terrasynth.data.schema import Coding, LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA, spatial_factor
 from terrasynth.models.mmdit import MaskMMDiT
@@ -36,9 +37,7 @@ from terrasynth.sampling.flow import (
 if TYPE_CHECKING:
     from terrasynth.recipe import GeneratorConfig
 
-__all__ = ["MaskCoding", "TODSynthPipeline"]
-
-MaskCoding = Literal["onehot", "bits", "grey"]
+__all__ = ["TODSynthPipeline"]
 
 
 class TODSynthPipeline(DiffusionPipeline):
@@ -76,9 +75,9 @@ class TODSynthPipeline(DiffusionPipeline):
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         label_schema: dict[str, Any] | None = None,
-        # Plain `str`: diffusers checks the types it loads, and can not read a Literal.
-        mask_coding: str = "onehot",
-        mask_init: str = "copy",
+        # Not Literals: diffusers checks the types of what it loads, and can not read these.
+        mask_coding: Any = "onehot",
+        mask_init: Any = "copy",
         caption: str = "a satellite image of {classes}",
     ) -> None:
         super().__init__()
@@ -140,6 +139,11 @@ class TODSynthPipeline(DiffusionPipeline):
         """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
         z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read."""
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
 
     # Training
 
@@ -309,7 +313,7 @@ class TODSynthPipeline(DiffusionPipeline):
         )
 
 
-def mask_channels(schema: LabelSchema, coding: MaskCoding, vae: AutoencoderKL | PatchPCA) -> int:
+def mask_channels(schema: LabelSchema, coding: Coding, vae: AutoencoderKL | PatchPCA) -> int:
     """Channels of the mask latents under a coding."""
     if coding == "grey":
         return int(vae.config.latent_channels)
