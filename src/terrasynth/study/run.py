@@ -19,6 +19,7 @@ from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_til
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, write_json
 from terrasynth.recipe import ArmConfig, Recipe
+from terrasynth.study.figures import contact_sheet
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.study.units import Clock, OutOfTime, Unit, do
@@ -282,21 +283,28 @@ def _curve(log: Path) -> dict[str, list[float]]:
 
 
 def _gallery(out: Path, tiles: Tiles, seed: int, painted: Mapping[str, Unit], count: int = 6) -> None:
-    """Masks, the real tiles under them, and their paintings with and without steering, for the report."""
+    """Masks, the real tiles under them, and their paintings with and without steering, for report and README."""
     from PIL import Image
 
     sets = {kind: load_synthetic(unit.folder / "dataset") for kind, unit in painted.items()}
     if not sets:
         return
     total = len(next(iter(sets.values())))
+    shown = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
+    jobs = [plan(total, len(tiles), seed)[index] for index in shown]
+    views = [view(tiles.images[job.source], tiles.masks[job.source], job.view) for job in jobs]
+    masks = torch.stack([mask for _, mask in views])
+    pictures = {"real": torch.stack([image for image, _ in views])}
+    pictures |= {kind: dataset.images[shown] for kind, dataset in sets.items()}
+    zoom = max(1, 128 // masks.shape[-1])
+    sheet = contact_sheet(pictures, masks, tiles.schema, columns=count, zoom=zoom, legend=True)
+    with atomic_write(out / "paintings.png") as partial:
+        sheet.save(partial)
     entries = []
-    for index in sorted({round(i * (total - 1) / (count - 1)) for i in range(count)}):
-        job = plan(total, len(tiles), seed)[index]
-        image, mask = view(tiles.images[job.source], tiles.masks[job.source], job.view)
-        pictures = {"mask": tiles.schema.to_color(mask), "real": image.movedim(0, -1).numpy()}
-        pictures |= {kind: dataset.images[index].movedim(0, -1).numpy() for kind, dataset in sets.items()}
-        entry = {"caption": tiles.schema.caption(mask)}
-        for kind, pixels in pictures.items():
+    for row, index in enumerate(shown):
+        entry = {"caption": tiles.schema.caption(masks[row])}
+        colors = {"mask": tiles.schema.to_color(masks[row])}
+        for kind, pixels in (colors | {k: p[row].movedim(0, -1).numpy() for k, p in pictures.items()}).items():
             path = out / "gallery" / f"{index:06d}-{kind}.png"
             with atomic_write(path) as partial:
                 Image.fromarray(pixels).save(partial)
