@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,20 +20,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from terrasynth.data.read import common_coding, read_image, read_mask
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import IMAGE_SUFFIXES, Pixels, digest, open_image
+from terrasynth.io import IMAGE_SUFFIXES, digest
 from terrasynth.recipe import DataConfig, SplitConfig
 
 __all__ = ["Sample", "Split", "Tiles", "check_splits", "load_masks", "load_synthetic", "load_tiles"]
 
 Split = Literal["train", "validation", "test"]
 _Array = NDArray[np.uint8]
-_Decoder = Callable[[_Array], _Array]
 
-_GREYS = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
 _SHOWN = 10
 
 
@@ -124,8 +123,8 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
     total = len(pairs) + len(problems)
     for name, image_path, mask_path in pairs:
         try:
-            image = _read_image(image_path)
-            readings = _read_mask(mask_path, schema, config.mask_coding)
+            image = read_image(image_path)
+            readings = read_mask(mask_path, schema, config.mask_coding)
             shape = next(iter(readings.values())).shape
             if shape != image.shape[:2]:
                 raise TerraSynthError(
@@ -141,7 +140,7 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
             problems.append(error)
     if problems:
         raise _combined(problems, split, total)
-    coding = _common_coding(masks, [mask for _, _, mask in pairs], schema, chosen=config.mask_coding)
+    coding = common_coding(masks, [mask for _, _, mask in pairs], schema, chosen=config.mask_coding)
     tiles = Tiles(
         tuple(ids),
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
@@ -181,7 +180,7 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
     masks, problems = [], []
     for path in paths:
         try:
-            readings = _read_mask(path, schema, config.mask_coding)
+            readings = read_mask(path, schema, config.mask_coding)
             shape = next(iter(readings.values())).shape
             if min(shape) < image_size:
                 raise TerraSynthError(
@@ -196,7 +195,7 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
             problems.append(error)
     if problems:
         raise _combined(problems, folder.name, len(paths))
-    coding = _common_coding(masks, paths, schema, chosen=config.mask_coding)
+    coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
     return tuple(path.stem for path in paths), torch.from_numpy(np.stack([readings[coding] for readings in masks]))
 
 
@@ -212,8 +211,8 @@ def load_synthetic(folder: str | Path) -> Tiles:
     problems: list[TerraSynthError] = []
     for row in rows:
         try:
-            image = _read_image(folder / row["file_name"])
-            mask = _read_mask(folder / row["mask_file_name"], schema, "index")["index"]
+            image = read_image(folder / row["file_name"])
+            mask = read_mask(folder / row["mask_file_name"], schema, "index")["index"]
             if image.shape[:2] != mask.shape:
                 raise TerraSynthError(
                     "the mask is not as large as its image",
@@ -432,214 +431,6 @@ def _read_list(path: Path, split: Split, images: Mapping[str, Any]) -> list[str]
             fix="remove the repetitions: they would weigh these tiles more",
         )
     return names
-
-
-# --- reading them ----------------------------------------------------------------------------------------------------
-
-
-def _read_image(path: Path) -> _Array:
-    """Read an image as RGB, uint8 (H, W, 3)."""
-    pixels = open_image(path)
-    values = pixels.values
-    if values.dtype != np.uint8:
-        raise TerraSynthError(
-            "the image is not 8-bit",
-            path=path,
-            found=f"{values.dtype}, values {values.min()} to {values.max()}",
-            expected="uint8",
-            fix="convert it, with one range for all tiles, for example `gdal_translate -ot Byte -scale LOW HIGH 0 255`",
-        )
-    if pixels.palette is not None:
-        return _palette(pixels, path)[values]
-    values = _without_alpha(values, path)
-    if values.ndim == 2:
-        return np.repeat(values[..., None], 3, axis=2)
-    if values.shape[2] != 3:
-        raise TerraSynthError(
-            "the image is neither grey nor RGB",
-            path=path,
-            found=f"{values.shape[2]} bands",
-            expected="1 or 3 bands",
-            fix="choose three bands, for example `gdal_translate -b 1 -b 2 -b 3`",
-        )
-    return values
-
-
-def _without_alpha(values: NDArray[Any], path: Path) -> NDArray[Any]:
-    """Drop the opaque alpha band of (H, W, 2) or (H, W, 4)."""
-    if values.ndim == 2 or values.shape[2] not in (2, 4):
-        return values
-    if (values[..., -1] != 255).any():
-        raise TerraSynthError(
-            f"{values.shape[2]} bands, and the last is no opaque alpha band",
-            path=path,
-            found=f"{(values[..., -1] != 255).mean():.1%} of its pixels below 255",
-            expected="1 or 3 bands, or an alpha band of 255 everywhere",
-            fix="choose one or three bands, for example `gdal_translate -b 1 -b 2 -b 3`",
-        )
-    return values[..., 0] if values.shape[2] == 2 else values[..., :3]
-
-
-def _palette(pixels: Pixels, path: Path) -> _Array:
-    palette: _Array = np.asarray(pixels.palette)
-    if pixels.values.max() >= len(palette):
-        raise TerraSynthError(
-            "the palette lacks colours", path=path, found=f"{len(palette)} colours, index {pixels.values.max()}"
-        )
-    return palette
-
-
-def _read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]:
-    """Read a mask in every coding that it fits ("index", "color", "grey"), each (H, W); at least one."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise TerraSynthError(
-            "the mask is a JPEG, whose compression invents values",
-            path=path,
-            expected="PNG or TIFF",
-            fix="export it again",
-        )
-    pixels = open_image(path)
-    values = _without_alpha(pixels.values, path)
-    if values.dtype.kind not in "iu":
-        raise TerraSynthError(
-            "the mask is not of whole numbers",
-            path=path,
-            found=values.dtype,
-            expected="uint8",
-            fix="convert it to uint8",
-        )
-    if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
-        values = values[..., 0]
-    if values.ndim == 3:
-        if values.shape[2] != 3 or values.dtype != np.uint8 or coding == "index":
-            raise TerraSynthError(
-                "the mask has more than one band",
-                path=path,
-                found=f"{values.shape[2]} bands of {values.dtype}",
-                expected="one band of class indices" + ("" if coding == "index" else ", or RGB colours in uint8"),
-                fix="set data.mask_coding: color if these are colours" if coding == "index" else "export it again",
-            )
-        return {"color": schema.from_color(values, path=path)}
-    if values.dtype != np.uint8:
-        if coding == "color":
-            raise TerraSynthError("the mask is not 8-bit colour", path=path, found=values.dtype, expected="uint8")
-        return {"index": schema.from_index(values, path=path)}
-
-    colors = _palette(pixels, path) if pixels.palette is not None else _GREYS
-    decoders: dict[str, _Decoder] = {
-        "index": lambda values: schema.from_index(values, path=path),
-        "color": lambda values: schema.from_color(colors[values], path=path),
-    }
-    if coding != "auto":
-        decoders = {coding: decoders[coding]}
-    elif pixels.palette is None:
-        decoders["grey"] = lambda values: _from_grey(values, schema, path)
-    present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).astype(np.uint8)
-    readings = {}
-    for name, decode in decoders.items():
-        try:
-            table = np.zeros(256, dtype=np.uint8)
-            table[present] = decode(present)
-            readings[name] = table[values]
-        except TerraSynthError:
-            continue
-    if not readings:
-        raise _unreadable(decoders, values, path)
-    return readings
-
-
-def _unreadable(decoders: Mapping[str, _Decoder], values: _Array, path: Path) -> TerraSynthError:
-    """Why none of the codings fits."""
-    errors = {}
-    for name, decode in decoders.items():
-        try:
-            decode(values)
-        except TerraSynthError as error:
-            errors[name] = error
-    if "color" not in errors or "grey" in errors:
-        return next(iter(errors.values()))
-    if len(errors) == 1:
-        return errors["color"]
-    return TerraSynthError(
-        "neither the values nor the palette colours of the mask are classes",
-        path=path,
-        found=f"values {errors['index'].found}; colours {errors['color'].found}",
-        expected=f"values {errors['index'].expected}; or colours {errors['color'].expected}",
-        fix="correct the mask or the label schema",
-    )
-
-
-def _from_grey(values: _Array, schema: LabelSchema, path: Path) -> _Array:
-    """Read the 8-bit levels of `LabelSchema.to_grey`, exactly."""
-    levels = schema.grey_levels.numpy().astype(np.uint8)
-    if not np.isin(values, levels).all():
-        raise TerraSynthError("values between the grey levels of the classes", path=path)
-    classes = np.array([schema.ignore_index, *range(schema.num_classes)], dtype=np.uint8)
-    return classes[np.searchsorted(levels, values)]
-
-
-def _common_coding(
-    masks: Sequence[Mapping[str, _Array]], paths: Sequence[Path], schema: LabelSchema, *, chosen: str
-) -> str:
-    """The coding that all masks of the split fit.
-
-    Raises:
-        TerraSynthError: there is none, or two that would mean different classes.
-    """
-    if chosen != "auto":
-        return chosen
-    common = set.intersection(*(set(readings) for readings in masks))
-    if {"index", "color"} <= common:
-        for readings, path in zip(masks, paths, strict=True):
-            if not np.array_equal(readings["index"], readings["color"]):
-                raise _ambiguity(path, schema)
-    if "index" in common:
-        if _seen(masks, "index") == {0, 255}:
-            raise TerraSynthError(
-                "the masks are black and white, which can be read in two ways",
-                path=paths[0].parent,
-                found=f"only the values 0 and 255 in all masks: 255 is unlabelled, or it is {schema.names[1]}",
-                expected="one meaning",
-                fix="set data.mask_coding: index if 255 is unlabelled; otherwise set data.mask_coding: color and, in "
-                'the label schema, the colours "#000000" and "#FFFFFF" for the two classes, another for ignore_colors',
-            )
-        return "index"
-    if "color" in common:
-        return "color"
-    # Grey levels are only taken for what they are if all of them occur: two or three values fit too easily.
-    if "grey" in common and _seen(masks, "grey") >= set(range(schema.num_classes)):
-        return "grey"
-    example = {" or ".join(sorted(readings)): path.name for readings, path in zip(masks, paths, strict=True)}
-    raise TerraSynthError(
-        "the masks fit no coding together",
-        path=paths[0].parent,
-        found="; ".join(f"{name} could be {fits}" for fits, name in example.items()),
-        expected="class indices in all masks, or the colours of the label schema in all masks",
-        fix="export the masks in one coding, or correct the colours of the label schema: a grey level v is [v, v, v]",
-    )
-
-
-def _seen(masks: Sequence[Mapping[str, _Array]], coding: str) -> set[int]:
-    return {int(value) for readings in masks for value in np.flatnonzero(np.bincount(readings[coding].ravel()))}
-
-
-def _ambiguity(path: Path, schema: LabelSchema) -> TerraSynthError:
-    pixels = open_image(path)
-    values = pixels.values if pixels.values.ndim == 2 else pixels.values[..., 0]
-    readings = _read_mask(path, schema, "auto")
-    names = {**dict(enumerate(schema.names)), schema.ignore_index: "unlabelled"}
-
-    def spell(coding: str) -> str:
-        meanings = {int(value): names[int(readings[coding][values == value][0])] for value in np.unique(values)}
-        return ", ".join(f"{value} = {name}" for value, name in meanings.items())
-
-    return TerraSynthError(
-        "the mask can be read in two ways",
-        path=path,
-        found=f"as class indices: {spell('index')}; by their colours: {spell('color')}",
-        expected="one meaning",
-        fix="set data.mask_coding: index, or data.mask_coding: color",
-    )
 
 
 # --- bringing them to size -------------------------------------------------------------------------------------------
