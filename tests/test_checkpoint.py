@@ -165,6 +165,27 @@ def test_a_failed_write_keeps_the_checkpoint_before_whole(tmp_path):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
 
 
+def test_the_best_weights_take_their_space_once_after_a_resume_too(tmp_path):
+    model = network()
+    optimizer = make_optimizer(model, CONFIG)
+    best = tmp_path / "best.safetensors"
+    checkpoint.save_weights(best, model)
+    saved = checkpoint.save(tmp_path, model=model, optimizer=optimizer, ema=None, state={"step": 1})
+    checkpoint.restore_best(saved, tmp_path)
+    assert best.samefile(saved / best.name)
+    before = best.read_bytes()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    checkpoint.save_weights(best, model)  # a better evaluation that no checkpoint followed
+    assert (saved / best.name).read_bytes() == before != best.read_bytes()
+    checkpoint.restore_best(saved, tmp_path)
+    assert best.read_bytes() == before
+    assert best.samefile(saved / best.name)
+    assert {path.name for path in tmp_path.iterdir()} == {best.name, "checkpoints"}
+    checkpoint.restore_best(None, tmp_path)
+    assert not best.exists()
+
+
 def test_it_goes_on_from_the_newest_folder_whatever_became_of_the_link(tmp_path):
     stop_after_two(tmp_path / "run")
     # As a copy that follows links, or a store that knows none, leaves it.

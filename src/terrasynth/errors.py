@@ -1,10 +1,13 @@
-"""The one exception that TerraSynth raises for anything a user can mend."""
+"""The one exception that TerraSynth raises for anything a user can mend, and how changed settings are told."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
-__all__ = ["TerraSynthError"]
+__all__ = ["TerraSynthError", "changes", "flat"]
 
 
 class TerraSynthError(Exception):
@@ -42,3 +45,22 @@ class TerraSynthError(Exception):
         if fix is not None:
             lines.append(f"  to do:    {fix}")
         super().__init__("\n".join(lines))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any], harmless: AbstractSet[str] = frozenset()) -> list[str]:
+    """What differs between two nested settings, as `dotted.key: was -> now`; `harmless` keys may."""
+    before, after = flat(was), flat(now)
+    nothing = "(not set)"
+    return [
+        f"{key}: {before.get(key, nothing)} -> {after.get(key, nothing)}"
+        for key in before | after
+        if key not in harmless and before.get(key, nothing) != after.get(key, nothing)
+    ]

@@ -31,7 +31,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from terrasynth.data.schema import LabelSchema
-from terrasynth.errors import TerraSynthError
+from terrasynth.errors import TerraSynthError, changes, flat
 from terrasynth.io import atomic_write, open_image, read_json, remove_incomplete, write_json
 
 __all__ = ["SyntheticWriter", "read_manifest"]
@@ -93,7 +93,7 @@ class SyntheticWriter:
                 raise TerraSynthError(
                     "the output folder holds samples of another run",
                     path=self.folder,
-                    found="settings that changed (was -> now):\n    " + "\n    ".join(_changes(was, self.plan)),
+                    found="settings that changed (was -> now):\n    " + "\n    ".join(changes(was, self.plan)),
                     expected="the same settings",
                     fix=f"choose another --out, or delete {self.folder}",
                 )
@@ -166,7 +166,7 @@ class SyntheticWriter:
             f"| {index} | {name} | {tiles[index]} | {pixels[index] / pixels.sum():.2%} |" for index, name in names
         )
         settings = {key: value for key, value in self.plan.items() if key != "schema"}
-        provenance = "\n".join(f"| {key} | {value} |" for key, value in _flat(settings).items())
+        provenance = "\n".join(f"| {key} | {value} |" for key, value in flat(settings).items())
         front = {
             "license": self.license,
             "pretty_name": self.title,
@@ -266,27 +266,6 @@ def _read_row(path: Path) -> dict[str, Any] | None:
             return json.loads(image.info[_ROW])
     except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError):
         return None
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(_flat(item, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat
-
-
-def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    before, after = _flat(was), _flat(now)
-    keys = dict.fromkeys((*before, *after))
-    nothing = "(not set)"
-    return [
-        f"{key}: {before.get(key, nothing)} -> {after.get(key, nothing)}"
-        for key in keys
-        if before.get(key, nothing) != after.get(key, nothing)
-    ]
 
 
 def _size_category(count: int) -> str:

@@ -1,16 +1,24 @@
-"""Units of work: done once for their inputs, resumed when interrupted, timed over all sittings."""
+"""Units of work: done once for their inputs, by one process at a time, resumed when interrupted, timed."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import terrasynth
+from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest, read_json, remove_incomplete, write_json
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["Clock", "OutOfTime", "Unit", "do"]
 
@@ -41,7 +49,7 @@ class Unit:
         folder: what it made.
         key: digest of its inputs, for the inputs of units that build on it.
         result: what it measured, JSON-able.
-        seconds: how long it took, over all sittings.
+        seconds: how long it took, over all sittings but those that were killed outright: they leave no time behind.
     """
 
     folder: Path
@@ -50,14 +58,32 @@ class Unit:
     seconds: float
 
 
-def do(root: Path, name: str, inputs: Mapping[str, Any], clock: Clock, work: Callable[[Path], Any]) -> Unit:
+def do(
+    root: Path,
+    name: str,
+    inputs: Mapping[str, Any],
+    clock: Clock,
+    work: Callable[[Path], Any],
+    *,
+    scratch: tuple[str, ...] = (),
+) -> Unit:
     """Do `work(folder)` once for these inputs.
 
     The folder's name carries a digest of the inputs: changed inputs get a new folder and old results stay. `unit.json`
     appears last and makes the unit finished; until then `work` is called again and goes on from what the folder holds.
 
+    Args:
+        root: where the unit's folder goes.
+        name: what people call the unit.
+        inputs: everything that the result depends on, JSON-able.
+        clock: what is left of the time allowed.
+        work: fills the folder; what it returns, JSON-able, is the unit's result.
+        scratch: sub-folders that only serve to go on (checkpoints, caches). They are deleted once the unit is finished
+            and never before, so that a kill at any time finds them whole or does not need them.
+
     Raises:
         OutOfTime: no time is left to begin.
+        TerraSynthError: another process works in the folder, or what it says of the unit is damaged.
     """
     key = digest(terrasynth.__version__, inputs)
     folder = root / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}-{key[:8]}"
@@ -66,15 +92,68 @@ def do(root: Path, name: str, inputs: Mapping[str, Any], clock: Clock, work: Cal
         if clock.left() == 0:
             raise OutOfTime
         folder.mkdir(parents=True, exist_ok=True)
-        remove_incomplete(folder)
-        sittings = folder / "seconds.json"
-        before = read_json(sittings) if sittings.is_file() else 0.0
-        begun = time.monotonic()
-        try:
-            result = work(folder)
-        finally:
-            seconds = before + time.monotonic() - begun
-            write_json(sittings, seconds)
-        write_json(stamp, {"name": name, "inputs": inputs, "result": result, "seconds": seconds})
-    stored = read_json(stamp)
-    return Unit(folder, key, stored["result"], stored["seconds"])
+        with _alone(folder):
+            if not stamp.is_file():  # as it is if the process that was here before has just finished
+                _finish(folder, stamp, {"name": name, "inputs": inputs}, work)
+    stored = _read(stamp, "the unit is computed again")
+    try:
+        unit = Unit(folder, key, stored["result"], float(stored["seconds"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(stamp, "no result and seconds", "the unit is computed again") from error
+    for part in scratch:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    return unit
+
+
+def _finish(folder: Path, stamp: Path, about: Mapping[str, Any], work: Callable[[Path], Any]) -> None:
+    """One sitting; if it comes to its end, the stamp."""
+    # Nobody else is here, so whatever is half-written was left by a process that is gone.
+    for inside in sorted([folder, *folder.rglob("*/")], reverse=True):
+        remove_incomplete(inside)
+    sittings = folder / "seconds.json"
+    before = 0.0
+    if sittings.is_file():
+        before = _read(sittings, "only the time counted so far is lost")
+        if not isinstance(before, int | float):
+            raise _damaged(sittings, repr(before)[:40], "only the time counted so far is lost")
+    begun = time.monotonic()
+    try:
+        result = work(folder)
+    finally:
+        seconds = before + time.monotonic() - begun
+        write_json(sittings, seconds)
+    write_json(stamp, {**about, "result": result, "seconds": seconds})
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder; the system unlocks it when this process ends, however it ends."""
+    with (folder / ".lock").open("a") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TerraSynthError(
+                    "another run is working here", path=folder, fix="wait until it is over, or choose another --out"
+                ) from error
+            except OSError as error:
+                warnings.warn(
+                    f"{folder} can not be locked ({error.strerror}): start no second run with this --out", stacklevel=2
+                )
+        yield
+
+
+def _read(path: Path, without: str) -> Any:
+    try:
+        return read_json(path)
+    except TerraSynthError as error:
+        raise _damaged(path, error.found, without) from error
+
+
+def _damaged(path: Path, found: object, without: str) -> TerraSynthError:
+    return TerraSynthError(
+        "the record of a unit of work is damaged",
+        path=path,
+        found=found,
+        fix=f"delete this file and run the same command again: {without}",
+    )

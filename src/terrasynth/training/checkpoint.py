@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import terrasynth
-from terrasynth.errors import TerraSynthError
+from terrasynth.errors import TerraSynthError, changes
 from terrasynth.io import atomic_dir, atomic_write, read_json, write_json
 
 __all__ = [
@@ -189,12 +189,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): value}
-
-
 def check_resume(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any], harmless: frozenset[str]) -> None:
     """The resume guard: a run goes on only as what it was.
 
@@ -207,13 +201,7 @@ def check_resume(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any
     Raises:
         TerraSynthError: lists every dotted key that differs, `was -> now`.
     """
-    before, after = _flat(was), _flat(now)
-    changed = [
-        f"{key}: {before.get(key, '(not set)')} -> {after.get(key, '(not set)')}"
-        for key in [*before, *(key for key in after if key not in before)]
-        if key not in harmless and before.get(key, "(not set)") != after.get(key, "(not set)")
-    ]
-    if changed:
+    if changed := changes(was, now, harmless):
         run = checkpoint.parent.parent
         raise TerraSynthError(
             "this folder holds a training run with other settings, which can not be continued with these",
@@ -226,9 +214,7 @@ def check_resume(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any
 
 def warn_of_versions(state: Mapping[str, Any]) -> None:
     """Other library versions are allowed, but only equal ones promise an equal result to the bit."""
-    versions = _versions()
-    changed = [f"{name}: {was} -> {versions[name]}" for name, was in state["versions"].items() if was != versions[name]]
-    if changed:
+    if changed := changes(state["versions"], _versions()):
         warnings.warn(
             f"the run goes on with other versions ({', '.join(changed)}): its numbers may differ in the last digits",
             stacklevel=2,
@@ -323,6 +309,7 @@ def restore_best(checkpoint: Path | None, run: Path) -> None:
     """Make RUN/best.safetensors what it was when the checkpoint was written, or at the start of the run."""
     if checkpoint is not None and (checkpoint / _BEST).is_file():
         with atomic_write(run / _BEST) as partial:
+            partial.unlink()  # a link is made only where nothing is
             _link(checkpoint / _BEST, partial)
     else:
         (run / _BEST).unlink(missing_ok=True)
