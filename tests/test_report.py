@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import write_json
 from terrasynth.recipe import ArmConfig, DataConfig, Recipe, StudyConfig
-from terrasynth.study.figures import class_figure, contact_sheet, curve_figure, difference_figure
+from terrasynth.study.figures import class_figure, curve_figure, difference_figure
 from terrasynth.study.report import Results, read_results, verdict, write_report
 from terrasynth.study.statistics import compare, summarise
 

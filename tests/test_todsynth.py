@@ -1,17 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from diffusers import StableDiffusion3Pipeline
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.models.text import word_tokenizer
 from terrasynth.recipe import GeneratorConfig
 from terrasynth.sampling.rectify import ControlRectify
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -167,69 +160,6 @@ def test_saved_and_loaded_it_paints_the_same_picture(pipeline, masks, tmp_path):
     assert again.schema == SCHEMA
     assert torch.equal(paint(pipeline, masks, [1, 2, 3]), paint(again, masks, [1, 2, 3]))
     assert not [f for f in tmp_path.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-
-
-@pytest.fixture(scope="module")
-def sd3_folder(tmp_path_factory):
-    """A small Stable Diffusion 3.5 with all its parts, saved as the hub has it."""
-    torch.manual_seed(0)
-    tokenizer = word_tokenizer(["a satellite image of land road water"])
-
-    def clip(width, projection):
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=32,
-            projection_dim=projection,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
-        )
-        return CLIPTextModelWithProjection(config)
-
-    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=20,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-    )
-    folder = tmp_path_factory.mktemp("sd3")
-    StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=clip(16, 8),
-        tokenizer=tokenizer,
-        text_encoder_2=clip(16, 12),
-        tokenizer_2=tokenizer,
-        text_encoder_3=t5,
-        tokenizer_3=tokenizer,
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("coding", ["onehot", "grey"])

@@ -39,6 +39,7 @@ __all__ = ["TEXT_BRANCH", "MaskBranch", "MaskMMDiT", "MlpModulation", "Stream", 
 Trainable = Literal["all", "image+mask", "mask", "lora"]
 MlpModulation = Literal["own", "image"]
 
+_GATE_GAIN = 32
 _EPS = 1e-6
 #: What the published training keeps frozen with "image+mask": everything that only the text stream uses.
 TEXT_BRANCH = (
@@ -131,7 +132,9 @@ class MaskBranch(nn.Module):
         last: of the last block, where the mask only provides keys and values.
         own_mlp_modulation: modulate the feed-forward by this branch's own shift, scale and gate (six chunks), not by
             the image stream's (three chunks).
-        gated: a learnable gate per head between the base model's attention (0) and the unified attention (1).
+        gated: a learnable gate per head between the base model's attention (0) and the unified attention (1), stored
+            as a 32nd of its value: an optimiser moves every number by about the learning rate a step, and at the 1e-5
+            of fine-tuning a plain gate could not open in a whole run.
     """
 
     def __init__(
@@ -299,7 +302,7 @@ class TripleBlock(JointTransformerBlock):
         # O = O_base + g (O_full - O_base), exact at g = 0 and g = 1.
         n = sum(k.shape[1] for _, k, _ in projected[:2])
         base = _attention(q[:, :n], k[:, :n], v[:, :n]).split(lengths[:2], dim=1)
-        gate = self.mask.gate.to(base[0].dtype)[:, None]
+        gate = _GATE_GAIN * self.mask.gate.to(base[0].dtype)[:, None]
         return [torch.lerp(*pair, gate) for pair in zip(base, unified, strict=False)] + list(unified[2:])
 
 
@@ -528,7 +531,7 @@ class MaskMMDiT(SD3Transformer2DModel):
                 for gate in modulation.bias.split(self.inner_dim)[2::3]:
                     gate.fill_(1)
             if block.mask.gate is not None:
-                nn.init.ones_(block.mask.gate)
+                nn.init.constant_(block.mask.gate, 1 / _GATE_GAIN)
         for readout in (self.norm_out.linear, self.proj_out):
             nn.init.zeros_(readout.weight)
         return self

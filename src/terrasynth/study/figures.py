@@ -1,4 +1,4 @@
-"""The charts of the report, and sheets of masks beside paintings.
+"""The charts of the report.
 
 The charts are SVG with real text. Their neutral colours are CSS variables with a light fallback, so that a chart inside
 the report follows its light or dark theme, and the same file on its own is readable too.
@@ -12,24 +12,17 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from terrasynth.study.statistics import Difference, Summary, difference_text
-
-if TYPE_CHECKING:
-    import torch
-
-    from terrasynth.data.schema import LabelSchema
 
 __all__ = [
     "ARM_COLORS",
     "Color",
     "arm_color",
     "class_figure",
-    "contact_sheet",
     "curve_figure",
     "difference_figure",
 ]
@@ -153,77 +146,6 @@ def curve_figure(
         axes.xaxis.get_major_locator().set_params(integer=True)
         _arm_legend(figure, width)
         return _svg(figure, f"curves-{width}")
-
-
-def contact_sheet(
-    images: Mapping[str, torch.Tensor],
-    masks: torch.Tensor,
-    schema: LabelSchema,
-    *,
-    columns: int = 8,
-    zoom: int = 1,
-    legend: bool = False,
-) -> Image.Image:
-    """Masks above what belongs to them: rows of masks, and under each the rows of `images`, labelled.
-
-    Args:
-        images: by row label ("real", "painted", ...), (N, 3, H, W): uint8, or float in [0, 1].
-        masks: (N, H, W) class indices.
-        schema: colours of the classes.
-        columns: tiles side by side before the next block of rows starts.
-        zoom: whole-number enlargement, pixels kept sharp.
-        legend: name the classes below.
-    """
-    count, height, width = masks.shape
-    columns = min(columns, count)
-    blocks = -(-count // columns)
-    font = ImageFont.load_default(13)
-    margin, gap = 12, 4
-    ink, paper = (28, 32, 35), (255, 255, 255)
-    gutter = margin + int(max(font.getlength(label) for label in ("mask", *images))) + 10
-    rows = 1 + len(images)
-    cell_x, cell_y = width * zoom + gap, height * zoom + gap
-    block_height = rows * cell_y + 2 * gap
-    sheet_width = gutter + columns * cell_x - gap + margin
-    entries = _legend_layout(schema, font, sheet_width, margin) if legend else []
-    foot = entries[-1][2] + 22 if entries else 0
-    sheet = Image.new("RGB", (sheet_width, 2 * margin + blocks * block_height - 3 * gap + foot), paper)
-    draw = ImageDraw.Draw(sheet)
-    for block in range(blocks):
-        top = margin + block * block_height
-        for row, label in enumerate(("mask", *images)):
-            middle = top + row * cell_y + height * zoom // 2
-            draw.text((gutter - 10, middle), label, font=font, fill=ink, anchor="rm")
-            for column, index in enumerate(range(block * columns, min(count, (block + 1) * columns))):
-                tile = np.asarray(schema.to_color(masks[index])) if row == 0 else _pixels(images[label][index])
-                picture = Image.fromarray(tile).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-                sheet.paste(picture, (gutter + column * cell_x, top + row * cell_y))
-    base = sheet.height - margin - foot
-    for name, x, y, color in entries:
-        draw.rectangle((x, base + y + 10, x + 12, base + y + 22), fill=color, outline=(150, 150, 150))
-        draw.text((x + 18, base + y + 16), name, font=font, fill=ink, anchor="lm")
-    return sheet
-
-
-def _pixels(image: torch.Tensor) -> np.ndarray:
-    values = image.detach().cpu().numpy()
-    if values.dtype != np.uint8:
-        values = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-    return np.ascontiguousarray(values.transpose(1, 2, 0))
-
-
-def _legend_layout(
-    schema: LabelSchema, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, margin: int
-) -> list[tuple[str, int, int, Color]]:
-    entries: list[tuple[str, int, int, Color]] = []
-    x, y = margin, 0
-    for name, color in zip(schema.names, schema.colors, strict=True):
-        extent = 18 + int(font.getlength(name)) + 16
-        if x > margin and x + extent > width:
-            x, y = margin, y + 20
-        entries.append((name, x, y, color))
-        x += extent
-    return entries
 
 
 @contextmanager

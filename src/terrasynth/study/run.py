@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 
 import terrasynth
 from terrasynth.data.augment import view
-from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_tiles
+from terrasynth.data.folder import Split, Tiles, check_splits, load_synthetic, load_tiles
+from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import atomic_write, write_json
+from terrasynth.io import atomic_write, digest, write_json
 from terrasynth.recipe import ArmConfig, Recipe
-from terrasynth.study.figures import contact_sheet
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.study.units import Clock, OutOfTime, Unit, do
@@ -60,10 +59,22 @@ class Study:
                 expected="an arm with synthetic: none; its segmentors also steer",
                 fix="put the real-only arm first",
             )
-        self.train = load_tiles(recipe.data, "train", base=base)
-        self.validation = load_tiles(recipe.data, "validation", base=base)
-        self.test = load_tiles(recipe.data, "test", base=base)
-        check_splits(train=self.train, validation=self.validation, test=self.test)
+        self._base = base
+
+    # Splits are read when they are first needed: the generator alone needs no validation and no test tiles.
+
+    @cached_property
+    def train(self) -> Tiles:
+        """The labelled training tiles."""
+        return load_tiles(self.recipe.data, "train", base=self._base)
+
+    @cached_property
+    def held_out(self) -> dict[Split, Tiles]:
+        """The validation and test tiles, after a check that no tile is in two splits."""
+        validation: Tiles = load_tiles(self.recipe.data, "validation", base=self._base)
+        test: Tiles = load_tiles(self.recipe.data, "test", base=self._base)
+        check_splits(train=self.train, validation=validation, test=test)
+        return {"validation": validation, "test": test}
 
     # Units
 
@@ -83,9 +94,8 @@ class Study:
             )
             if not outcome.finished:
                 raise OutOfTime
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
-        return do(self.out, "generator", inputs, self.clock, work)
+        return do(self.out, "generator", inputs, self.clock, work, scratch=("checkpoints", "cache"))
 
     def cell(self, arm: ArmConfig, seed: int, *, times: int = 1) -> Unit:
         """The segmentor of one arm and seed, trained for `times` the recipe's steps, and its metrics on test."""
@@ -97,8 +107,8 @@ class Study:
         inputs = {
             "segmentor": config.model_dump(mode="json"),
             "train": self.train.fingerprint(),
-            "validation": self.validation.fingerprint(),
-            "test": self.test.fingerprint(),
+            "validation": self.held_out["validation"].fingerprint(),
+            "test": self.held_out["test"].fingerprint(),
             "cutmix": arm.cutmix,
             "synthetic": None if painted is None else [painted.key, study.real_fraction],
             "seed": seed,
@@ -117,7 +127,7 @@ class Study:
             outcome = fit(
                 segmentor,
                 self.train,
-                self.validation,
+                self.held_out["validation"],
                 config,
                 folder / "training",
                 seed=seed,
@@ -130,17 +140,15 @@ class Study:
             if not outcome.finished:
                 raise OutOfTime
             segmentor.save_pretrained(folder / "segmentor")
-            confusion = segmentor.evaluate(self.test)
-            result = {
+            confusion = segmentor.evaluate(self.held_out["test"])
+            return {
                 "metrics": confusion.metrics(schema.names),
                 "confusion": confusion.matrix.tolist(),
                 "curve": _curve(folder / "training" / "log.jsonl"),
             }
-            # Most of the space, and of no use once the cell is finished.
-            shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)
-            return result
 
-        return do(self.out / "cells", f"{arm.name} seed {seed}{suffix}", inputs, self.clock, work)
+        name = f"{arm.name} seed {seed}{suffix}"
+        return do(self.out / "cells", name, inputs, self.clock, work, scratch=("training/checkpoints",))
 
     def painted(self, kind: str, seed: int) -> Unit:
         """The synthetic dataset of one seed, `plain` or `steered` by the baseline's segmentor of the same seed."""
@@ -165,7 +173,12 @@ class Study:
                 plan(count, len(self.train), seed),
                 self.recipe.sampling,
                 folder / "dataset",
-                provenance={"recipe": self.recipe.name, **inputs},
+                provenance={
+                    "recipe": digest(self.recipe.model_dump(mode="json")),
+                    "run_seed": seed,
+                    **{name: inputs[name] for name in ("generator", "segmentor", "sampling", "steering")},
+                },
+                between=self._check_clock,
                 steering=steering_for(self.recipe.steering, segmentor.loss) if steered else None,
                 label=f"painting {kind}, seed {seed}",
             )
@@ -173,6 +186,10 @@ class Study:
             return {"agreement": segmentor.evaluate(painted).mean_iou, "count": len(painted)}
 
         return do(self.out / "synthetic", f"{kind} seed {seed}", inputs, self.clock, work)
+
+    def _check_clock(self) -> None:
+        if self.clock.left() == 0:
+            raise OutOfTime
 
     # The whole
 
@@ -205,8 +222,8 @@ class Study:
                 ],
                 "data": {
                     "train": len(self.train),
-                    "validation": len(self.validation),
-                    "test": len(self.test),
+                    "validation": len(self.held_out["validation"]),
+                    "test": len(self.held_out["test"]),
                     "image_size": self.recipe.data.image_size,
                     "source": "procedural world" if self.recipe.data.kind == "world" else "image and mask folders",
                 },
@@ -288,6 +305,7 @@ def _gallery(out: Path, tiles: Tiles, seed: int, painted: Mapping[str, Unit], co
 
     sets = {kind: load_synthetic(unit.folder / "dataset") for kind, unit in painted.items()}
     if not sets:
+        (out / "gallery.json").unlink(missing_ok=True)
         return
     total = len(next(iter(sets.values())))
     shown = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})

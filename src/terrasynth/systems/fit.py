@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import time
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from terrasynth.data.augment import view
 from terrasynth.data.folder import Tiles
+from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, atomic_write, digest
 from terrasynth.models.text import PromptCache
 from terrasynth.progress import track
-from terrasynth.systems.todsynth import TODSynthPipeline
+from terrasynth.systems.todsynth import TODSynthPipeline, mask_channels
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Outcome, train
 
@@ -33,81 +37,124 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
     `mask_latents` (C, h, w) where masks pass through the autoencoder.
     """
 
-    def __init__(self, encoded: dict[str, Tensor], prompt_embeds: Tensor, pooled: Tensor) -> None:
-        self._encoded = encoded
+    def __init__(self, path: Path, prompts: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> None:
+        self._path = path
+        self._prompts = prompts
         self._prompt_embeds = prompt_embeds
         self._pooled = pooled
 
     def __len__(self) -> int:
-        return len(self._encoded["mask"])
+        return len(self._prompts)
 
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         index, _ = key
-        item = {name: tensor[index] for name, tensor in self._encoded.items() if name != "prompt"}
-        prompt = int(self._encoded["prompt"][index])
+        item = {name: self._file.get_slice(name)[index] for name in self._names}
         item["latents"] = item["latents"].float()
+        prompt = int(self._prompts[index])
         return {**item, "prompt_embeds": self._prompt_embeds[prompt], "pooled": self._pooled[prompt]}
 
-    @classmethod
-    def encode(
-        cls, pipeline: TODSynthPipeline, tiles: Tiles, views: int, folder: Path, batch_size: int = 64
-    ) -> EncodedViews:
-        """Encode `views` augmentations of every tile, or read them back from `folder`."""
-        jobs = [(tile, index) for index in range(views) for tile in range(len(tiles))]
-        pairs = [view(tiles.images[tile], tiles.masks[tile], index) for tile, index in jobs]
-        masks = torch.stack([mask for _, mask in pairs])
-        captions = [pipeline.schema.caption(mask, pipeline.config.caption) for mask in masks]
-        texts = sorted(set(captions))
-        prompt_embeds, pooled = pipeline.prompts(texts)
+    # Rows are read when they are asked for: at 512 px a few thousand tiles are more than fits in memory. Each process
+    # opens the file for itself, so what is sent to a loader's worker has no open file.
 
-        weights = [float(p.double().sum()) for p in (*pipeline.vae.parameters(), *pipeline.vae.buffers())]
+    @cached_property
+    def _file(self) -> Any:
+        return safe_open(self._path, framework="pt")
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_file", "_names")}
+
+    @classmethod
+    def encode(cls, pipeline: TODSynthPipeline, tiles: Tiles, views: int, folder: Path) -> EncodedViews:
+        """Encode `views` augmentations of every tile, or read them back from `folder`."""
+        weights = [float(p.detach().double().sum()) for p in (*pipeline.vae.parameters(), *pipeline.vae.buffers())]
         name = digest("views", tiles.fingerprint(), views, pipeline.config.mask_coding, weights)
         path = folder / f"{name}.safetensors"
         if not path.is_file():
-            latents, mask_latents = [], []
-            device = pipeline.vae.device
-            with track(len(jobs), "encoding tiles", unit="views") as progress:
-                for start in range(0, len(jobs), batch_size):
-                    some = slice(start, start + batch_size)
-                    images = torch.stack([image for image, _ in pairs[some]]).to(device).float() / 255
-                    # Half precision: its rounding is far below the noise of the smallest timestep.
-                    latents.append(pipeline.encode_images(images).half().cpu())
-                    if pipeline.config.mask_coding == "grey":
-                        mask_latents.append(pipeline.encode_masks(masks[some].to(device)).cpu())
-                    progress.advance(len(images))
-            tensors = {"latents": torch.cat(latents)}
-            if mask_latents:
-                tensors["mask_latents"] = torch.cat(mask_latents)
             with atomic_write(path) as partial:
-                save_file(tensors, partial)
-        encoded = load_file(path)
-        encoded["mask"] = masks
-        encoded["prompt"] = torch.tensor([texts.index(caption) for caption in captions])
-        return cls(encoded, prompt_embeds, pooled)
+                save_file(_encode_views(pipeline, tiles, views), partial)
+        with safe_open(path, framework="pt") as file:
+            captions = [pipeline.schema.caption(mask, pipeline.config.caption) for mask in file.get_tensor("mask")]
+        texts = sorted(set(captions))
+        position = {text: i for i, text in enumerate(texts)}
+        return cls(path, torch.tensor([position[caption] for caption in captions]), *pipeline.prompts(texts))
+
+
+def _encode_views(pipeline: TODSynthPipeline, tiles: Tiles, views: int) -> dict[str, Tensor]:
+    """Masks, and the latents of images (and of masks, where they pass the autoencoder), of every view of every tile."""
+    jobs = [(tile, index) for index in range(views) for tile in range(len(tiles))]
+    # An autoencoder's activations grow with the pixels: about 4 GB for four million.
+    batch_size = max(1, 2**20 // tiles.images[0, 0].numel())
+    rows: dict[str, list[Tensor]] = {"mask": [], "latents": []}
+    with track(len(jobs), "encoding tiles", unit="views") as progress:
+        for start in range(0, len(jobs), batch_size):
+            pairs = [
+                view(tiles.images[tile], tiles.masks[tile], index) for tile, index in jobs[start : start + batch_size]
+            ]
+            images, masks = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+            rows["mask"].append(masks)
+            # Half precision: its rounding is far below the noise of the smallest timestep.
+            latents = pipeline.encode_images(images.to(pipeline.vae.device).float() / 255)
+            rows["latents"].append(latents.half().cpu())
+            if pipeline.config.mask_coding == "grey":
+                mask_latents = pipeline.encode_masks(masks.to(pipeline.vae.device))
+                rows.setdefault("mask_latents", []).append(mask_latents.cpu())
+            progress.advance(len(masks))
+    return {name: torch.cat(tensors).contiguous() for name, tensors in rows.items()}
 
 
 def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPipeline:
-    """The untrained pipeline of a recipe: from its base model, or from scratch."""
+    """The untrained pipeline of a recipe: from its base model, or from scratch.
+
+    Raises:
+        TerraSynthError: the sizes, the mask coding or the words of the captions do not fit the model.
+    """
     captions = sorted(set(tiles.captions(data.caption)))
     if config.base is None:
-        side = config.autoencoder.patch_size * config.patch_size
-        if data.image_size % side or config.width % config.heads:
-            raise TerraSynthError(
-                "the generator's sizes do not fit",
-                found=f"image_size {data.image_size}, autoencoder.patch_size x patch_size = {side}, "
-                f"width {config.width}, heads {config.heads}",
-                expected="image_size divisible by the product, width divisible by heads",
-                fix="change data.image_size or the sizes under generator",
-            )
+        factor, patch_size = config.autoencoder.patch_size, config.patch_size
+    else:
+        pipeline = TODSynthPipeline.from_pretrained(
+            config.base,
+            # The loop keeps float32 masters of what trains; the frozen parts need no more than they compute in.
+            torch_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+            label_schema=tiles.schema.to_dict(),
+            mask_coding=config.mask_coding,
+            mask_init=config.mask_init,
+            caption=data.caption,
+            image_size=data.image_size,
+        )
+        factor, patch_size = pipeline.factor, pipeline.transformer.config.patch_size
+    if data.image_size % (factor * patch_size):
+        raise TerraSynthError(
+            "the tiles do not divide into tokens",
+            found=f"data.image_size {data.image_size}",
+            expected=f"a multiple of {factor * patch_size} (pixels per latent x latents per token)",
+            fix="change data.image_size",
+        )
+    if config.base is None:
         images = tiles.images.float() / 255
         return TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
-    pipeline = TODSynthPipeline.from_pretrained(
-        config.base,
-        label_schema=tiles.schema.to_dict(),
-        mask_coding=config.mask_coding,
-        mask_init=config.mask_init,
-        caption=data.caption,
-    )
+    channels = mask_channels(tiles.schema, config.mask_coding, pipeline.vae)
+    if pipeline.transformer.config.mask_channels != channels:
+        raise TerraSynthError(
+            "the base model was trained with another mask coding or other classes",
+            path=config.base,
+            found=f"{pipeline.transformer.config.mask_channels} mask channels",
+            expected=f"{channels}, for {config.mask_coding} and {tiles.schema.num_classes} classes",
+            fix="set generator.mask_coding and the label schema as they were",
+        )
+    unknown = pipeline.tokenizer.unk_token_id
+    if pipeline.tokenizer.unk_token == "<unk>" and any(unknown in pipeline.tokenizer(c).input_ids for c in captions):
+        raise TerraSynthError(
+            "the captions have words that the base model does not know",
+            path=config.base,
+            found=", ".join(captions[:3]),
+            expected=f"words of its vocabulary: {', '.join(sorted(pipeline.tokenizer.get_vocab()))}",
+            fix="change data.caption or the class names",
+        )
     return pipeline
 
 
@@ -124,9 +171,8 @@ def fit_generator(
 
     Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
     """
-    pipeline = build(config, data, tiles)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline.to(device)
+    begun = time.monotonic()
+    pipeline = build(config, data, tiles).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.prompts = PromptCache(
         pipeline.encode_prompts, folder / "cache" / "prompts", identity=digest(config.base, str(pipeline.tokenizer))
     )
@@ -146,8 +192,6 @@ def fit_generator(
     shown = [round(i * (len(tiles) - 1) / 3) for i in range(4)] if len(tiles) >= 4 else list(range(len(tiles)))
 
     def preview(step: int) -> dict[str, float]:
-        from terrasynth.study.figures import contact_sheet
-
         images = pipeline(
             tiles.masks[shown],
             seeds=list(range(len(shown))),
@@ -173,7 +217,7 @@ def fit_generator(
             "data": tiles.fingerprint(),
         },
         evaluate=preview,
-        max_minutes=max_minutes,
+        max_minutes=None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begun) / 60),
         label="training the generator",
     )
     if outcome.finished and not (folder / "model").is_dir():

@@ -81,6 +81,7 @@ def paint(
     *,
     provenance: Mapping[str, Any],
     steering: Callable[[Tensor], Steering] | None = None,
+    between: Callable[[], None] | None = None,
     label: str = "painting",
 ) -> Path:
     """Write the synthetic dataset of `jobs` to `folder`; run again, it paints only what is missing.
@@ -94,12 +95,14 @@ def paint(
         folder: new, or begun by the same call.
         provenance: recorded with every sample: model, recipe, steering.
         steering: makes the steering of a batch from its masks, from `steering_for`.
+        between: called before every batch; may raise to stop in good order.
         label: names the progress bar.
     """
     writer = SyntheticWriter(
         folder,
         pipeline.schema,
-        plan={**provenance, "jobs": digest([vars(job) for job in jobs]), "masks": digest(ids, masks.tolist())},
+        # Not the number of jobs: a finished dataset may be continued.
+        plan={**provenance, "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest()[:16]},
     )
     done = writer.done()
     device = pipeline.transformer.device
@@ -110,6 +113,8 @@ def paint(
             missing = [job for job in batch if job.id not in done]
             if not missing:
                 continue
+            if between is not None:
+                between()
             targets = torch.stack([view_mask(masks[job.source], job.view) for job in batch])
             prompts = [pipeline.schema.caption(mask, pipeline.config.caption) for mask in targets]
             images = pipeline(
@@ -125,8 +130,9 @@ def paint(
             pixels = (images * 255).round().byte().cpu()
             for job, image, mask, prompt in zip(batch, pixels, targets, prompts, strict=True):
                 if job in missing:
-                    source = {"source_mask": ids[job.source], "view": job.view}
-                    writer.add(job.id, image, mask, {"seed": job.seed, **source, "prompt": prompt, **provenance})
+                    row = {"seed": job.seed, "source_mask": ids[job.source], "view": job.view, "prompt": prompt}
+                    batching = {"device": device.type, "batch_size": sampling.batch_size}
+                    writer.add(job.id, image, mask, {**provenance, **batching, **row})
             progress.advance(len(missing))
     return writer.finish()
 
@@ -164,7 +170,7 @@ def generate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(model).to(device)
     if isinstance(masks, Path):
-        size = pipeline.transformer.config.sample_size * pipeline.factor
+        size = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
         ids, layouts = load_masks(masks, pipeline.schema, size)
     else:
         ids, layouts = masks.ids, masks.masks
@@ -179,7 +185,8 @@ def generate(
         sampling,
         folder,
         provenance={
-            "model": file_digest(model / "transformer"),
+            "run_seed": seed,
+            "model": file_digest(model),
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
             "steering": None if segmentor is None else steering.model_dump(mode="json"),
             "segmentor": None if segmentor is None else file_digest(segmentor),
@@ -191,9 +198,9 @@ def generate(
 def file_digest(folder: Path) -> str:
     """Digest of the safetensors files of a model's folder: what made a sample, whatever the folder is called."""
     hashes = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):
         with path.open("rb") as file:
-            hashes.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
     return digest(hashes)
 
 

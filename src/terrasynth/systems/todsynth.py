@@ -58,6 +58,7 @@ class TODSynthPipeline(DiffusionPipeline):
         mask_coding: how masks enter the transformer: `onehot` and `bits` without loss, `grey` through the autoencoder.
         mask_init: how SD3's transformer gets its mask branch: as a `copy` of the image branch, or at `random`.
         caption: template of the default prompts.
+        image_size: side of the images it was trained on; any multiple of a token's pixels can be painted.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -79,6 +80,7 @@ class TODSynthPipeline(DiffusionPipeline):
         mask_coding: Any = "onehot",
         mask_init: Any = "copy",
         caption: str = "a satellite image of {classes}",
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if label_schema is None:
@@ -105,9 +107,14 @@ class TODSynthPipeline(DiffusionPipeline):
             tokenizer_3=tokenizer_3,
         )
         self.register_to_config(
-            label_schema=label_schema, mask_coding=mask_coding, mask_init=mask_init, caption=caption
+            label_schema=label_schema,
+            mask_coding=mask_coding,
+            mask_init=mask_init,
+            caption=caption,
+            image_size=image_size,
         )
         self.prompts = PromptCache(self.encode_prompts, folder=None, identity="")
+        self._null_masks: dict[torch.Size, Tensor] = {}
         self.text_dropout = self.mask_dropout = 0.0
         self.density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
 
@@ -125,14 +132,15 @@ class TODSynthPipeline(DiffusionPipeline):
         """Masks (B, H, W) of class indices to mask latents (B, C, h, w) on the grid of the image latents."""
         code = self.schema.encode(masks, self.config.mask_coding)
         if self.config.mask_coding == "grey":
-            return self.encode_images(code / 2 + 0.5)
+            return self.encode_images(code / 2 + 0.5).to(self.transformer.dtype)
         # Nothing is lost: the pixels under one latent become its channels.
         return F.pixel_unshuffle(code, self.factor).to(self.transformer.dtype)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to latents (B, C, h, w) of about unit variance; the mode, not a sample."""
-        z = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
+        with torch.autocast(images.device.type, enabled=False):
+            z = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
         return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -179,8 +187,10 @@ class TODSynthPipeline(DiffusionPipeline):
         return F.mse_loss(predicted.float(), flow.velocity)
 
     def _null_mask_latents(self, like: Tensor) -> Tensor:
-        """Latents (1, C, h, w) of a wholly unlabelled mask."""
-        return self.encode_masks(torch.full_like(like, self.schema.ignore_index))
+        """Latents (1, C, h, w) of a wholly unlabelled mask of the size of `like` (1, H, W), encoded once."""
+        if like.shape not in self._null_masks:
+            self._null_masks[like.shape] = self.encode_masks(torch.full_like(like, self.schema.ignore_index))
+        return self._null_masks[like.shape].to(like.device)
 
     # Sampling
 
@@ -215,7 +225,7 @@ class TODSynthPipeline(DiffusionPipeline):
             TerraSynthError: the masks' size does not fit, or their number differs from the prompts' or seeds'.
         """
         self._check(masks, prompts, seeds)
-        device, dtype = self.transformer.device, self.transformer.dtype
+        device, dtype = self._execution_device, self.transformer.dtype
         masks = masks.to(device)
         if prompts is None:
             prompts = [self.schema.caption(mask, self.config.caption) for mask in masks.cpu()]
@@ -246,6 +256,7 @@ class TODSynthPipeline(DiffusionPipeline):
         images = self.decode(latents)
         if output_type == "pil":
             images = self.numpy_to_pil(images.movedim(1, -1).cpu().numpy())
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
     def _check(self, masks: Tensor, prompts: Sequence[str] | None, seeds: Sequence[int]) -> None:
@@ -279,7 +290,7 @@ class TODSynthPipeline(DiffusionPipeline):
         """
         vae = PatchPCA(config.autoencoder.patch_size, config.autoencoder.channels, config.autoencoder.whiten)
         vae.fit(images * 2 - 1)
-        tokenizer = word_tokenizer([*texts, caption.format(classes=", ".join(schema.names))])
+        tokenizer = word_tokenizer([*texts, caption.replace("{classes}", ", ".join(schema.names))])
         text_encoder = word_encoder(tokenizer, seed=config.seed)
         grid = images.shape[-1] // vae.config.patch_size
         with torch.random.fork_rng(devices=[]):
@@ -304,12 +315,13 @@ class TODSynthPipeline(DiffusionPipeline):
         return cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift),
-            vae=vae.eval(),
+            vae=vae.eval().requires_grad_(False),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             label_schema=schema.to_dict(),
             mask_coding=config.mask_coding,
             caption=caption,
+            image_size=images.shape[-1],
         )
 
 
