@@ -6,10 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from terrasynth.errors import TerraSynthError
+from terrasynth.io import open_image
 from terrasynth.recipe import Recipe
 from terrasynth.study.run import Study
 from terrasynth.study.units import Clock, OutOfTime, do
@@ -59,10 +61,33 @@ def test_metrics_are_those_of_the_saved_segmentor_on_the_test_tiles(finished, ti
 
 
 def test_every_arm_and_seed_trains_as_many_steps_on_the_same_real_tiles(finished, tiny_recipe):
-    for log in finished.glob("cells/*/training/log.jsonl"):
+    logs = list(finished.glob("cells/*/training/log.jsonl"))
+    assert len(logs) == 2 * len(tiny_recipe.study.arms) + 2
+    for log in logs:
         last = json.loads(log.read_text().splitlines()[-1])
         twice = "-x2-" in log.parent.parent.name
         assert last["step"] == tiny_recipe.segmentor.train.steps * (2 if twice else 1)
+
+
+def test_the_test_tiles_change_nothing_but_the_scores(finished, tiny_recipe, tmp_path):
+    world = tiny_recipe.data.world.model_copy(update={"test": 3})
+    other = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"world": world})})
+    study = Study(other, Path(), tmp_path)
+    assert study.held_out["test"].fingerprint() != Study(tiny_recipe, Path(), tmp_path).held_out["test"].fingerprint()
+    study.painted("steered", 0)
+    made = [
+        "cells/real-seed-0-*/segmentor",
+        "generator-*/model/transformer",
+        "synthetic/steered-seed-0-*/dataset/images",
+    ]
+    for pattern in made:
+        (before,), (after,) = (
+            [f for f in folder.glob(pattern) if "-x2-" not in str(f)] for folder in (finished, tmp_path)
+        )
+        for file in after.rglob("*.safetensors"):
+            assert file.read_bytes() == (before / file.relative_to(after)).read_bytes()
+        for file in after.rglob("*.png"):
+            assert np.array_equal(open_image(file).values, open_image(before / file.name).values)
 
 
 def test_finished_units_are_not_computed_again(finished, tiny_recipe):
