@@ -1,10 +1,12 @@
 import errno
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from terrasynth import __version__
@@ -53,6 +55,20 @@ def test_recipe_prints_what_loads_back(tmp_path):
     assert load_recipe(path).recipe == load_recipe("demo").recipe
 
 
+def test_a_printed_recipe_still_finds_its_label_schema_from_another_folder(tmp_path):
+    from terrasynth.data.folder import load_tiles
+
+    path = tmp_path / "mine.yaml"
+    path.write_text(invoke("recipe", "dubai16").output, encoding="utf-8")
+    for kind, color in (("images", "#123456"), ("masks", "#E2A929")):
+        folder = tmp_path / "tiles" / kind / "train"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (128, 128), color).save(folder / "a.png")
+    loaded = load_recipe(path, ["data.train.list=null"], data=tmp_path / "tiles")
+    tiles = load_tiles(loaded.recipe.data, "train", base=loaded.base)
+    assert tiles.schema.names[tiles.masks[0, 0, 0]] == "water"
+
+
 @pytest.mark.parametrize("command", [["train"], ["study"], ["generate"]])
 def test_a_fault_is_a_message_and_exit_code_2(command):
     result = invoke(*command, "demo", "--set", "sampling.stepps=3")
@@ -75,7 +91,34 @@ def test_a_typing_mistake_shows_before_torch_is_loaded():
 def test_a_model_is_painted_for_given_masks_only(tmp_path):
     assert "--masks" in invoke("generate", str(tmp_path)).stderr
     result = invoke("generate", str(tmp_path), "--masks", str(tmp_path), "--set", "a=1")
-    assert (result.exit_code, "--set" in result.stderr) == (2, True)
+    assert (result.exit_code, "sampling.… or steering.…" in result.stderr) == (2, True)
+    result = invoke("generate", str(tmp_path), "--masks", str(tmp_path), "--run", str(tmp_path))
+    assert (result.exit_code, "--run" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("switched_off", [True, False], ids=["by our switch", "by diffusers' own refusal"])
+@pytest.mark.parametrize(
+    "index",
+    [{"_class_name": ["evil", "Evil"]}, {"_class_name": "TODSynthPipeline", "transformer": ["evil", "Evil"]}],
+    ids=["pipeline", "component"],
+)
+def test_code_in_the_folder_of_a_model_is_not_run(tmp_path, index, switched_off):
+    model, trace = tmp_path / "model", tmp_path / "trace"
+    (model / "transformer").mkdir(parents=True)
+    (model / "model_index.json").write_text(json.dumps({"_diffusers_version": "0.38.0", **index}))
+    for folder in (model, model / "transformer"):
+        (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    program = (
+        "import sys; from terrasynth.cli import app\n"
+        f"if not {switched_off}: import diffusers\n"  # imported before, it does not see the switch
+        f"sys.argv = ['terrasynth', 'generate', {str(model)!r}, '--masks', {str(tmp_path)!r}]\n"
+        "app()"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "DIFFUSERS_DISABLE_REMOTE_CODE"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert ("remote code is disabled" if switched_off else "contains custom code in evil.py") in done.stderr
+    assert not trace.exists()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +163,7 @@ def test_a_fault_of_ours_keeps_its_stack_trace():
 
 def test_the_commands_follow_one_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    training = "{steps: 2, batch_size: 2, evaluate_every: 2}"
+    training = "{steps: 2, batch_size: 2, evaluate_every: 2, warmup_steps: 1}"
     tmp_path.joinpath("tiny.yaml").write_text(f"""
         name: tiny / recipe
         data: {{image_size: 32, world: {{train: 4, validation: 2, test: 2}}}}
@@ -152,6 +195,16 @@ def test_the_commands_follow_one_another(tmp_path, monkeypatch):
 
     (segmentor,) = tmp_path.glob("runs/tiny-recipe/cells/real-seed-0-*/segmentor")
     first = run("generate", "tiny.yaml", "--count", "2")[-1]
-    again = run("generate", model, "--masks", f"{first}/masks", "--steer", str(segmentor), "--out", "painted")[-1]
+    options = ["--steer", str(segmentor), "--set", "sampling.steps=3", "--out", "painted"]
+    again = run("generate", model, "--masks", f"{first}/masks", *options)[-1]
+    row = json.loads((tmp_path / again / "metadata.jsonl").read_text().splitlines()[0])
+    assert row["sampling"]["steps"] == 3
     assert (tmp_path / first).samefile(tmp_path / model / "../synthetic")
     assert len(list((tmp_path / again / "images").iterdir())) == 2
+
+    # A run elsewhere keeps its generator; the limit would stop a training.
+    tmp_path.joinpath("runs/tiny-recipe").rename(tmp_path / "elsewhere")
+    limited = ["generate", "tiny.yaml", "--count", "3", "--max-minutes", "0"]
+    assert run(*limited, "--run", "elsewhere")[-1].startswith("elsewhere/generator-")
+    assert not (tmp_path / "runs" / "tiny-recipe").exists()
+    assert invoke(*limited).exit_code == 75

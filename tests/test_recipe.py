@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import ArmConfig, DataConfig, Recipe, SegmentorConfig, StudyConfig, TrainConfig
-from terrasynth.recipe_io import explain, load_recipe, packaged
+from terrasynth.recipe_io import explain, load_recipe, override_defaults, packaged
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_an_override_enters_lists_by_position_and_options_by_name():
 
 
 def test_a_section_given_as_an_override_is_laid_over_the_old_one():
-    before, after = (load_recipe("demo", overrides).recipe for overrides in ([], ["generator.train={steps: 7}"]))
-    assert after.generator.train == before.generator.train.model_copy(update={"steps": 7})
+    before, after = (load_recipe("demo", overrides).recipe for overrides in ([], ["generator.train={steps: 77}"]))
+    assert after.generator.train == before.generator.train.model_copy(update={"steps": 77})
 
 
 def test_data_sets_the_root_whatever_its_name(tmp_path):
@@ -177,6 +177,53 @@ def test_an_override_that_can_not_be_carried_out_is_named(override):
     assert override in fault("demo", [override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["generator.train.steps=20"],
+            "generator.train.warmup_steps (20) must be less than",
+        ),
+        (["segmentor.train.steps=9"], "segmentor.train.warmup_steps (20) must be less than"),
+        (["generator.mask_dropout=0"], "sampling.mask_scale (1.5) needs generator.mask_dropout > 0"),
+        (
+            ["generator.text_dropout=0", "sampling.text_scale=3"],
+            "sampling.text_scale (3.0) needs generator.text_dropout",
+        ),
+        # Prompts are compared under the null mask.
+        (
+            ["generator.mask_dropout=0", "sampling={text_scale: 3, mask_scale: 1}"],
+            "sampling.text_scale (3.0) needs generator.mask_dropout > 0",
+        ),
+        (["generator.heads=3"], "generator: width (128) must be a multiple of heads (3) and of 4"),
+        (["generator={width: 6, heads: 3}"], "generator: width (6) must be a multiple of heads (3) and of 4"),
+        (["generator.train.betas=[0.9, 1]"], "generator.train.betas.1: found 1, expected less than 1"),
+        (["data.world.gsd=11"], "data.world.gsd: found 11, expected less than or equal to 10"),
+    ],
+)
+def test_values_that_can_not_work_are_refused_before_anything_runs(overrides, said):
+    lines = fault("demo", overrides).splitlines()
+    assert any(line.startswith(f"  {said}") for line in lines), lines
+
+
+def test_without_guidance_no_condition_needs_dropping():
+    recipe = load_recipe("demo", ["generator={text_dropout: 0, mask_dropout: 0}", "sampling.mask_scale=1"]).recipe
+    assert recipe.sampling.mask_scale == 1
+
+
+def test_without_a_recipe_only_the_sections_in_use_are_set():
+    sections = ("sampling", "steering")
+    settings = override_defaults(["sampling.steps=5", "steering={strength: 0.2}"], sections)
+    default = Recipe(name="mine")
+    assert settings.sampling == default.sampling.model_copy(update={"steps": 5})
+    assert settings.steering == default.steering.model_copy(update={"strength": 0.2})
+    for override in ("generator.seed=1", "name=x", "samplings.steps=3"):
+        with pytest.raises(TerraSynthError, match=r"sampling\.… or steering\.…"):
+            override_defaults([override], sections)
+    with pytest.raises(TerraSynthError, match=r"did you mean `sampling\.steps`"):
+        override_defaults(["sampling.stepps=3"], sections)
+
+
 # --- explaining ---------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +265,7 @@ def test_an_explained_recipe_loads_back_to_itself(tmp_path_factory, name, captio
     recipe = Recipe(
         name=name,
         data=DataConfig(caption=caption),
-        segmentor=SegmentorConfig(options=options, train=TrainConfig(steps=3, learning_rate=rate, clip_norm=clip)),
+        segmentor=SegmentorConfig(options=options, train=TrainConfig(steps=99, learning_rate=rate, clip_norm=clip)),
         study=StudyConfig(seeds=tuple(seeds), arms=tuple(arms)),
     )
     path = tmp_path_factory.getbasetemp() / "explained.yaml"

@@ -87,7 +87,7 @@ def test_the_test_tiles_change_nothing_but_the_scores(finished, tiny_recipe, tmp
         for file in after.rglob("*.safetensors"):
             assert file.read_bytes() == (before / file.relative_to(after)).read_bytes()
         for file in after.rglob("*.png"):
-            assert np.array_equal(open_image(file).values, open_image(before / file.name).values)
+            assert np.array_equal(open_image(file).values, open_image(before / file.relative_to(after)).values)
 
 
 def test_finished_units_are_not_computed_again(finished, tiny_recipe):

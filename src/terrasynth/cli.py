@@ -6,6 +6,7 @@ Rooms are imported inside the commands, so that `terrasynth --help` never loads 
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
 import sys
@@ -102,6 +103,9 @@ def terrasynth(
     ] = False,
 ) -> None:
     """Would synthetic training data help your remote-sensing task? TerraSynth makes it and measures the answer."""
+    # A model is data, never code. diffusers reads this when it is first imported, and then runs no code of a model's
+    # folder or of the hub, whatever the folder asks for.
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
 
 
 @app.command(epilog=_example("terrasynth demo"))
@@ -141,10 +145,20 @@ def generate(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE|MODEL", help="A recipe (its generator is trained if it is not yet) or a model's folder."
+            metavar="RECIPE|MODEL",
+            help="A recipe (its generator is trained if the run's folder has none) or a model's folder.",
         ),
     ],
     data: Data = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of the run whose generator paints: what --out was in `train` or `study`. (default: runs/NAME)",
+        ),
+    ] = None,
     masks: Annotated[
         Path | None,
         typer.Option(
@@ -174,28 +188,40 @@ def generate(
             help="Steer with this trained segmentor (control-rectify flow matching).",
         ),
     ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-minutes",
+            metavar="M",
+            min=0,
+            help="If the generator is still to be trained, stop that in good order after M minutes, with exit code 75; "
+            "the same command goes on. Painting is not limited.",
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
-    Image i depends on its mask, the seed and i alone. Stopped or killed, the same command adds what is missing.
+    Image i depends on its mask, the seed and i alone. Stopped or killed, the same command adds what is missing. With a
+    model's folder, `--set` takes keys of `sampling` and `steering` only.
     """
-    from terrasynth.recipe import SamplingConfig, SteeringConfig
+    from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
     if model.is_dir():
         if masks is None:
             raise typer.BadParameter("a model alone has no masks to paint; give their folder", param_hint="--masks")
-        if data or overrides:
+        if data or run or max_minutes is not None:
             raise typer.BadParameter(
-                "these belong to a recipe, and a model's folder was given", param_hint="--data, --set"
+                "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
             )
         painted: Path | Tiles = masks
-        sampling, steering = SamplingConfig(), SteeringConfig()
+        settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
-        run = _open(source, data, None, None, overrides)
-        model, painted = run.generator.folder / "model", masks or run.train
-        sampling, steering = run.recipe.sampling, run.recipe.steering
+        with _time_limit():
+            opened = _open(source, data, run, max_minutes, overrides)
+            model, painted = opened.generator.folder / "model", masks or opened.train
+        settings = opened.recipe
 
     from terrasynth.systems.generate import generate as paint
 
@@ -204,8 +230,8 @@ def generate(
         model,
         painted,
         out or model.parent / "synthetic",
-        sampling=sampling,
-        steering=steering,
+        sampling=settings.sampling,
+        steering=settings.steering,
         segmentor=steer,
         count=count,
         seed=seed,
@@ -232,7 +258,7 @@ def study(
 @app.command(epilog=_example("terrasynth report runs/demo"))
 def report(
     run: Annotated[
-        Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="Folder of a study, finished or not.")
+        Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="Folder of a finished study.")
     ],
 ) -> None:
     """Write report.html again from the results in DIR; nothing is trained."""

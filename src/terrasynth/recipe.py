@@ -29,6 +29,7 @@ __all__ = [
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Config(BaseModel):
@@ -40,8 +41,8 @@ class WorldConfig(_Config):
 
     region: Literal["temperate", "arid"] = "temperate"
     """Which regional look the scenes have."""
-    gsd: Annotated[float, Field(gt=0)] = 0.5
-    """Ground sampling distance in metres per pixel."""
+    gsd: Annotated[float, Field(ge=0.1, le=10)] = 0.5
+    """Ground sampling distance in metres per pixel, 0.1 to 10."""
     train: Positive = 16
     """Labelled training tiles."""
     validation: Positive = 16
@@ -107,16 +108,16 @@ class TrainConfig(_Config):
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine decay to zero at `steps`, or constant."""
     warmup_steps: NonNegative = 50
-    """Linear warm-up."""
+    """Linear warm-up; fewer than `steps`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW weight decay, on matrices only (not on biases, norms and gates)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW betas."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm clipping; null switches it off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes in bfloat16 over fp32 master weights."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Decay = 0.0
     """Decay of the exponential moving average of the weights, warmed up as (1 + n) / (10 + n); 0 switches it off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -148,9 +149,9 @@ class GeneratorConfig(_Config):
     """Start from this pipeline (hub name or folder: Stable Diffusion 3 / 3.5, or one that TerraSynth saved);
     null trains from scratch with the sizes below."""
     width: Positive = 192
-    """Width of the token streams (from scratch)."""
+    """Width of the token streams (from scratch), a multiple of `heads` and of 4."""
     heads: Positive = 6
-    """Attention heads (from scratch); must divide `width`."""
+    """Attention heads (from scratch)."""
     blocks: Positive = 6
     """Transformer blocks (from scratch)."""
     patch_size: Positive = 2
@@ -158,8 +159,8 @@ class GeneratorConfig(_Config):
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     """Autoencoder (from scratch)."""
     mask_coding: Literal["onehot", "bits", "grey"] = "onehot"
-    """How a mask enters: `onehot` or `bits`, patch-embedded without loss; `grey` levels through the autoencoder, as
-    published."""
+    """How a mask enters: `onehot` or `bits`, patch-embedded without loss; `grey` levels through the autoencoder, after
+    the published idea."""
     mask_init: Literal["copy", "random"] = "copy"
     """With a `base` that has no mask branch: start it as a copy of the image branch (with a gate that makes step 0
     equal the base model), or at random."""
@@ -184,6 +185,13 @@ class GeneratorConfig(_Config):
     train: TrainConfig = TrainConfig(steps=4000, batch_size=16, ema_decay=0.999)
     """The training run."""
 
+    @model_validator(mode="after")
+    def _divisible(self) -> GeneratorConfig:
+        # The 4 is the position embedding's: sine and cosine of rows and columns.
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads}) and of 4")
+        return self
+
 
 class SamplingConfig(_Config):
     """Euler sampling of the flow."""
@@ -191,9 +199,9 @@ class SamplingConfig(_Config):
     steps: Positive = 23
     """Sampling steps (the published number)."""
     text_scale: Annotated[float, Field(ge=0)] = 1.0
-    """Guidance scale of the prompt; 1 is off."""
+    """Guidance scale of the prompt; 1 is off, anything else needs `text_dropout` and `mask_dropout`."""
     mask_scale: Annotated[float, Field(ge=0)] = 1.5
-    """Guidance scale of the mask; 1 is off."""
+    """Guidance scale of the mask; 1 is off, anything else needs `mask_dropout`."""
     batch_size: Positive = 16
     """Images painted together; the result does not depend on it."""
 
@@ -294,3 +302,26 @@ class Recipe(_Config):
     """The downstream task."""
     study: StudyConfig = StudyConfig()
     """What is compared."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        faults = [
+            f"{section}.train.warmup_steps ({train.warmup_steps}) must be less than {section}.train.steps "
+            f"({train.steps})"
+            for section, train in (("generator", self.generator.train), ("segmentor", self.segmentor.train))
+            if train.warmup_steps >= train.steps
+        ]
+        # Guidance looks at the null conditions, which a generator knows only if it met them in training. Prompt
+        # guidance compares prompts under the null mask, so it needs both.
+        faults += [
+            f"sampling.{scale} ({getattr(self.sampling, scale)}) needs generator.{dropout} > 0, or must be 1"
+            for scale, dropout in (
+                ("text_scale", "text_dropout"),
+                ("text_scale", "mask_dropout"),
+                ("mask_scale", "mask_dropout"),
+            )
+            if getattr(self.sampling, scale) != 1 and getattr(self.generator, dropout) == 0
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self

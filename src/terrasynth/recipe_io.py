@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import Recipe
 
-__all__ = ["LoadedRecipe", "explain", "load_recipe", "packaged"]
+__all__ = ["LoadedRecipe", "explain", "load_recipe", "override_defaults", "packaged"]
 
 _FOLDER = Path(__file__).parent / "recipes"
 _WIDTH = 110
@@ -83,6 +83,28 @@ def load_recipe(
         values["data"]["root"] = str(data)
         recipe = _validate(values, "--data")
     return LoadedRecipe(recipe, path.parent)
+
+
+def override_defaults(overrides: Sequence[str], sections: Sequence[str]) -> Recipe:
+    """The default values with overrides in some sections: the settings of a command that was given no recipe.
+
+    Args:
+        overrides: as `load_recipe` takes them.
+        sections: keys of `Recipe` that they may enter.
+
+    Raises:
+        TerraSynthError: an override of anything else, or one that `Recipe` does not take.
+    """
+    values = Recipe(name="defaults").model_dump(mode="json")
+    for override in overrides:
+        if re.split(r"[.=]", override, maxsplit=1)[0].strip() not in sections:
+            raise TerraSynthError(
+                f"--set {override}: no recipe is given, so there is no such value to set",
+                expected=" or ".join(f"{section}.…" for section in sections),
+                fix="give the recipe instead, or leave this out",
+            )
+        _assign(values, override)
+    return _validate(values, "--set")
 
 
 def explain(recipe: Recipe) -> str:
@@ -252,7 +274,8 @@ def _fault(details: Any) -> str:
     if kind == "missing":
         return f"{dotted}: missing"
     if kind == "value_error":
-        return f"{dotted}: {message.removeprefix('Value error, ')}"
+        # A fault between sections has no place of its own.
+        return (f"{dotted}: " if dotted else "") + message.removeprefix("Value error, ")
     expected = "a section of `key: value` lines" if kind == "model_type" else message.removeprefix("Input should be ")
     return f"{dotted}: found {textwrap.shorten(_inline(details['input']), 60)}, expected {expected}"
 
