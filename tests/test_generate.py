@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -126,3 +127,30 @@ def test_a_segmentor_of_other_classes_does_not_steer(model, tiles, tiny_recipe, 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(TerraSynthError, match="not the folder of a model"):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", b"\x00" * 100),
+        ("model_index.json", b"{"),
+        ("model_index.json", b"{}"),
+        ("vae/config.json", None),
+        ("text_encoder/model.safetensors", None),
+    ],
+)
+def test_a_damaged_model_is_one_clear_error(model, tmp_path, file, content):
+    shutil.copytree(model, tmp_path / "model")
+    if content is None:
+        (tmp_path / "model" / file).unlink()
+    else:
+        (tmp_path / "model" / file).write_bytes(content)
+    with pytest.raises(TerraSynthError, match="can not be loaded"):
+        load_pipeline(tmp_path / "model")
+
+
+def test_a_model_of_nan_paints_nothing(model, tiles, tmp_path):
+    pipeline = load_pipeline(model)
+    pipeline.transformer.proj_out.weight.data.fill_(float("nan"))
+    with pytest.raises(TerraSynthError, match="no numbers"):
+        paint(pipeline, tiles.masks, tiles.ids, plan(2, 4, 0), SAMPLING, tmp_path / "out", provenance={})

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,26 @@ def test_a_unit_is_done_once_and_its_time_adds_up_over_sittings(tmp_path):
     assert unit.folder.name.startswith("a-unit-")
     assert unit.seconds >= 0.2
     assert do(tmp_path, "A unit!", {"x": 2}, Clock(), lambda folder: None).folder != unit.folder
+
+
+def test_a_unit_whose_product_was_deleted_is_done_again(tmp_path):
+    def work(folder):
+        (folder / "model").mkdir()
+
+    unit = do(tmp_path, "unit", {}, Clock(), work, products=("model",))
+    (unit.folder / "model").rmdir()
+    assert (do(tmp_path, "unit", {}, Clock(), work, products=("model",)).folder / "model").is_dir()
+
+
+def test_a_piece_missing_from_a_painted_dataset_is_named_with_the_way_out(finished, tiny_recipe, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    image = next((tmp_path / "copy").glob("synthetic/plain-seed-0-*/dataset/images/000001.png"))
+    image.unlink()
+    with pytest.raises(TerraSynthError, match=r"delete .*unit\.json"):
+        Study(tiny_recipe, Path(), tmp_path / "copy").run()
+    (image.parents[2] / "unit.json").unlink()
+    Study(tiny_recipe, Path(), tmp_path / "copy").run()
+    assert scores(tmp_path / "copy") == scores(finished)
 
 
 def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):

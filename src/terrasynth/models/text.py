@@ -121,6 +121,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: 
         add_special_tokens=True,
         return_tensors="pt",
     )
+    if tokenizer.is_fast:
+        # A fast tokenizer remembers these, and would be saved with or without them as prompts were cached or not.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     return batch.input_ids.to(next(encoder.parameters()).device)
 
 

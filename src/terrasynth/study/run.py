@@ -95,7 +95,9 @@ class Study:
             if not outcome.finished:
                 raise OutOfTime
 
-        return do(self.out, "generator", inputs, self.clock, work, scratch=("checkpoints", "cache"))
+        return do(
+            self.out, "generator", inputs, self.clock, work, products=("model",), scratch=("checkpoints", "cache")
+        )
 
     def cell(self, arm: ArmConfig, seed: int, *, times: int = 1) -> Unit:
         """The segmentor of one arm and seed, trained for `times` the recipe's steps, and its metrics on test."""
@@ -131,7 +133,7 @@ class Study:
                 config,
                 folder / "training",
                 seed=seed,
-                synthetic=None if painted is None else load_synthetic(painted.folder / "dataset"),
+                synthetic=None if painted is None else _tiles(painted),
                 real_fraction=study.real_fraction,
                 cutmix=arm.cutmix,
                 max_minutes=self.clock.left(),
@@ -148,7 +150,8 @@ class Study:
             }
 
         name = f"{arm.name} seed {seed}{suffix}"
-        return do(self.out / "cells", name, inputs, self.clock, work, scratch=("training/checkpoints",))
+        made = {"products": ("segmentor",), "scratch": ("training/checkpoints",)}
+        return do(self.out / "cells", name, inputs, self.clock, work, **made)
 
     def painted(self, kind: str, seed: int) -> Unit:
         """The synthetic dataset of one seed, `plain` or `steered` by the baseline's segmentor of the same seed."""
@@ -185,7 +188,8 @@ class Study:
             painted = load_synthetic(folder / "dataset")
             return {"agreement": segmentor.evaluate(painted).mean_iou, "count": len(painted)}
 
-        return do(self.out / "synthetic", f"{kind} seed {seed}", inputs, self.clock, work)
+        name = f"{kind} seed {seed}"
+        return do(self.out / "synthetic", name, inputs, self.clock, work, products=("dataset/metadata.jsonl",))
 
     def _check_clock(self) -> None:
         if self.clock.left() == 0:
@@ -299,11 +303,20 @@ def _curve(log: Path) -> dict[str, list[float]]:
     return {"steps": [line["step"] for line in points], "miou": [line["miou"] for line in points]}
 
 
+def _tiles(painted: Unit) -> Tiles:
+    """The dataset of a finished unit."""
+    try:
+        return load_synthetic(painted.folder / "dataset")
+    except TerraSynthError as error:
+        again = f"delete {painted.folder / 'unit.json'} and run the same command: what is missing is painted again"
+        raise TerraSynthError(error.problem, path=error.path, found=error.found, fix=again) from error
+
+
 def _gallery(out: Path, tiles: Tiles, seed: int, painted: Mapping[str, Unit], count: int = 6) -> None:
     """Masks, the real tiles under them, and their paintings with and without steering, for report and README."""
     from PIL import Image
 
-    sets = {kind: load_synthetic(unit.folder / "dataset") for kind, unit in painted.items()}
+    sets = {kind: _tiles(unit) for kind, unit in painted.items()}
     if not sets:
         (out / "gallery.json").unlink(missing_ok=True)
         return

@@ -65,6 +65,7 @@ def do(
     clock: Clock,
     work: Callable[[Path], Any],
     *,
+    products: tuple[str, ...] = (),
     scratch: tuple[str, ...] = (),
 ) -> Unit:
     """Do `work(folder)` once for these inputs.
@@ -78,6 +79,7 @@ def do(
         inputs: everything that the result depends on, JSON-able.
         clock: what is left of the time allowed.
         work: fills the folder; what it returns, JSON-able, is the unit's result.
+        products: files and folders that the result needs; where one has been deleted, the unit is done again.
         scratch: sub-folders that only serve to go on (checkpoints, caches). They are deleted once the unit is finished
             and never before, so that a kill at any time finds them whole or does not need them.
 
@@ -88,12 +90,16 @@ def do(
     key = digest(terrasynth.__version__, inputs)
     folder = root / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}-{key[:8]}"
     stamp = folder / "unit.json"
-    if not stamp.is_file():
+
+    def finished() -> bool:
+        return stamp.is_file() and all((folder / product).exists() for product in products)
+
+    if not finished():
         if clock.left() == 0:
             raise OutOfTime
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            if not stamp.is_file():  # as it is if the process that was here before has just finished
+            if not finished():  # as it is if the process that was here before has just finished
                 _finish(folder, stamp, {"name": name, "inputs": inputs}, work)
     stored = _read(stamp, "the unit is computed again")
     try:

@@ -127,6 +127,10 @@ def paint(
                 steering=None if steering is None else steering(targets.long().to(device)),
                 output_type="pt",
             ).images
+            if not images.isfinite().all():
+                raise TerraSynthError(
+                    "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
+                )
             pixels = (images * 255).round().byte().cpu()
             for job, image, mask, prompt in zip(batch, pixels, targets, prompts, strict=True):
                 if job in missing:
@@ -176,6 +180,13 @@ def generate(
         ids, layouts = masks.ids, masks.masks
     steer = None
     if segmentor is not None:
+        if not (segmentor / "config.json").is_file():
+            raise TerraSynthError(
+                "not the folder of a segmentor",
+                path=segmentor,
+                found="no config.json",
+                fix="give a folder called `segmentor`, from `cells/` of a study",
+            )
         steer = steering_for(steering, Segmentor.from_pretrained(segmentor, schema=pipeline.schema).to(device).loss)
     return paint(
         pipeline,

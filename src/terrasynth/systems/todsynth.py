@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
@@ -150,8 +151,21 @@ class TODSynthPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read."""
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read.
+
+        Raises:
+            TerraSynthError: there is no such model, a part of it is missing or damaged, or it knows no classes.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise TerraSynthError(
+                "the model can not be loaded",
+                path=pretrained_model_name_or_path,
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+                expected="a pipeline that TerraSynth saved, or Stable Diffusion 3 / 3.5 as a folder or hub name",
+                fix="check the folder; for a hub name, the connection, the login and the model's licence",
+            ) from error
 
     # Training
 
