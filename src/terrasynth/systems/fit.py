@@ -116,16 +116,20 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
     if config.base is None:
         factor, patch_size = config.autoencoder.patch_size, config.patch_size
     else:
-        pipeline = TODSynthPipeline.from_pretrained(
-            config.base,
-            # The loop keeps float32 masters of what trains; the frozen parts need no more than they compute in.
-            torch_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-            label_schema=tiles.schema.to_dict(),
-            mask_coding=config.mask_coding,
-            mask_init=config.mask_init,
-            caption=data.caption,
-            image_size=data.image_size,
-        )
+        # The text encoders, most of the weights, only ever run once and need no more than bfloat16.
+        text = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # what the base does not have starts at random
+            pipeline = TODSynthPipeline.from_pretrained(
+                config.base,
+                torch_dtype={"transformer": torch.float32, "vae": torch.float32, "default": text},
+                label_schema=tiles.schema.to_dict(),
+                mask_coding=config.mask_coding,
+                mask_init=config.mask_init,
+                caption=data.caption,
+                image_size=data.image_size,
+            )
+            pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         factor, patch_size = pipeline.factor, pipeline.transformer.config.patch_size
     if data.image_size % (factor * patch_size):
         raise TerraSynthError(
@@ -136,7 +140,9 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
         )
     if config.base is None:
         images = tiles.images.float() / 255
-        return TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
+        pipeline = TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
+        pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
+        return pipeline
     channels = mask_channels(tiles.schema, config.mask_coding, pipeline.vae)
     if pipeline.transformer.config.mask_channels != channels:
         raise TerraSynthError(
@@ -186,7 +192,6 @@ def fit_generator(
     pipeline.text_dropout, pipeline.mask_dropout = config.text_dropout, config.mask_dropout
     pipeline.density = config.density
     transformer = pipeline.transformer
-    transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
 
     # The first tile, and three more spread over the others: the same in every preview.
     shown = [round(i * (len(tiles) - 1) / 3) for i in range(4)] if len(tiles) >= 4 else list(range(len(tiles)))
