@@ -216,6 +216,34 @@ def test_a_damaged_checkpoint_is_an_error_and_never_a_new_run(tmp_path, name, da
     assert "to do:" in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["empty", "half", "cut"])
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_whole_one(tmp_path, damage):
+    stop_after_two(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    whole, damaged = tmp_path / "run/checkpoints/step-00000002", tmp_path / "run/checkpoints/step-99999999"
+    shutil.copytree(whole, damaged)
+    for file in damaged.iterdir():
+        if damage == "empty" or (damage == "half" and file.name == "state.json"):
+            file.unlink()
+        elif damage == "cut" and file.name == "optimizer.safetensors":
+            file.write_bytes(file.read_bytes()[:-20])
+    assert checkpoint.latest(tmp_path / "run") == whole
+    assert equal(run(tmp_path / "run"), run(tmp_path / "whole"))
+
+
+def test_a_state_without_its_step_and_a_foreign_optimiser_state_are_named(tmp_path):
+    stop_after_two(tmp_path)
+    folder = tmp_path / "checkpoints/step-00000002"
+    state = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(json.dumps({k: v for k, v in json.loads(state).items() if k != "step"}))
+    with pytest.raises(TerraSynthError, match=r"(?s)state\.json.*no step.*delete .*step-00000002 and run again"):
+        run(tmp_path)
+    (folder / "state.json").write_text(state)
+    shutil.copy(folder / "model.safetensors", folder / "optimizer.safetensors")
+    with pytest.raises(TerraSynthError, match=r"(?s)optimizer\.safetensors.*delete .*step-00000002 and run again"):
+        run(tmp_path)
+
+
 def test_the_state_of_another_program_is_refused(tmp_path):
     stop_after_two(tmp_path)
     (tmp_path / "checkpoints/last/state.json").write_text('{"global_step": 7}')

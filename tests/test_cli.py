@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -123,6 +124,8 @@ def test_code_in_the_folder_of_a_model_is_not_run(tmp_path, monkeypatch, index, 
         (KeyboardInterrupt(), 130, "Interrupted. The same command goes on from here."),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "runs/x: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "runs: Permission denied"),
+        (OSError(errno.ENOTDIR, "Not a directory", "file/x"), 2, "file/x: Not a directory"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xxx"), 2, "xxx: File name too long"),
     ],
 )
 def test_what_a_user_can_mend_ends_in_words(raised, code, said):
@@ -140,6 +143,24 @@ def test_what_a_user_can_mend_ends_in_words(raised, code, said):
     assert result.exit_code == code
     assert said in result.stderr
     assert result.stdout == ""
+
+
+def test_a_folder_that_can_not_be_made_ends_in_words(tmp_path):
+    (tmp_path / "file").touch()
+    commands = typer.Typer(cls=Commands)
+
+    @commands.callback()
+    def group():
+        pass
+
+    @commands.command()
+    def command(out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+
+    for out in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/none/x")):
+        result = CliRunner().invoke(commands, ["command", str(out)])
+        assert result.exit_code == 2
+        assert "to do:" in result.stderr
 
 
 def test_a_fault_of_ours_keeps_its_stack_trace():

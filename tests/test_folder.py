@@ -10,7 +10,7 @@ import rasterio
 import torch
 from PIL import Image
 
-from terrasynth.data.folder import Tiles, check_splits, load_tiles
+from terrasynth.data.folder import Tiles, check_splits, load_masks, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import DataConfig, SplitConfig, WorldConfig
@@ -430,6 +430,28 @@ def test_two_images_of_one_name_are_refused(root):
     assert "several files with one name" in str(failure(root))
 
 
+def test_two_layouts_of_one_name_are_refused(root):
+    save(root / "masks" / "train" / "a.tif", random_mask(0))
+    schema = LabelSchema.from_yaml(root / "classes.yaml")
+    with pytest.raises(TerraSynthError, match="several files with one name"):
+        load_masks(root / "masks" / "train", schema, SIZE)
+
+
+def test_layouts_that_can_be_read_in_two_ways_need_no_recipe_to_be_mended(tmp_path):
+    save(tmp_path / "a.png", np.full((8, 8), 255, np.uint8) * (np.arange(8) > 3).astype(np.uint8))
+    schema = LabelSchema(("no", "yes"), ((1, 1, 1), (2, 2, 2)))
+    with pytest.raises(TerraSynthError, match="black and white") as caught:
+        load_masks(tmp_path, schema, 8)
+    assert "export the masks as class indices" in caught.value.fix
+
+
+def test_masks_without_an_image_are_counted(root, capfd, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "0")
+    save(root / "masks" / "train" / "more.png", random_mask(0))
+    load_tiles(config(root, train={"folder": "train", "list": None}), "train")
+    assert "train split: masks without an image, not used: 1" in capfd.readouterr().err
+
+
 def test_repeated_and_empty_lists_are_refused(root):
     (root / "train.txt").write_text("a\nb\na.png\n")
     assert "more than once" in str(failure(root))
@@ -445,6 +467,7 @@ def test_repeated_and_empty_lists_are_refused(root):
         ({"label_schema": None}, "names no label schema"),
         ({"label_schema": "none.yaml"}, "label schema is missing"),
         ({"train": {"folder": "train", "list": "none.txt"}}, "split list is missing"),
+        ({"train": {"folder": "train", "list": "images"}}, "split list can not be read"),
         ({"train": {"folder": "trian"}}, "has test, train"),
         ({"masks": "labels/{split}"}, "data.masks"),
     ],

@@ -271,3 +271,12 @@ def test_an_explained_recipe_loads_back_to_itself(tmp_path_factory, name, captio
     path = tmp_path_factory.getbasetemp() / "explained.yaml"
     path.write_text(explain(recipe), encoding="utf-8")
     assert load_recipe(path).recipe == recipe
+
+
+def test_sizes_that_can_not_be_are_refused_and_a_misspelt_recipe_is_recognised():
+    with pytest.raises(TerraSynthError, match=r"data\.image_size: found 100000"):
+        load_recipe("demo", ["data.image_size=100000"])
+    with pytest.raises(TerraSynthError, match=r"generator\.autoencoder: channels \(49\) must be at most .* \(48\)"):
+        load_recipe("demo", ["generator.autoencoder.channels=49", "generator.autoencoder.patch_size=4"])
+    with pytest.raises(TerraSynthError, match="did you mean `demo`"):
+        load_recipe("dmeo")

@@ -219,6 +219,7 @@ def test_yaml_has_defaults_and_two_ways_to_write_a_colour(tmp_path):
         ('classes: [{name: a, color: [1, 2, 256]}, {name: b, color: "#222222"}]', "0..255"),
         ('{classes: [{name: a, color: "#111111"}, {name: b, color: "#222222"}], ignore_index: 1}', "not be a class"),
         ('{classes: [{name: a, color: "#111111"}, {name: b, color: "#222222"}], ignore_index: 256}', "2 to 255"),
+        ("classes: []\nclasses: []", "`classes` is given twice"),
         ('{classes: [{name: a, color: "#111111"}, {name: b, color: "#222222"}], ignore_colors: "#000000"}', "a list"),
         ('{classes: [{name: a, color: "#111111"}, {name: b, color: "#222222"}], ignore_colors: []}', "need a colour"),
     ],
@@ -228,6 +229,12 @@ def test_a_bad_schema_is_explained(tmp_path, text, message):
     with pytest.raises(TerraSynthError, match=message) as caught:
         LabelSchema.from_yaml(tmp_path / "s.yaml")
     assert "s.yaml" in str(caught.value)
+
+
+def test_too_many_classes_are_counted_and_not_listed():
+    with pytest.raises(TerraSynthError, match="at most 255") as caught:
+        LabelSchema(tuple(f"c{i}" for i in range(300)), tuple((i % 256, i // 256, 9) for i in range(300)))
+    assert "c17" not in str(caught.value)
 
 
 def test_a_missing_schema_file_shows_what_one_looks_like(tmp_path):

@@ -174,12 +174,16 @@ def test_running_a_finished_set_again_changes_nothing(tmp_path, uninterrupted):
     assert contents(tmp_path / "set") == uninterrupted
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "mask gone", "not ours"])
+@pytest.mark.parametrize("damage", ["cut", "cut pixels", "gone", "mask gone", "mask empty", "not ours"])
 def test_a_damaged_sample_is_painted_again(tmp_path, uninterrupted, damage):
     write(tmp_path / "set")
     image, mask = (tmp_path / "set" / kind / "000002.png" for kind in ("images", "masks"))
     if damage == "cut":
         image.write_bytes(image.read_bytes()[:60])
+    elif damage == "cut pixels":
+        image.write_bytes(image.read_bytes()[:-60])
+    elif damage == "mask empty":
+        mask.write_bytes(b"")
     elif damage == "gone":
         image.unlink()
     elif damage == "mask gone":

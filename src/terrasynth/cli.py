@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ class Commands(TyperGroup):
             typer.echo(error, err=True)
             raise typer.Exit(2) from error
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            if not _is_mendable(error):
                 raise
             where = error.filename or "writing"
             typer.echo(f"{where}: {error.strerror}\n  to do:    mend that, then run the same command again", err=True)
@@ -47,6 +48,14 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             typer.echo("\nInterrupted. The same command goes on from here.", err=True)
             raise typer.Exit(130) from error
+
+
+def _is_mendable(error: OSError) -> bool:
+    """Whether a folder or a disk refused; a file that we expected and that is not there is a fault of ours."""
+    if error.errno in (errno.ENOENT, errno.EEXIST):
+        return traceback.extract_tb(error.__traceback__)[-1].name == "mkdir"
+    refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+    return error.errno in (*refused, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 app = typer.Typer(

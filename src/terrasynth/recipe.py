@@ -84,7 +84,7 @@ class DataConfig(_Config):
     mask_coding: Literal["auto", "index", "color"] = "auto"
     """How mask files are coded: `index` (pixel value = class), `color` (palette or RGB colours of the schema);
     `auto` takes the one that fits and refuses where both would."""
-    image_size: Positive = 128
+    image_size: Annotated[int, Field(gt=0, le=8192)] = 128
     """Side of the square tiles in pixels, everywhere downstream."""
     fit: Literal["resize", "crop"] = "resize"
     """How larger tiles become `image_size`: shrink the whole tile, or cut its centre out."""
@@ -140,6 +140,15 @@ class AutoencoderConfig(_Config):
     """Principal components kept per patch (at most 3 x patch_size^2): the latent channels."""
     whiten: Fraction = 0.5
     """0 keeps each component's variance, 1 makes all equal; between them, noise hides fine detail first."""
+
+    @model_validator(mode="after")
+    def _enough_components(self) -> AutoencoderConfig:
+        if self.channels > 3 * self.patch_size**2:
+            raise ValueError(
+                f"channels ({self.channels}) must be at most 3 x patch_size^2 ({3 * self.patch_size**2}), the numbers "
+                "in a patch"
+            )
+        return self
 
 
 class GeneratorConfig(_Config):

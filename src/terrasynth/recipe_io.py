@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import Recipe
 
-__all__ = ["LoadedRecipe", "explain", "load_recipe", "override_defaults", "packaged"]
+__all__ = ["LoadedRecipe", "YamlLoader", "explain", "load_recipe", "override_defaults", "packaged"]
 
 _FOLDER = Path(__file__).parent / "recipes"
 _WIDTH = 110
@@ -115,13 +115,14 @@ def explain(recipe: Recipe) -> str:
 # --- YAML ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """PyYAML's safe loader, except that a key given twice is a mistake and 1e-5 a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuse a key given twice, then do as PyYAML does."""
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if str(key.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key `{key.value}` is given twice", key.start_mark
                 )
@@ -130,7 +131,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back unchanged."""
+    """Writes what `YamlLoader` reads back unchanged."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -143,7 +144,7 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
-for _class in (_Loader, _Dumper):
+for _class in (YamlLoader, _Dumper):
     # YAML 1.1 wants a dot in the number and a sign in the exponent; nobody else does.
     _exponent = re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _exponent, list("-+.0123456789"))
@@ -151,13 +152,15 @@ for _class in (_Loader, _Dumper):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_bytes(), _Loader)  # noqa: S506 (a SafeLoader)
+        document = yaml.load(path.read_bytes(), YamlLoader)  # noqa: S506 (a SafeLoader)
     except (FileNotFoundError, IsADirectoryError) as error:
+        near = difflib.get_close_matches(path.stem, packaged(), n=1)
         raise TerraSynthError(
             "no such recipe",
             path=path,
             expected=f"a YAML file, or one of the packaged recipes: {', '.join(packaged())}",
-            fix="`terrasynth recipe` lists them; `terrasynth recipe demo > mine.yaml` starts one of your own",
+            fix=(f"did you mean `{near[0]}`? " if near else "")
+            + "`terrasynth recipe` lists them; `terrasynth recipe demo > mine.yaml` starts one of your own",
         ) from error
     except yaml.YAMLError as error:
         raise TerraSynthError("not a YAML file", path=path, found=_position(error), fix="mend that line") from error
@@ -223,7 +226,7 @@ def _assign(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise TerraSynthError(f"--set {override}", found="no key and value", expected="--set key.sub=value")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, YamlLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise TerraSynthError(
             f"--set {override}: the value is not YAML", found=_position(error), fix="put it in quotes"

@@ -26,6 +26,7 @@ from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import IMAGE_SUFFIXES, digest
+from terrasynth.progress import say
 from terrasynth.recipe import DataConfig, SplitConfig
 
 __all__ = ["Sample", "Split", "Tiles", "check_splits", "load_masks", "load_synthetic", "load_tiles"]
@@ -174,12 +175,15 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
     """
     folder = Path(folder)
     config = DataConfig(image_size=image_size)
-    paths = [path for several in _by_stem(folder, "--masks").values() for path in several]
-    if not paths:
+    files = _by_stem(folder, "--masks")
+    if not files:
         raise TerraSynthError("no masks here", path=folder, expected=", ".join(IMAGE_SUFFIXES), fix="correct --masks")
+    paths = [several[0] for several in files.values()]
     masks, problems = [], []
-    for path in paths:
+    for path, several in zip(paths, files.values(), strict=True):
         try:
+            if len(several) > 1:
+                raise _several(several)
             readings = read_mask(path, schema, config.mask_coding)
             shape = next(iter(readings.values())).shape
             if min(shape) < image_size:
@@ -195,7 +199,19 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
             problems.append(error)
     if problems:
         raise _combined(problems, folder.name, len(paths))
-    coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
+    try:
+        coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
+    except TerraSynthError as error:
+        if "data.mask_coding" not in (error.fix or ""):
+            raise
+        raise TerraSynthError(
+            error.problem,
+            path=error.path,
+            found=error.found,
+            expected=error.expected,
+            fix="export the masks as class indices without a palette, or leave --masks out and use a recipe with "
+            "data.mask_coding",
+        ) from error
     return tuple(path.stem for path in paths), torch.from_numpy(np.stack([readings[coding] for readings in masks]))
 
 
@@ -366,15 +382,7 @@ def _pair_files(
                 )
             )
         elif len(images[name]) > 1 or len(masks[name]) > 1:
-            several = images[name] if len(images[name]) > 1 else masks[name]
-            problems.append(
-                TerraSynthError(
-                    "several files with one name",
-                    path=several[0],
-                    found=_listed([p.name for p in several]),
-                    fix="keep one",
-                )
-            )
+            problems.append(_several(images[name] if len(images[name]) > 1 else masks[name]))
         else:
             pairs.append((name, images[name][0], masks[name][0]))
     if not names:
@@ -384,7 +392,15 @@ def _pair_files(
             expected="at least one tile",
             fix=f"add tiles, or correct data.{split}",
         )
+    if where.list is None and (unused := len(masks.keys() - images.keys())):
+        say(f"{split} split: masks without an image, not used: {unused}")
     return pairs
+
+
+def _several(paths: Sequence[Path]) -> TerraSynthError:
+    return TerraSynthError(
+        "several files with one name", path=paths[0], found=_listed([path.name for path in paths]), fix="keep one"
+    )
 
 
 def _by_stem(folder: Path, keys: str) -> dict[str, list[Path]]:
@@ -415,6 +431,14 @@ def _read_list(path: Path, split: Split, images: Mapping[str, Any]) -> list[str]
         ) from error
     except UnicodeDecodeError as error:
         raise TerraSynthError("the split list is no UTF-8 text", path=path, found=error) from error
+    except OSError as error:
+        raise TerraSynthError(
+            "the split list can not be read",
+            path=path,
+            found=error.strerror,
+            expected="a text file with one tile name a line",
+            fix=f"correct data.{split}.list (null takes every image of the folder)",
+        ) from error
     names = [line.strip() for line in lines if line.strip()]
     # `tile.png` for `tile` is plain enough; `tile.5` may be a name.
     names = [

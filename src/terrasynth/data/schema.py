@@ -22,6 +22,7 @@ from torch import Tensor
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write
+from terrasynth.recipe_io import YamlLoader
 
 __all__ = ["Coding", "Color", "LabelSchema"]
 
@@ -55,7 +56,14 @@ class LabelSchema:
     ignore_colors: tuple[Color, ...] = ((0, 0, 0),)
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.names) <= 255:
+        if len(self.names) > 255:
+            raise TerraSynthError(
+                "a label schema has at most 255 classes: a mask has 8 bits, and one value is for unlabelled pixels",
+                found=f"{len(self.names)} classes",
+                expected="2 to 255 classes",
+                fix="merge some of them",
+            )
+        if len(self.names) < 2:
             raise TerraSynthError(
                 "a label schema needs at least two classes",
                 found=f"{len(self.names)}: {', '.join(map(str, self.names)) or 'none'}",
@@ -172,7 +180,7 @@ class LabelSchema:
         """
         path = Path(path)
         try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+            value = yaml.load(path.read_text(encoding="utf-8-sig"), YamlLoader)  # noqa: S506 (a SafeLoader)
         except FileNotFoundError as error:
             raise TerraSynthError(
                 "no such file", path=path, expected=f"a label schema, for example\n    {_EXAMPLE}", fix="write one"

@@ -70,6 +70,7 @@ class SyntheticWriter:
         self.title = title
         self.license = license
         self._versions = {name: version(name) for name in ("terrasynth", "torch", "diffusers")}
+        self._whole: set[str] = set()
         self._claim()
         write_json(self.folder / "schema.json", schema.to_dict())
         for folder in (self.folder, self.folder / "images", self.folder / "masks"):
@@ -101,12 +102,30 @@ class SyntheticWriter:
             write_json(marker, {"format": "terrasynth synthetic dataset", "version": 1, "plan": self.plan})
 
     def done(self) -> set[str]:
-        """The ids of the samples that are complete."""
-        return {
-            path.stem
-            for path in (self.folder / "images").glob("*.png")
-            if _read_row(path) is not None and (self.folder / "masks" / path.name).is_file()
-        }
+        """The ids of the samples that are complete: image and mask decode, and belong together.
+
+        A pair of which a file does not decode is deleted, so that it is painted again. A sample is decoded once in the
+        life of the writer.
+        """
+        there = {path.stem for path in (self.folder / "images").glob("*.png")}
+        self._whole &= there
+        self._whole |= {id for id in there - self._whole if self._check(id)}
+        return set(self._whole)
+
+    def _check(self, id: str) -> bool:
+        image, mask = (self.folder / kind / f"{id}.png" for kind in ("images", "masks"))
+        if not mask.is_file():
+            return False
+        try:
+            shapes = [open_image(path).values.shape[:2] for path in (image, mask)]
+        except TerraSynthError as error:
+            # A file that the system refuses to give may be whole; what a decoder says has no number.
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+                raise
+            image.unlink()
+            mask.unlink()
+            return False
+        return shapes[0] == shapes[1] and _read_row(image) is not None
 
     def add(self, id: str, image: Tensor, mask: Tensor, row: Mapping[str, Any]) -> None:
         """Commit one sample: image, mask and row appear together.
@@ -138,6 +157,7 @@ class SyntheticWriter:
         text.add_text(_ROW, json.dumps(full_row, allow_nan=False))
         with atomic_write(self.folder / names["file_name"]) as partial:
             Image.fromarray(image.movedim(0, -1).cpu().numpy()).save(partial, pnginfo=text)
+        self._whole.add(id)
 
     def finish(self) -> Path:
         """Write the dataset card and `metadata.jsonl` for all samples there are, in the order of their ids.

@@ -12,7 +12,8 @@
             ├── best.safetensors       hard link to (or copy of) RUN/best.safetensors as it was at this step
             └── state.json             step, config, identity, seconds, best, pending log values, versions
 
-A checkpoint folder appears by one rename, so it is whole or absent; only then is its predecessor deleted. There is no
+A checkpoint folder appears by one rename, so it is whole or absent; only then is its predecessor deleted. A folder that
+lost files since (a broken copy, a full quota) is passed over if an older whole one lies beside it. There is no
 file of random states: every random number of a run is a function of (seed, step), see `terrasynth.training.loop`.
 Frozen parameters are not stored: whoever builds the model puts them back.
 """
@@ -24,13 +25,13 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,6 +54,9 @@ __all__ = [
 ]
 
 _FORMAT = "terrasynth checkpoint 1"
+_WEIGHTS, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+#: What AdamW keeps of every parameter.
+_MOMENTS = {"exp_avg", "exp_avg_sq", "step"}
 _STEP = re.compile(r"step-(\d{8,})")
 _BEST = "best.safetensors"
 
@@ -120,13 +124,13 @@ def save(
     checkpoints = run / "checkpoints"
     folder = checkpoints / f"step-{state['step']:08d}"
     with _full_disk(folder), atomic_dir(folder) as partial:
-        _write(partial / "model.safetensors", weights(model))
-        _write(partial / "optimizer.safetensors", _optimizer_tensors(optimizer))
+        _write(partial / _WEIGHTS, weights(model))
+        _write(partial / _OPTIMIZER, _optimizer_tensors(optimizer))
         if ema is not None:
             _write(partial / "ema.safetensors", ema)
         if (run / _BEST).is_file():
             _link(run / _BEST, partial / _BEST)
-        write_json(partial / "state.json", {"format": _FORMAT, **state, "versions": _versions()})
+        write_json(partial / _STATE, {"format": _FORMAT, **state, "versions": _versions()})
     tidy(run)
     return folder
 
@@ -147,7 +151,8 @@ def tidy(run: Path) -> None:
     """Point `last` to the newest whole checkpoint, then delete the older ones."""
     if not (folders := _folders(run)):
         return
-    *older, newest = folders
+    newest = folders[-1]
+    older = [folder for folder in _steps(run) if _step(folder) < _step(newest)] if _is_whole(newest) else []
     last, link = newest.with_name("last"), newest.with_name("last.new")
     link.unlink(missing_ok=True)
     link.symlink_to(newest.name)
@@ -158,24 +163,55 @@ def tidy(run: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _folders(run: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _steps(run: Path) -> list[Path]:
+    """Folders of checkpoints, whole or not, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether no file is missing or cut; whether they belong to this run is checked when they are used."""
+    try:
+        read_json(folder / _STATE)
+        for name in (_WEIGHTS, _OPTIMIZER):
+            with safe_open(folder / name, framework="pt"):
+                pass  # compares the header with the length of the file
+    except (TerraSynthError, SafetensorError, OSError):
+        return False
+    return True
+
+
+def _folders(run: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; where none is whole, those that are left: using them says what is wrong."""
+    found = _steps(run)
+    return [folder for folder in found if _is_whole(folder)] or found
 
 
 def latest(run: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run folder; None when there is none yet."""
+    """The newest whole checkpoint of a run folder; None when there is none yet.
+
+    Where every checkpoint is damaged it is the newest of them, so that a run never starts over without a word.
+    """
     return next(reversed(_folders(Path(run))), None)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path, needed: Iterable[str] = ("step",)) -> dict[str, Any]:
     """`state.json` of a checkpoint.
 
+    Args:
+        checkpoint: its folder.
+        needed: keys that must be there.
+
     Raises:
-        TerraSynthError: it is missing, or was written by something else.
+        TerraSynthError: it is missing, lacks a key, or was written by something else.
     """
-    path = checkpoint / "state.json"
+    path = checkpoint / _STATE
+    if not path.is_file():
+        raise TerraSynthError("the checkpoint is not complete", path=path, found="no such file", fix=_drop(checkpoint))
     state = read_json(path)
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found != _FORMAT:
@@ -186,7 +222,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             expected=_FORMAT,
             fix=f"delete {checkpoint.parent} to start over, or use the version that wrote it",
         )
+    if missing := [key for key in needed if key not in state]:
+        raise TerraSynthError(
+            "the state of the checkpoint is damaged",
+            path=path,
+            found=f"no {', '.join(missing)}",
+            fix=_drop(checkpoint),
+        )
     return dict(state)
+
+
+def _drop(checkpoint: Path) -> str:
+    return f"restore the file, or delete {checkpoint} and run again"
 
 
 def check_resume(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any], harmless: frozenset[str]) -> None:
@@ -228,7 +275,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             "the checkpoint is not complete",
             path=path.parent,
             found=f"no {path.name}",
-            fix="restore the file, or delete the folder to start over",
+            fix=_drop(path.parent),
         )
     try:
         return load_file(path)
@@ -285,23 +332,34 @@ def restore(
     Raises:
         TerraSynthError: a file is missing, truncated, or of another model.
     """
-    _fill(checkpoint / "model.safetensors", weights(model), every=True)
+    _fill(checkpoint / _WEIGHTS, weights(model), every=True)
     if ema is not None:
         _fill(checkpoint / "ema.safetensors", ema, every=True)
     parameters = dict(model.named_parameters())
     values: dict[str, dict[str, Tensor]] = {}
-    for entry, tensor in _read(checkpoint / "optimizer.safetensors").items():
-        name, _, key = entry.rpartition(".")
-        if key != "step":
-            # The moments lie in memory as their parameter does (channels last, say): fused kernels rely on it.
-            tensor = torch.empty_like(parameters[name]).copy_(tensor)
-        values.setdefault(name, {})[key] = tensor
     saved = optimizer.state_dict()
     indices = {
         name: index
         for group in saved["param_groups"]
         for index, name in zip(group["params"], group["param_names"], strict=True)
     }
+    path = checkpoint / _OPTIMIZER
+    moments = _read(path)
+    for entry, tensor in moments.items():
+        name, _, key = entry.rpartition(".")
+        fits = name in indices and {f"{name}.{moment}" for moment in _MOMENTS} <= moments.keys()
+        if not fits or (key != "step" and tensor.shape != parameters[name].shape):
+            raise TerraSynthError(
+                "not the optimiser state of this model",
+                path=path,
+                found=f"{entry}: {_signature(tensor)}",
+                expected="exp_avg, exp_avg_sq and step of every trainable parameter",
+                fix=_drop(checkpoint),
+            )
+        if key != "step":
+            # The moments lie in memory as their parameter does (channels last, say): fused kernels rely on it.
+            tensor = torch.empty_like(parameters[name]).copy_(tensor)
+        values.setdefault(name, {})[key] = tensor
     optimizer.load_state_dict({**saved, "state": {indices[name]: state for name, state in values.items()}})
 
 
@@ -331,7 +389,7 @@ def load_weights(model: nn.Module, source: str | Path, which: Literal["ema", "mo
     if source.is_file():
         _fill(source, targets, every=False)
         return
-    checkpoint = source if (source / "model.safetensors").is_file() else latest(source)
+    checkpoint = source if (source / _WEIGHTS).is_file() else latest(source)
     if checkpoint is None:
         raise TerraSynthError(
             "there is no checkpoint here",
@@ -346,6 +404,6 @@ def load_weights(model: nn.Module, source: str | Path, which: Literal["ema", "mo
             found="no ema.safetensors",
             fix="load its plain weights (which='model'), or train with ema_decay above 0",
         )
-    _fill(checkpoint / "model.safetensors", targets, every=False)
+    _fill(checkpoint / _WEIGHTS, targets, every=False)
     if which == "ema":
         _fill(checkpoint / "ema.safetensors", targets, every=False)

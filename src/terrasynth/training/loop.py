@@ -300,7 +300,7 @@ class _Run:
         self.process.wait_for_everyone()
         if saved is None:
             return
-        state = checkpoint.read_state(saved)
+        state = checkpoint.read_state(saved, (*self.settings, "step", "seconds", "best", "recent", "versions"))
         # How often it is evaluated matters only where the best is kept.
         harmless = _HARMLESS if self.monitor else _HARMLESS | {"config.evaluate_every"}
         checkpoint.check_resume(saved, {key: state[key] for key in self.settings}, self.settings, harmless)
