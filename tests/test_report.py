@@ -170,6 +170,12 @@ def test_change_of_more_than_half_the_gain_is_a_caution_even_within_its_interval
     assert answer.cautions[0].startswith("The baseline may not have learned all it can")
 
 
+@pytest.mark.parametrize("gain", [-0.015, 0.2])
+def test_a_baseline_that_still_gains_points_is_a_caution_whatever_the_gain(gain):
+    answer = judge({"real": REAL, "plain": shifted(gain)}, plateau=[0.02, 0.037, 0.05])
+    assert any("may not have learned all it can" in c or "had not learned" in c for c in answer.cautions)
+
+
 @pytest.mark.parametrize("plateau", [[-0.003, 0.001, 0.004], [-0.02, -0.021, -0.019]])
 def test_baseline_that_has_levelled_off_is_a_note(plateau):
     answer = judge({"real": REAL, "plain": shifted(0.02)}, plateau=plateau)

@@ -192,8 +192,8 @@ def verdict(results: Results) -> Verdict:
     - Several synthetic arms: the best was picked by these scores, which flatters it, so a "helps" is tested again at
       the Bonferroni level 1 - 0.05 / arms; if that interval includes zero, there are reservations.
     - Plateau: the baseline trained for twice the steps. If the interval of that change is above zero, or if the change
-      is more than half of the gain (three seeds can hide a change behind a wide interval), training longer may explain
-      the gain, and there are reservations.
+      is a point of mIoU or more, or more than half of the gain (three seeds can hide a change behind a wide interval),
+      the comparison is not yet that of finished models, and there are reservations.
     """
     baseline = results.arms[0]
     arms = [arm for arm in results.painted_arms if arm.minus(baseline).delta is not None]
@@ -309,8 +309,9 @@ def _selection(arms: int, corrected: Difference) -> str:
 
 
 def _still_moving(change: Difference, gain: Difference) -> bool:
+    a_point = change.delta is not None and change.delta >= 0.01
     more_than_half = change.delta is not None and gain.delta is not None and 0 < gain.delta < 2 * change.delta
-    return _above(change) or more_than_half
+    return _above(change) or a_point or more_than_half
 
 
 def _plateau_sentence(plateau: _Plateau, gain: Difference, moving: bool) -> str:
