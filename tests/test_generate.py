@@ -8,8 +8,9 @@ from terrasynth.data.folder import load_synthetic, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import SamplingConfig, SteeringConfig
+from terrasynth.study.generate import generate
 from terrasynth.systems.fit import build
-from terrasynth.systems.generate import generate, load_pipeline, paint, plan, steering_for
+from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
 from terrasynth.tasks.segmentation import Segmentor
 
 SAMPLING = SamplingConfig(steps=2, batch_size=2)

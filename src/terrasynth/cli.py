@@ -232,7 +232,7 @@ def generate(
             model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 
-    from terrasynth.systems.generate import generate as paint
+    from terrasynth.study.generate import generate as paint
 
     _silence_libraries()
     folder = paint(

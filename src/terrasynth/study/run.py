@@ -177,7 +177,8 @@ class Study:
                 self.recipe.sampling,
                 folder / "dataset",
                 provenance={
-                    "recipe": digest(self.recipe.model_dump(mode="json")),
+                    # Of the settings that the samples depend on: others may change while they are painted.
+                    "recipe": digest(inputs),
                     "run_seed": seed,
                     **{name: inputs[name] for name in ("generator", "segmentor", "sampling", "steering")},
                 },
@@ -287,13 +288,7 @@ def _plateau(once: list[Unit], twice: list[Unit], baseline: str, steps: int) -> 
     if not twice:
         return None
     before, after = ([unit.result["metrics"]["miou"] for unit in units] for units in (once, twice))
-    return {
-        "baseline": baseline,
-        "steps": steps,
-        "twice": 2 * steps,
-        "values": after,
-        **compare(after, before).to_dict(),
-    }
+    return {"baseline": baseline, "steps": steps, "twice": 2 * steps, **compare(after, before).to_dict()}
 
 
 def _curve(log: Path) -> dict[str, list[float]]:

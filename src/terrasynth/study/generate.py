@@ -1,0 +1,84 @@
+"""One synthetic dataset from a trained model, a folder of masks and perhaps a segmentor: `terrasynth generate`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from terrasynth.data.folder import Tiles, load_masks
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import digest
+from terrasynth.recipe import SamplingConfig, SteeringConfig
+from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
+from terrasynth.tasks.segmentation import Segmentor
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: Path,
+    masks: Path | Tiles,
+    folder: Path,
+    *,
+    sampling: SamplingConfig,
+    steering: SteeringConfig,
+    segmentor: Path | None = None,
+    count: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Paint a synthetic dataset with a trained model: `terrasynth generate`.
+
+    Args:
+        model: folder of a pipeline.
+        masks: folder of mask files, or tiles whose masks are painted.
+        folder: of the dataset.
+        sampling: steps, guidance scales, batch size.
+        steering: settings of CRFM, used with a `segmentor`.
+        segmentor: folder of the segmentor that steers; None paints without steering.
+        count: how many images; by default one per mask.
+        seed: of the run.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_pipeline(model).to(device)
+    if isinstance(masks, Path):
+        size = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
+        ids, layouts = load_masks(masks, pipeline.schema, size)
+    else:
+        ids, layouts = masks.ids, masks.masks
+    steer = None
+    if segmentor is not None:
+        if not (segmentor / "config.json").is_file():
+            raise TerraSynthError(
+                "not the folder of a segmentor",
+                path=segmentor,
+                found="no config.json",
+                fix="give a folder called `segmentor`, from `cells/` of a study",
+            )
+        steer = steering_for(steering, Segmentor.from_pretrained(segmentor, schema=pipeline.schema).to(device).loss)
+    return paint(
+        pipeline,
+        layouts,
+        ids,
+        plan(count or len(ids), len(ids), seed),
+        sampling,
+        folder,
+        provenance={
+            "run_seed": seed,
+            "model": file_digest(model),
+            "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "steering": None if segmentor is None else steering.model_dump(mode="json"),
+            "segmentor": None if segmentor is None else file_digest(segmentor),
+        },
+        steering=steer,
+    )
+
+
+def file_digest(folder: Path) -> str:
+    """Digest of the safetensors files of a model's folder: what made a sample, whatever the folder is called."""
+    hashes = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(hashes)
