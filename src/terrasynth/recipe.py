@@ -19,6 +19,7 @@ __all__ = [
     "Recipe",
     "SamplingConfig",
     "SegmentorConfig",
+    "SourceConfig",
     "SplitConfig",
     "SteeringConfig",
     "StudyConfig",
@@ -30,6 +31,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16", "auto"]
 
 
 class _Config(BaseModel):
@@ -62,13 +64,42 @@ class SplitConfig(_Config):
     """Text file (under `root`) with one tile name a line, without suffix; null takes every image of the folder."""
 
 
-class DataConfig(_Config):
-    """The labelled tiles."""
+class SourceConfig(_Config):
+    """Images without labels, of any size, cut into windows."""
 
-    kind: Literal["world", "folder"] = "world"
-    """`world` renders procedural scenes; `folder` reads image and mask files."""
+    images: str
+    """Which files: a pattern under `root`, as `images/train/*.jpg`."""
+    windows: Positive = 8
+    """Windows cut from every image."""
+    scale: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.4, 2.0)
+    """Side of a window before it is shrunk to `image_size`, in multiples of it: from, to."""
+    caption: str = "a satellite image"
+    """Caption of the windows."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SourceConfig:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(
+                f"scale must go from the smaller to the larger, not from {self.scale[0]} to {self.scale[1]}"
+            )
+        return self
+
+
+class DataConfig(_Config):
+    """The tiles."""
+
+    kind: Literal["world", "folder", "unlabelled"] = "world"
+    """`world` renders procedural scenes; `folder` reads image and mask files; `unlabelled` is for base models: windows
+    of unlabelled images under pseudo-masks, and the scenes of `worlds`."""
     root: Path | None = None
-    """Folder of the tiles (`kind: folder`). `--data DIR` sets it."""
+    """Folder of the tiles (`kind: folder` and `unlabelled`). `--data DIR` sets it."""
+    unlabelled: tuple[SourceConfig, ...] = ()
+    """Unlabelled images. With `kind: folder` the generator sees them beside the labelled tiles, under a wholly
+    unlabelled mask; nothing else does."""
+    worlds: tuple[WorldConfig, ...] = ()
+    """Procedural scenes that a base model learns from (`kind: unlabelled`); the `train` scenes of each."""
+    clusters: Annotated[int, Field(ge=2, le=64)] = 8
+    """Classes of the pseudo-masks of unlabelled images (`kind: unlabelled`)."""
     images: str = "images/{split}"
     """Folder of the images under `root`."""
     masks: str = "masks/{split}"
@@ -115,8 +146,9 @@ class TrainConfig(_Config):
     """AdamW betas."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm clipping; null switches it off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes in bfloat16 over fp32 master weights."""
+    precision: Precision = "fp32"
+    """`bf16` computes in bfloat16 over fp32 master weights; `auto` does so where the processor has instructions for
+    it, which makes matrix products several times faster."""
     ema_decay: Decay = 0.0
     """Decay of the exponential moving average of the weights, warmed up as (1 + n) / (10 + n); 0 switches it off."""
     gradient_checkpointing: bool = False
@@ -140,9 +172,19 @@ class AutoencoderConfig(_Config):
     """Principal components kept per patch (at most 3 x patch_size^2): the latent channels."""
     whiten: Fraction = 0.5
     """0 keeps each component's variance, 1 makes all equal; between them, noise hides fine detail first."""
+    refiner_width: NonNegative = 0
+    """Channels of the convolutions that refine what the components decode to; 0 for none."""
+    refiner_blocks: NonNegative = 4
+    """Residual blocks of the refiner."""
+    refiner_noise: Annotated[float, Field(ge=0)] = 0.3
+    """The refiner learns to decode latents with noise of up to this deviation, as a generator leaves it."""
+    train: TrainConfig | None = None
+    """Training of the refiner."""
 
     @model_validator(mode="after")
     def _enough_components(self) -> AutoencoderConfig:
+        if bool(self.refiner_width) != (self.train is not None):
+            raise ValueError("refiner_width and train belong together: both, or neither")
         if self.channels > 3 * self.patch_size**2:
             raise ValueError(
                 f"channels ({self.channels}) must be at most 3 x patch_size^2 ({3 * self.patch_size**2}), the numbers "
@@ -213,6 +255,8 @@ class SamplingConfig(_Config):
     """Guidance scale of the mask; 1 is off, anything else needs `mask_dropout`."""
     batch_size: Positive = 16
     """Images painted together; the result does not depend on it."""
+    precision: Precision = "fp32"
+    """As in training: `bf16`, or `auto` for bf16 where the processor has instructions for it."""
 
 
 class SteeringConfig(_Config):

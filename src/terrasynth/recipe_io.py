@@ -72,7 +72,7 @@ def load_recipe(
         _assign(values, override)
     recipe = _validate(values, "--set")
     if data is not None:
-        if recipe.data.kind != "folder":
+        if recipe.data.kind == "world":
             raise TerraSynthError(
                 "the recipe reads no folder, so it has no use for --data",
                 path=path,

@@ -22,14 +22,24 @@ from torch import Tensor
 
 from terrasynth.data.read import common_coding, read_image, read_mask
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.unlabelled import cut_windows, merged_schema, pseudo_masks
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import IMAGE_SUFFIXES, digest
 from terrasynth.progress import say
-from terrasynth.recipe import DataConfig, SplitConfig
+from terrasynth.recipe import DataConfig, SplitConfig, WorldConfig
 
-__all__ = ["Sample", "Split", "Tiles", "check_splits", "load_masks", "load_synthetic", "load_tiles"]
+__all__ = [
+    "Sample",
+    "Split",
+    "Tiles",
+    "check_splits",
+    "load_masks",
+    "load_synthetic",
+    "load_tiles",
+    "unlabelled_windows",
+]
 
 Split = Literal["train", "validation", "test"]
 _Array = NDArray[np.uint8]
@@ -57,14 +67,14 @@ class Tiles:
         images: uint8 (N, 3, S, S).
         masks: uint8 (N, S, S): class index, or the schema's `ignore_index`.
         schema: the classes.
-        caption: template of the captions of `sample`.
+        caption: template of the captions of `sample`; one for all, or one a tile.
     """
 
     ids: tuple[str, ...]
     images: Tensor
     masks: Tensor
     schema: LabelSchema
-    caption: str = "a satellite image of {classes}"
+    caption: str | tuple[str, ...] = "a satellite image of {classes}"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,12 +85,16 @@ class Tiles:
             "image": self.images[index].float() / 255,
             "mask": self.masks[index].long(),
             "id": self.ids[index],
-            "caption": self.schema.caption(self.masks[index], self.caption),
+            "caption": self.schema.caption(self.masks[index], self.template(index)),
         }
 
-    def captions(self, template: str) -> list[str]:
+    def template(self, index: int) -> str:
+        """The template of the caption of the tile at `index`."""
+        return self.caption if isinstance(self.caption, str) else self.caption[index]
+
+    def captions(self) -> list[str]:
         """The caption of every tile."""
-        return [self.schema.caption(mask, template) for mask in self.masks]
+        return [self.schema.caption(mask, self.template(index)) for index, mask in enumerate(self.masks)]
 
     @property
     def unlabelled(self) -> int:
@@ -115,8 +129,10 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
         TerraSynthError: anything that is wrong with the data, with every bad file of the split in one message.
     """
     if config.kind == "world":
-        return _render_world(config, split)
+        return _render_world(config.world, split, config.image_size, config.caption)
     root = _root(config)
+    if config.kind == "unlabelled":
+        return _load_unlabelled(config, split, root)
     schema = _load_schema(config, root, base)
     images, masks, ids = [], [], []
     problems: list[TerraSynthError] = []
@@ -304,15 +320,9 @@ def _is_recompressed(a: Tensor, b: Tensor) -> bool:
 # --- the procedural world --------------------------------------------------------------------------------------------
 
 
-def _render_world(config: DataConfig, split: Split) -> Tiles:
-    world = config.world
+def _render_world(world: WorldConfig, split: Split, size: int, caption: str) -> Tiles:
     scenes = [
-        render(
-            int(digest("tile", world.seed, split, index), 16) >> 1,
-            size=config.image_size,
-            gsd=world.gsd,
-            region=world.region,
-        )
+        render(int(digest("tile", world.seed, split, index), 16) >> 1, size=size, gsd=world.gsd, region=world.region)
         for index in range(getattr(world, split))
     ]
     return Tiles(
@@ -320,7 +330,55 @@ def _render_world(config: DataConfig, split: Split) -> Tiles:
         torch.from_numpy(np.stack([image for image, _ in scenes])).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(np.stack([mask for _, mask in scenes])),
         WORLD_SCHEMA,
-        config.caption,
+        caption,
+    )
+
+
+# --- images without labels -------------------------------------------------------------------------------------------
+
+
+def unlabelled_windows(config: DataConfig, schema: LabelSchema) -> Tiles | None:
+    """The windows of `data.unlabelled` under wholly unlabelled masks; None if there are none.
+
+    Raises:
+        TerraSynthError: as `cut_windows`.
+    """
+    if not config.unlabelled:
+        return None
+    root = _root(config)
+    ids: list[str] = []
+    images, captions = [], []
+    for source in config.unlabelled:
+        names, windows = cut_windows(root, source, config.image_size)
+        ids += names
+        images.append(windows)
+        captions += [source.caption] * len(names)
+    joined = torch.cat(images)
+    masks = torch.full((len(joined), *joined.shape[2:]), schema.ignore_index, dtype=torch.uint8)
+    return Tiles(tuple(ids), joined, masks, schema, tuple(captions))
+
+
+def _load_unlabelled(config: DataConfig, split: Split, root: Path) -> Tiles:
+    """What a base model learns from: windows under pseudo-masks, then the procedural worlds."""
+    if split != "train":
+        raise TerraSynthError(
+            f"there is no {split} split",
+            path=root,
+            found="data.kind: unlabelled",
+            fix="train a base model with `terrasynth train`; a study needs labelled tiles",
+        )
+    real = unlabelled_windows(config, WORLD_SCHEMA)
+    if real is None:
+        raise TerraSynthError("the recipe names no images", found="data.unlabelled: []", fix="name at least one source")
+    masks, colors = pseudo_masks(real.images, config.clusters)
+    schema = merged_schema(WORLD_SCHEMA, colors)
+    worlds = [_render_world(world, split, config.image_size, config.caption) for world in config.worlds]
+    return Tiles(
+        (*real.ids, *(f"world-{i}-{id_}" for i, tiles in enumerate(worlds) for id_ in tiles.ids)),
+        torch.cat([real.images, *(tiles.images for tiles in worlds)]),
+        torch.cat([masks + WORLD_SCHEMA.num_classes, *(tiles.masks for tiles in worlds)]),
+        schema,
+        (*real.caption, *(config.caption for tiles in worlds for _ in tiles.ids)),
     )
 
 

@@ -1,8 +1,10 @@
-"""A linear autoencoder of pixel patches, fitted in closed form.
+"""An autoencoder of pixel patches: a linear code fitted in closed form, and a small network that refines its decoding.
 
 For a generator from scratch there is no pretrained autoencoder, and training one costs more than the generator on a
 small machine. Principal components of small patches (the optimal linear code, Eckart and Young 1936) take a second to
 fit, invert exactly on their span and decode in one matrix product, which is what steering differentiates through.
+What a linear code can not do is to look beyond its patch: the optional refiner sees the neighbours, and takes away the
+edges between patches and part of the noise that a generator leaves in its latents.
 The interface is that of `diffusers.AutoencoderKL`, so either can stand in a pipeline.
 """
 
@@ -14,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["PatchPCA", "spatial_factor"]
 
@@ -32,6 +34,31 @@ class _Point:
         return self.mean
 
 
+class _Refiner(nn.Sequential):
+    """Latents (B, C, h, w) to a correction of the pixels, (B, 3 p², h, w); at first zero."""
+
+    def __init__(self, channels: int, width: int, blocks: int, patch_size: int) -> None:
+        readout = nn.Conv2d(width, 3 * patch_size**2, 3, padding=1)
+        nn.init.zeros_(readout.weight)
+        nn.init.zeros_(readout.bias)  # type: ignore[arg-type]
+        residuals = [_Residual(width) for _ in range(blocks)]
+        super().__init__(nn.Conv2d(channels, width, 3, padding=1), *residuals, nn.SiLU(), readout)
+
+
+class _Residual(nn.Module):
+    """x + conv(SiLU(conv(SiLU(x)))), at first the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
 class PatchPCA(ModelMixin, ConfigMixin):
     """Principal components of `patch_size` x `patch_size` RGB patches as an autoencoder.
 
@@ -39,6 +66,8 @@ class PatchPCA(ModelMixin, ConfigMixin):
         patch_size: side of a patch in pixels; the downsampling factor.
         latent_channels: components kept, at most 3 patch_size².
         whiten: exponent of each component's standard deviation that is divided out (0 none, 1 all).
+        refiner_width: channels of the convolutions that refine the decoding; 0 for none. They are trained, not fitted.
+        refiner_blocks: residual blocks of two convolutions each.
         scaling_factor: as in `AutoencoderKL`; 1 because `fit` already gives latents of unit mean variance.
         shift_factor: as in `AutoencoderKL`; 0 because `fit` already centres them.
     """
@@ -54,6 +83,8 @@ class PatchPCA(ModelMixin, ConfigMixin):
         patch_size: int = 4,
         latent_channels: int = 16,
         whiten: float = 0.5,
+        refiner_width: int = 0,
+        refiner_blocks: int = 0,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
     ) -> None:
@@ -65,6 +96,11 @@ class PatchPCA(ModelMixin, ConfigMixin):
         self.register_buffer("components", torch.eye(dim)[:latent_channels].clone())
         self.register_buffer("scale", torch.ones(latent_channels))
         self.register_buffer("std", torch.ones(latent_channels))  # of each latent channel on the images fitted
+        self.refiner: nn.Module | None = None
+        if refiner_width:
+            refiner = _Refiner(latent_channels, refiner_width, refiner_blocks, patch_size)
+            # Twice as fast on a CPU.
+            self.refiner = refiner.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def fit(self, images: Tensor, max_patches: int = 500_000) -> PatchPCA:
@@ -97,7 +133,10 @@ class PatchPCA(ModelMixin, ConfigMixin):
     def decode(self, z: Tensor) -> DecoderOutput:
         """Latents (B, C, h, w) to images (B, 3, h p, w p), about [-1, 1]."""
         weight = (self.components * self.scale[:, None]).T
-        patches = F.conv2d(z, weight[:, :, None, None], self.mean)
+        with torch.autocast(z.device.type, enabled=False):  # the linear part is exact at no cost
+            patches = F.conv2d(z.to(weight.dtype), weight[:, :, None, None], self.mean)
+        if self.refiner is not None:
+            patches = patches + self.refiner(z.contiguous(memory_format=torch.channels_last)).to(patches.dtype)
         return DecoderOutput(sample=F.pixel_shuffle(patches, self.config.patch_size))
 
 

@@ -6,6 +6,7 @@ Either way the encoders are frozen, so every distinct prompt is encoded once (`P
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -20,24 +21,29 @@ from terrasynth.io import atomic_write, digest
 __all__ = ["PromptCache", "encode_prompts", "word_encoder", "word_tokenizer"]
 
 
-def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is the words of `texts`; other words become `<unk>`, punctuation is dropped.
+def word_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words of remote sensing and of `texts`; other words are spelt, punctuation is dropped.
 
-    The length of the longest text, rounded up to a multiple of eight, is the length of every encoding.
+    So a model meets no word that it can not tell from others, though only those of its training mean something to it.
+    Every encoding has the length of the longest text, rounded up to a multiple of eight, and at least 32.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     split = [re.findall(r"\w+", text.lower()) for text in texts]
+    common = re.findall(r"\w+", (Path(__file__).parent / "words.txt").read_text(encoding="utf-8"))
+    words = {word for words in (common, *split) for word in words}
+    letters = set(string.ascii_lowercase + string.digits + "_") | {letter for word in words for letter in word}
     specials = ["<pad>", "<unk>", "<s>", "</s>"]
     # Ids 0...3 are the specials. CLIP takes the embedding at the first `</s>` as the pooled one.
-    vocabulary = {word: i for i, word in enumerate(specials + sorted({word for words in split for word in words}))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pieces = sorted(words | letters) + sorted(f"##{letter}" for letter in letters)
+    vocabulary = {piece: i for i, piece in enumerate(specials + pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
     )
-    longest = 2 + max(map(len, split), default=0)
+    longest = max(32, 2 + max(map(len, split), default=0))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=-(-longest // 8) * 8,
@@ -51,7 +57,7 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 def word_encoder(tokenizer: PreTrainedTokenizerFast, width: int = 64, seed: int = 0) -> CLIPTextModelWithProjection:
     """A one-layer CLIP text model with seeded random weights, for `word_tokenizer`.
 
-    It is never trained: random embeddings of a few dozen words are as good as orthogonal, and the transformer's own
+    It is never trained: random embeddings of a few hundred words are as good as orthogonal, and the transformer's own
     text stream learns what they mean.
     """
     config = CLIPTextConfig(

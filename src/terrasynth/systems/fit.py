@@ -18,8 +18,10 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, atomic_write, digest
+from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.text import PromptCache
 from terrasynth.progress import track
+from terrasynth.systems.autoencode import fit_refiner
 from terrasynth.systems.todsynth import TODSynthPipeline, mask_channels
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Outcome, train
@@ -70,14 +72,18 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
     @classmethod
     def encode(cls, pipeline: TODSynthPipeline, tiles: Tiles, views: int, folder: Path) -> EncodedViews:
         """Encode `views` augmentations of every tile, or read them back from `folder`."""
-        weights = [float(p.detach().double().sum()) for p in (*pipeline.vae.parameters(), *pipeline.vae.buffers())]
+        encoder = pipeline.vae.buffers() if isinstance(pipeline.vae, PatchPCA) else pipeline.vae.parameters()
+        weights = [float(p.detach().double().sum()) for p in encoder]
         name = digest("views", tiles.fingerprint(), views, pipeline.config.mask_coding, weights)
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             with atomic_write(path) as partial:
                 save_file(_encode_views(pipeline, tiles, views), partial)
         with safe_open(path, framework="pt") as file:
-            captions = [pipeline.schema.caption(mask, pipeline.config.caption) for mask in file.get_tensor("mask")]
+            captions = [
+                pipeline.schema.caption(mask, tiles.template(row % len(tiles)))
+                for row, mask in enumerate(file.get_tensor("mask"))
+            ]
         texts = sorted(set(captions))
         position = {text: i for i, text in enumerate(texts)}
         return cls(path, torch.tensor([position[caption] for caption in captions]), *pipeline.prompts(texts))
@@ -112,7 +118,7 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
     Raises:
         TerraSynthError: the sizes, the mask coding or the words of the captions do not fit the model.
     """
-    captions = sorted(set(tiles.captions(data.caption)))
+    captions = sorted(set(tiles.captions()))
     if config.base is None:
         factor, patch_size = config.autoencoder.patch_size, config.patch_size
     else:
@@ -179,6 +185,12 @@ def fit_generator(
     """
     begun = time.monotonic()
     pipeline = build(config, data, tiles).to("cuda" if torch.cuda.is_available() else "cpu")
+    if config.base is None and config.autoencoder.train is not None:
+        refined = fit_refiner(
+            pipeline.vae, tiles, config.autoencoder, folder / "autoencoder", seed=config.seed, max_minutes=max_minutes
+        )
+        if not refined.finished:
+            return refined
     pipeline.prompts = PromptCache(
         pipeline.encode_prompts, folder / "cache" / "prompts", identity=digest(config.base, str(pipeline.tokenizer))
     )
@@ -203,6 +215,7 @@ def fit_generator(
             num_inference_steps=sampling.steps,
             text_scale=sampling.text_scale,
             mask_scale=sampling.mask_scale,
+            precision=sampling.precision,
             output_type="pt",
         ).images
         sheet = contact_sheet({"real": tiles.images[shown], "painted": images}, tiles.masks[shown], tiles.schema)

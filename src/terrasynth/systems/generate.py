@@ -124,6 +124,7 @@ def paint(
                 text_scale=sampling.text_scale,
                 mask_scale=sampling.mask_scale,
                 steering=None if steering is None else steering(targets.long().to(device)),
+                precision=sampling.precision,
                 output_type="pt",
             ).images
             if not images.isfinite().all():

@@ -34,9 +34,10 @@ from terrasynth.sampling.flow import (
     seeded_generator,
     seeded_noise,
 )
+from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
-    from terrasynth.recipe import GeneratorConfig
+    from terrasynth.recipe import GeneratorConfig, Precision
 
 __all__ = ["TODSynthPipeline"]
 
@@ -220,6 +221,7 @@ class TODSynthPipeline(DiffusionPipeline):
         mask_scale: float = 1.5,
         steering: Steering | None = None,
         callback: Callable[[FlowStep, Tensor], None] | None = None,
+        precision: Precision = "fp32",
         output_type: Literal["pt", "pil"] = "pil",
     ) -> ImagePipelineOutput:
         """Paint one image under each mask.
@@ -233,6 +235,7 @@ class TODSynthPipeline(DiffusionPipeline):
             mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
             steering: changes the velocity in each step, as `ControlRectify`.
             callback: told each step and its estimate of the clean latents.
+            precision: `bf16` or `auto` evaluate float32 weights in bfloat16; the latents stay in float32.
             output_type: `pt` for a float tensor (B, 3, H, W) in [0, 1], `pil` for a list of images.
 
         Raises:
@@ -258,16 +261,17 @@ class TODSynthPipeline(DiffusionPipeline):
             )[0]
 
         shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
-        latents = sample_flow(
-            guided_velocity(predict, guidance_terms(text_scale, mask_scale)),
-            seeded_noise(seeds, shape).to(device),
-            self.scheduler,
-            num_inference_steps,
-            steering=steering,
-            decode=self.decode,
-            callback=callback,
-        )
-        images = self.decode(latents)
+        with autocast(device, precision):
+            latents = sample_flow(
+                guided_velocity(predict, guidance_terms(text_scale, mask_scale)),
+                seeded_noise(seeds, shape).to(device),
+                self.scheduler,
+                num_inference_steps,
+                steering=steering,
+                decode=self.decode,
+                callback=callback,
+            )
+            images = self.decode(latents)
         if output_type == "pil":
             images = self.numpy_to_pil(images.movedim(1, -1).cpu().numpy())
         self.maybe_free_model_hooks()
@@ -302,7 +306,12 @@ class TODSynthPipeline(DiffusionPipeline):
             caption: template of the default prompts.
             texts: the vocabulary of the tokenizer is their words.
         """
-        vae = PatchPCA(config.autoencoder.patch_size, config.autoencoder.channels, config.autoencoder.whiten)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            vae = PatchPCA(
+                **config.autoencoder.model_dump(exclude={"train", "refiner_noise", "channels"}),
+                latent_channels=config.autoencoder.channels,
+            )
         vae.fit(images * 2 - 1)
         tokenizer = word_tokenizer([*texts, caption.replace("{classes}", ", ".join(schema.names))])
         text_encoder = word_encoder(tokenizer, seed=config.seed)

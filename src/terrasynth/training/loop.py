@@ -37,6 +37,7 @@ from terrasynth.progress import say, track
 from terrasynth.recipe import TrainConfig
 from terrasynth.training import checkpoint
 from terrasynth.training.keys import Key, KeyedDataset, hash63, mixed_keys, shuffled_keys
+from terrasynth.training.precision import autocast
 
 __all__ = ["Key", "Outcome", "global_batch", "learning_rate", "mixed_keys", "shuffled_keys", "train"]
 
@@ -321,7 +322,7 @@ class _Run:
             _seed(self.device, self.seed, _TRAINING, self.step, micro, self.process.process_index)
             last = micro == config.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with autocast(self.device, config.precision):
                     loss = self.objective(batch) / config.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()

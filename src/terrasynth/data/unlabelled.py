@@ -1,0 +1,159 @@
+"""Images without labels: windows of them, and pseudo-masks to learn the following of masks from.
+
+Two uses: a base model is trained on nothing but such windows and procedural scenes (`kind: unlabelled`); a generator
+that is fitted to a few labelled tiles may see them too, under a wholly unlabelled mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from terrasynth.data.read import read_image
+from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import IMAGE_SUFFIXES, digest
+from terrasynth.progress import track
+from terrasynth.recipe import SourceConfig
+
+__all__ = ["cut_windows", "pseudo_masks"]
+
+_SMOOTH = 7
+_SAMPLED_PIXELS = 100_000
+_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+
+
+def cut_windows(root: Path, source: SourceConfig, size: int) -> tuple[list[str], Tensor]:
+    """Square windows of every image of a source, brought to one size.
+
+    The side of a window is drawn between `scale[0]` and `scale[1]` times `size` (and the shorter side of the image),
+    its place anywhere; both derive from the image's name and the window's number alone.
+
+    Args:
+        root: folder that `source.images` starts from.
+        source: which images, how many windows of each, how large.
+        size: S.
+
+    Returns:
+        N names and uint8 images (N, 3, S, S).
+
+    Raises:
+        TerraSynthError: there are no such images, or one can not be read or is too small.
+    """
+    paths = sorted(path for path in root.glob(source.images) if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise TerraSynthError(
+            "no such images",
+            path=root / source.images,
+            expected="a pattern under the data folder, as `images/train/*.jpg`",
+            fix="correct data.unlabelled, or --data",
+        )
+    names, windows = [], []
+    with track(len(paths), f"cutting {source.images}", unit="images") as progress:
+        for path in paths:
+            image = read_image(path)
+            if min(image.shape[:2]) < round(source.scale[0] * size):
+                raise TerraSynthError(
+                    "the image is smaller than a window",
+                    path=path,
+                    found=f"{image.shape[1]} x {image.shape[0]}",
+                    expected=f"at least {round(source.scale[0] * size)} on both sides",
+                    fix="lower the `scale` of its source in data.unlabelled",
+                )
+            for index in range(source.windows):
+                windows.append(_window(image, source.scale, size, seed=int(digest("window", path.name, index), 16)))
+                names.append(f"{path.stem}-{index:03d}")
+            progress.advance()
+    return names, torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2).contiguous()
+
+
+def _window(image: NDArray[np.uint8], scale: tuple[float, float], size: int, seed: int) -> NDArray[np.uint8]:
+    random = np.random.default_rng(seed)
+    height, width = image.shape[:2]
+    side = round(min(random.uniform(*scale) * size, height, width))
+    top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
+    window = Image.fromarray(image[top : top + side, left : left + side])
+    return np.asarray(
+        window.resize((size, size), Image.Resampling.BOX if side % size == 0 else Image.Resampling.LANCZOS)
+    )
+
+
+def pseudo_masks(images: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Masks of regions that look alike: k-means of every pixel's surrounding colour and roughness, then smoothed.
+
+    Args:
+        images: uint8 (N, 3, S, S).
+        clusters: K.
+        seed: of the pixels that k-means starts from.
+
+    Returns:
+        uint8 masks (N, S, S) with values below K, and the mean colour of each cluster.
+    """
+    random = np.random.default_rng(seed)
+    per_image = max(1, _SAMPLED_PIXELS // len(images))
+    sample, colors = [], []
+    for image in images:
+        pixels = torch.from_numpy(random.integers(image[0].numel(), size=per_image))
+        sample.append(_features(image[None])[0].flatten(1)[:, pixels].T)
+        colors.append(image.flatten(1)[:, pixels].T.float())
+    features = torch.cat(sample)
+    mean, std = features.mean(0), features.std(0)
+    centres = _kmeans((features - mean) / std, clusters, random)
+    nearest = torch.cdist((features - mean) / std, centres).argmin(1)
+    shown = [torch.cat(colors)[nearest == k].mean(0).nan_to_num().round().int().tolist() for k in range(clusters)]
+    masks = torch.cat(
+        [_assign((_features(part) - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), centres) for part in images.split(16)]
+    )
+    return masks, [(r, g, b) for r, g, b in shown]
+
+
+def _features(images: Tensor) -> Tensor:
+    """Smoothed colour and smoothed local deviation of the luma, float (N, 4, S, S)."""
+    images = images.float() / 255
+    luma = (images * _LUMA).sum(1, keepdim=True)
+    rough = (_blur(luma**2) - _blur(luma) ** 2).clamp_min(0).sqrt()
+    return torch.cat([_blur(images), _blur(rough)], dim=1)
+
+
+def _blur(x: Tensor) -> Tensor:
+    return functional.avg_pool2d(functional.pad(x, [_SMOOTH // 2] * 4, mode="replicate"), _SMOOTH, stride=1)
+
+
+def _kmeans(points: Tensor, clusters: int, random: np.random.Generator, rounds: int = 30) -> Tensor:
+    """Centres (K, D) after Lloyd's rounds from random points."""
+    centres = points[torch.from_numpy(random.choice(len(points), clusters, replace=False))]
+    for _ in range(rounds):
+        nearest = torch.cdist(points, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        counts = nearest.bincount(minlength=clusters)[:, None]
+        centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+    return centres
+
+
+def _assign(features: Tensor, centres: Tensor) -> Tensor:
+    """The nearest centre's number, by majority of the surroundings, uint8 (N, S, S)."""
+    n, _, height, width = features.shape
+    nearest = torch.cdist(features.movedim(1, -1).reshape(n, -1, features.shape[1]), centres).argmin(-1)
+    votes = functional.one_hot(nearest, len(centres)).view(n, height, width, -1).movedim(-1, 1).float()
+    return _blur(votes).argmax(1).byte()
+
+
+def merged_schema(schema: LabelSchema, colors: Sequence[tuple[int, int, int]]) -> LabelSchema:
+    """A schema's classes, then one class per cluster."""
+    taken = set(schema.colors)
+    distinct = []
+    for r, g, b in colors:
+        while (r, g, b) in taken:
+            b = (b + 1) % 256
+        taken.add((r, g, b))
+        distinct.append((r, g, b))
+    return LabelSchema(
+        names=(*schema.names, *(f"cover {k + 1}" for k in range(len(colors)))), colors=(*schema.colors, *distinct)
+    )
