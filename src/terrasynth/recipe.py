@@ -197,8 +197,8 @@ class GeneratorConfig(_Config):
     """TODSynth: the text-image-mask MM-DiT and its training."""
 
     base: str | None = None
-    """Start from this pipeline (hub name or folder: Stable Diffusion 3 / 3.5, or one that TerraSynth saved);
-    null trains from scratch with the sizes below."""
+    """Start from this pipeline: `terrasynth-tiny`, which comes with the package; Stable Diffusion 3 / 3.5 as a hub name
+    or folder; or a folder that TerraSynth saved. Null trains from scratch with the sizes below."""
     width: Positive = 192
     """Width of the token streams (from scratch), a multiple of `heads` and of 4."""
     heads: Positive = 6
@@ -231,6 +231,10 @@ class GeneratorConfig(_Config):
     base's own is kept."""
     views: Positive = 32
     """Fixed augmentations (flips, quarter turns, zooms) under which every tile is encoded once."""
+    labelled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of labelled tiles in each batch where `data.unlabelled` names more images."""
+    save_precision: Literal["fp32", "fp16"] = "fp32"
+    """Precision of the saved weights; `fp16` halves the files and is enough to start from."""
     seed: NonNegative = 0
     """Seed of initialisation, data order, timesteps and noise."""
     train: TrainConfig = TrainConfig(steps=4000, batch_size=16, ema_decay=0.999)

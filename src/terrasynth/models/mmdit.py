@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -554,6 +555,28 @@ class MaskMMDiT(SD3Transformer2DModel):
                 nn.init.constant_(block.mask.gate, 1 / _GATE_GAIN)
         for readout in (self.norm_out.linear, self.proj_out):
             nn.init.zeros_(readout.weight)
+        return self
+
+    @torch.no_grad()
+    def remap_mask_classes(self, classes: int, sources: Sequence[int | None]) -> Self:
+        """Give the one-hot coded mask other classes, and return self.
+
+        Args:
+            classes: how many it has now.
+            sources: for each new class, the class of this model whose embedding it takes over; None starts it as the
+                mean of all embeddings, which says "some class" and lets training tell them apart.
+        """
+        p, old = self.config.patch_size, self.mask_embed.proj
+        # Channels are class-major: `pixel_unshuffle` lays the pixels under a latent out within each class.
+        columns = old.weight.unflatten(1, (classes, -1))
+        mean = columns.mean(1)
+        weight = torch.stack([mean if source is None else columns[:, source] for source in sources], dim=1).flatten(
+            1, 2
+        )
+        self.mask_embed.proj = nn.Conv2d(weight.shape[1], old.out_channels, p, p).to(weight)
+        self.mask_embed.proj.weight.copy_(weight)
+        self.mask_embed.proj.bias.copy_(old.bias)
+        self.register_to_config(mask_channels=weight.shape[1])
         return self
 
     def set_trainable(self, which: Trainable, lora_rank: int = 16) -> Self:

@@ -14,7 +14,7 @@ import torch
 
 import terrasynth
 from terrasynth.data.augment import view
-from terrasynth.data.folder import Split, Tiles, check_splits, load_synthetic, load_tiles
+from terrasynth.data.folder import Split, Tiles, check_splits, load_synthetic, load_tiles, unlabelled_windows
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
@@ -69,6 +69,13 @@ class Study:
         return load_tiles(self.recipe.data, "train", base=self._base)
 
     @cached_property
+    def unlabelled(self) -> Tiles | None:
+        """The unlabelled images that the generator may see too, if there are any."""
+        if self.recipe.data.kind != "folder":
+            return None
+        return unlabelled_windows(self.recipe.data, self.train.schema)
+
+    @cached_property
     def held_out(self) -> dict[Split, Tiles]:
         """The validation and test tiles, after a check that no tile is in two splits."""
         validation: Tiles = load_tiles(self.recipe.data, "validation", base=self._base)
@@ -86,11 +93,18 @@ class Study:
             "generator": recipe.generator.model_dump(mode="json"),
             "caption": recipe.data.caption,
             "train": self.train.fingerprint(),
+            "unlabelled": None if self.unlabelled is None else self.unlabelled.fingerprint(),
         }
 
         def work(folder: Path) -> None:
             outcome = fit_generator(
-                self.train, recipe.generator, recipe.data, recipe.sampling, folder, max_minutes=self.clock.left()
+                self.train,
+                recipe.generator,
+                recipe.data,
+                recipe.sampling,
+                folder,
+                unlabelled=self.unlabelled,
+                max_minutes=self.clock.left(),
             )
             if not outcome.finished:
                 raise OutOfTime

@@ -22,14 +22,16 @@ from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.text import PromptCache
 from terrasynth.progress import track
 from terrasynth.systems.autoencode import fit_refiner
-from terrasynth.systems.todsynth import TODSynthPipeline, mask_channels
-from terrasynth.training.keys import Key
-from terrasynth.training.loop import Outcome, train
+from terrasynth.systems.todsynth import TODSynthPipeline
+from terrasynth.training.keys import Key, mixed_keys
+from terrasynth.training.loop import Outcome, global_batch, train
 
 if TYPE_CHECKING:
     from terrasynth.recipe import DataConfig, GeneratorConfig, SamplingConfig
 
 __all__ = ["EncodedViews", "build", "fit_generator"]
+
+_UNLABELLED_VIEWS = 8
 
 
 class EncodedViews(Dataset[dict[str, Tensor]]):
@@ -112,6 +114,21 @@ def _encode_views(pipeline: TODSynthPipeline, tiles: Tiles, views: int) -> dict[
     return {name: torch.cat(tensors).contiguous() for name, tensors in rows.items()}
 
 
+class _Joined(Dataset[dict[str, Tensor]]):
+    """Two sets of views one behind the other."""
+
+    def __init__(self, first: EncodedViews, second: EncodedViews) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        index, seed = key
+        beyond = index - len(self.first)
+        return self.first[(index, seed)] if beyond < 0 else self.second[(beyond, seed)]
+
+
 def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPipeline:
     """The untrained pipeline of a recipe: from its base model, or from scratch.
 
@@ -149,14 +166,13 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
         pipeline = TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
         pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         return pipeline
-    channels = mask_channels(tiles.schema, config.mask_coding, pipeline.vae)
-    if pipeline.transformer.config.mask_channels != channels:
+    if pipeline.config.mask_coding != config.mask_coding:
         raise TerraSynthError(
-            "the base model was trained with another mask coding or other classes",
+            "the base model was trained with another mask coding",
             path=config.base,
-            found=f"{pipeline.transformer.config.mask_channels} mask channels",
-            expected=f"{channels}, for {config.mask_coding} and {tiles.schema.num_classes} classes",
-            fix="set generator.mask_coding and the label schema as they were",
+            found=pipeline.config.mask_coding,
+            expected=config.mask_coding,
+            fix=f"set generator.mask_coding to {pipeline.config.mask_coding}",
         )
     unknown = pipeline.tokenizer.unk_token_id
     if pipeline.tokenizer.unk_token == "<unk>" and any(unknown in pipeline.tokenizer(c).input_ids for c in captions):
@@ -177,9 +193,12 @@ def fit_generator(
     sampling: SamplingConfig,
     folder: Path,
     *,
+    unlabelled: Tiles | None = None,
     max_minutes: float | None = None,
 ) -> Outcome:
     """Train the generator on labelled tiles; `folder/model` is the finished pipeline.
+
+    `unlabelled` tiles have a share in every batch (`labelled_fraction`): the generator learns their look, no label.
 
     Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
     """
@@ -194,7 +213,15 @@ def fit_generator(
     pipeline.prompts = PromptCache(
         pipeline.encode_prompts, folder / "cache" / "prompts", identity=digest(config.base, str(pipeline.tokenizer))
     )
-    dataset = EncodedViews.encode(pipeline, tiles, config.views, folder / "cache")
+    labelled = EncodedViews.encode(pipeline, tiles, config.views, folder / "cache")
+    dataset: EncodedViews | _Joined = labelled
+    keys = None
+    if unlabelled is not None:
+        # The windows are many as they are: flips and turns alone.
+        others = EncodedViews.encode(pipeline, unlabelled, _UNLABELLED_VIEWS, folder / "cache")
+        dataset = _Joined(labelled, others)
+        batch = global_batch(config.train)
+        keys = mixed_keys(len(labelled), len(others), batch, config.labelled_fraction, config.seed)
     pipeline.prompts([""])
     if config.base is not None:
         # Every prompt is encoded by now; three text encoders would only hold memory.
@@ -230,9 +257,11 @@ def fit_generator(
         config.train,
         folder,
         seed=config.seed,
+        keys=keys,
         identity={
             "generator": config.model_dump(mode="json", exclude={"train"}),
             "data": tiles.fingerprint(),
+            "unlabelled": None if unlabelled is None else unlabelled.fingerprint(),
         },
         evaluate=preview,
         max_minutes=None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begun) / 60),
@@ -240,5 +269,5 @@ def fit_generator(
     )
     if outcome.finished and not (folder / "model").is_dir():
         with atomic_dir(folder / "model") as partial:
-            pipeline.save_pretrained(partial)
+            pipeline.to(torch.float16 if config.save_precision == "fp16" else torch.float32).save_pretrained(partial)
     return outcome

@@ -39,7 +39,11 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import GeneratorConfig, Precision
 
-__all__ = ["TODSynthPipeline"]
+__all__ = ["PACKAGED", "TODSynthPipeline"]
+
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+#: Base models that come with the package, loaded by name.
+PACKAGED = ("terrasynth-tiny",)
 
 
 class TODSynthPipeline(DiffusionPipeline):
@@ -154,11 +158,25 @@ class TODSynthPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read.
 
+        `terrasynth-tiny` is the small base model that comes with the package. With `label_schema`, a model that knows
+        other classes is given these (`adapt`), and `caption` and `image_size` if they are named too.
+
         Raises:
             TerraSynthError: there is no such model, a part of it is missing or damaged, or it knows no classes.
         """
+        if str(pretrained_model_name_or_path) in PACKAGED:
+            pretrained_model_name_or_path = _WEIGHTS / str(pretrained_model_name_or_path)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            if "label_schema" not in kwargs or "label_schema" not in cls.load_config(pretrained_model_name_or_path):
+                return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            schema, caption = LabelSchema.from_dict(kwargs.pop("label_schema")), kwargs.pop("caption", None)
+            size = kwargs.pop("image_size", None)
+            for name in ("mask_coding", "mask_init"):  # the model has its own
+                kwargs.pop(name, None)
+            pipeline = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            pipeline.adapt(schema, caption)
+            pipeline.register_to_config(image_size=size or pipeline.config.image_size)
+            return pipeline
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise TerraSynthError(
                 "the model can not be loaded",
@@ -167,6 +185,33 @@ class TODSynthPipeline(DiffusionPipeline):
                 expected="a pipeline that TerraSynth saved, or Stable Diffusion 3 / 3.5 as a folder or hub name",
                 fix="check the folder; for a hub name, the connection, the login and the model's licence",
             ) from error
+
+    def adapt(self, schema: LabelSchema, caption: str | None = None) -> Self:
+        """Change the classes, keep everything that was learned, and return self.
+
+        A class that the model knows by name keeps its embedding; the others start as the mean of all.
+
+        Args:
+            schema: the new classes.
+            caption: template of the default prompts, if it changes too.
+
+        Raises:
+            TerraSynthError: the masks are not coded one-hot, so the classes are not told apart in the weights.
+        """
+        if self.config.mask_coding != "onehot" and schema.names != self.schema.names:
+            raise TerraSynthError(
+                "the model can not be given other classes",
+                found=f"masks coded as {self.config.mask_coding}",
+                expected="a model trained with mask_coding: onehot, or the classes it was trained with",
+                fix="train from another base",
+            )
+        if self.config.mask_coding == "onehot":
+            known = {name: k for k, name in enumerate(self.schema.names)}
+            self.transformer.remap_mask_classes(len(known), [known.get(name) for name in schema.names])
+        self.schema = schema
+        self.register_to_config(label_schema=schema.to_dict(), **({} if caption is None else {"caption": caption}))
+        self._null_masks.clear()
+        return self
 
     # Training
 

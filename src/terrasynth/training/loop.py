@@ -101,7 +101,8 @@ class Average:
     """Exponential moving average of the trainable parameters: a <- d a + (1 - d) p.
 
     The decay of update n (from 0) is d = min(decay, (1 + n) / (10 + n)), so that the average soon forgets the
-    initialisation.
+    initialisation. The running statistics of batch norms are averaged alike: those of the last ten batches do not fit
+    weights averaged over hundreds, and a segmentor's accuracy would jump from one evaluation to the next.
 
     Attributes:
         values: the averages by parameter name.
@@ -109,7 +110,12 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                self._parameters |= {
+                    f"{name}.{stat}": module.get_buffer(stat) for stat in ("running_mean", "running_var")
+                }
         self.values = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     def update(self, n: int) -> None:
