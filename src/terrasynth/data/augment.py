@@ -11,18 +11,22 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["augment", "cutmix", "view"]
+__all__ = ["augment", "classmix", "copy_paste", "cutmix", "view"]
 
 # Distinguish the streams of one seed from each other.
-_AUGMENT, _VIEW, _CUTMIX = range(3)
+_AUGMENT, _VIEW, _CUTMIX, _CLASSMIX, _COPY_PASTE = range(5)
 
 _AREA = (0.5, 1.0)
 _RATIO = (0.9, 1.1)
 _JITTER = (0.8, 1.2)
-_CUTMIX_PROBABILITY = 0.5
+_MIX_PROBABILITY = 0.5
+# Components that are pasted: at least so many pixels, at most so much of the tile.
+_PASTED_PIXELS = 16
+_PASTED_AREA = 0.25
 # Luma of ITU-R BT.601, the grey that saturation and contrast refer to in torchvision and Pillow.
 _LUMA = torch.tensor([[0.299, 0.587, 0.114]])
 
@@ -92,7 +96,7 @@ def cutmix(images: Tensor, masks: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor
     for i, seed in enumerate(seeds.tolist()):
         random = np.random.default_rng((seed, _CUTMIX))
         apply, lam, y, x = random.random(4)
-        if apply >= _CUTMIX_PROBABILITY:
+        if apply >= _MIX_PROBABILITY:
             continue
         side = math.sqrt(1 - lam)
         rows = _clipped(y * height, side * height, height)
@@ -100,6 +104,128 @@ def cutmix(images: Tensor, masks: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor
         images[i, :, rows, columns] = donors[i, :, rows, columns]
         masks[i, rows, columns] = donor_masks[i, rows, columns]
     return images, masks
+
+
+def classmix(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+    """Paste half of the classes of another sample of the batch into about every second sample, in the masks alike.
+
+    ClassMix (Olsson et al. 2021, section 3.1) with given labels in place of predicted ones: of the classes present in
+    the donor, a random half (rounded down), each with all its pixels where they are. Sample i receives from sample
+    i - 1, the first from the last. The draws are of the sample's seed alone; unlabelled pixels are never pasted.
+
+    Args:
+        images: (B, C, H, W), any type.
+        masks: whole numbers (B, H, W), class indices or `ignore_index`, not negative.
+        seeds: int64 (B,), not negative.
+        ignore_index: the value of unlabelled pixels.
+
+    Returns:
+        New tensors of the same shapes and types.
+    """
+    labels = masks.cpu().numpy()
+    pasted = np.zeros(labels.shape, dtype=bool)
+    for i, seed in enumerate(seeds.tolist()):
+        random = np.random.default_rng((seed, _CLASSMIX))
+        if random.random() >= _MIX_PROBABILITY:
+            continue
+        counts = np.bincount(labels[i - 1].ravel())
+        present = np.flatnonzero(counts)
+        present = random.permutation(present[present != ignore_index])
+        chosen = np.zeros(len(counts), dtype=bool)
+        chosen[present[: len(present) // 2]] = True
+        pasted[i] = chosen[labels[i - 1]]
+    where = torch.from_numpy(pasted).to(masks.device)
+    return torch.where(where[:, None], images.roll(1, dims=0), images), torch.where(where, masks.roll(1, dims=0), masks)
+
+
+def copy_paste(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+    """Paste objects of another sample of the batch into about every second sample, in the masks alike.
+
+    Simple Copy-Paste (Ghiasi et al. 2021, section 3) for semantic masks, whose objects are the connected pixels (4
+    neighbours) of one class, from 16 pixels to a quarter of the tile. One class of the donor is drawn with a chance in
+    inverse proportion to its pixels in the batch, then a random number of its objects. Each is flipped or turned, in
+    place of the paper's scale jitter (a pixel of every tile is as many metres), and put anywhere inside the tile, later
+    ones over earlier ones. Sample i receives from sample i - 1, the first from the last. The draws are of the sample's
+    seed alone; unlabelled pixels are never pasted.
+
+    Args:
+        images: (B, C, S, S), any type.
+        masks: whole numbers (B, S, S), class indices or `ignore_index`, not negative.
+        seeds: int64 (B,), not negative.
+        ignore_index: the value of unlabelled pixels.
+
+    Returns:
+        New tensors of the same shapes and types.
+    """
+    labels = masks.cpu().numpy()
+    size = labels.shape[-1]
+    frequency = np.bincount(labels.ravel())
+    # Which pixel of the donor lands on each pixel of the tile; -1 for none.
+    origin = np.full((len(labels), size * size), -1)
+    for i, seed in enumerate(seeds.tolist()):
+        random = np.random.default_rng((seed, _COPY_PASTE))
+        if random.random() >= _MIX_PROBABILITY:
+            continue
+        components, classes = _components(labels[i - 1])
+        pixels = np.bincount(components.ravel())
+        usable = (pixels >= _PASTED_PIXELS) & (pixels <= _PASTED_AREA * size**2) & (classes != ignore_index)
+        if not usable.any():
+            continue
+        candidates = np.unique(classes[usable])
+        chances = 1 / frequency[candidates]
+        drawn = random.choice(candidates, p=chances / chances.sum())
+        objects = random.permutation(np.flatnonzero(usable & (classes == drawn)))
+        for component in objects[: random.integers(len(objects)) + 1]:
+            rows, columns = np.nonzero(components == component)
+            origin[i, _placed(rows, columns, size, random)] = rows * size + columns
+    source = torch.from_numpy(origin).view(masks.shape).to(masks.device)
+    return _pasted(images, source[:, None]), _pasted(masks, source)
+
+
+def _components(mask: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
+    """Connected pixels of equal value (4 neighbours): a number for each pixel, (H, W), and the value of each number.
+
+    Runs of equal pixels in a row are nodes, and runs that touch across two rows are edges. Every root is hooked to the
+    smallest root that it touches, then all paths are compressed, until nothing moves (Shiloach and Vishkin 1982).
+    """
+    starts = np.ones(mask.shape, dtype=bool)
+    starts[:, 1:] = mask[:, 1:] != mask[:, :-1]
+    runs = np.cumsum(starts).reshape(mask.shape) - 1
+    # Two runs that touch do so first where one of them starts.
+    touching = (mask[1:] == mask[:-1]) & (starts[1:] | starts[:-1])
+    above, below = runs[:-1][touching], runs[1:][touching]
+    root = np.arange(runs[-1, -1] + 1)
+    while (apart := root[above] != root[below]).any():
+        above, below = above[apart], below[apart]
+        ends = np.stack([root[above], root[below]])
+        np.minimum.at(root, ends.max(0), ends.min(0))
+        while (root[root] != root).any():
+            root = root[root]
+    numbers = np.cumsum(root == np.arange(len(root))) - 1
+    components = numbers[root][runs]
+    values = np.empty(numbers[-1] + 1, dtype=mask.dtype)
+    values[components] = mask
+    return components, values
+
+
+def _placed(
+    rows: NDArray[np.intp], columns: NDArray[np.intp], size: int, random: np.random.Generator
+) -> NDArray[np.intp]:
+    """Where the pixels of an object go, as indices into the flat tile: turned at random, then anywhere inside it."""
+    transpose, down, right = random.integers(2, size=3)
+    rows, columns = rows - rows.min(), columns - columns.min()
+    if transpose:
+        rows, columns = columns, rows
+    rows = rows.max() - rows if down else rows
+    columns = columns.max() - columns if right else columns
+    return (rows + random.integers(size - rows.max())) * size + columns + random.integers(size - columns.max())
+
+
+def _pasted(tensor: Tensor, source: Tensor) -> Tensor:
+    """`tensor` (B, ..., S, S) with the pixels of its left neighbour in the batch where `source` has their indices."""
+    pixels = source.clamp_min(0).expand_as(tensor).flatten(-2)
+    moved = tensor.roll(1, dims=0).flatten(-2).gather(-1, pixels).view_as(tensor)
+    return torch.where(source >= 0, moved, tensor)
 
 
 def _dihedral(tensor: Tensor, element: int) -> Tensor:
