@@ -1,4 +1,5 @@
 import re
+from typing import get_args
 
 import pytest
 import yaml
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terrasynth.errors import TerraSynthError
-from terrasynth.recipe import ArmConfig, DataConfig, Recipe, SegmentorConfig, StudyConfig, TrainConfig
+from terrasynth.recipe import ArmConfig, DataConfig, Mix, Recipe, SegmentorConfig, StudyConfig, TrainConfig
 from terrasynth.recipe_io import explain, load_recipe, override_defaults, packaged
 
 
@@ -84,9 +85,9 @@ def test_overrides_are_yaml_and_the_last_one_counts():
 
 
 def test_an_override_enters_lists_by_position_and_options_by_name():
-    overrides = ["study.arms.1.cutmix=false", "segmentor.options={a: 1}", "segmentor.options.b=2"]
+    overrides = ["study.arms.1.mix=copy-paste", "segmentor.options={a: 1}", "segmentor.options.b=2"]
     recipe = load_recipe("demo", overrides).recipe
-    assert [arm.cutmix for arm in recipe.study.arms] == [False] * 4
+    assert [arm.mix for arm in recipe.study.arms] == ["none", "copy-paste", "none", "none"]
     assert recipe.segmentor.options == {"a": 1, "b": 2}
     assert load_recipe("demo", [*overrides, "segmentor.options={}"]).recipe.segmentor.options == {}
 
@@ -115,7 +116,7 @@ def test_data_for_a_recipe_without_a_folder_is_refused(tmp_path):
     [
         ("generator.tarin.steps", "generator.train"),
         ("generator.train.leaning_rate", "generator.train.learning_rate"),
-        ("study.arms.1.cutmx", "study.arms.1.cutmix"),
+        ("study.arms.1.mixx", "study.arms.1.mix"),
         ("genrator.train.steps", "generator"),
         # Right name, wrong section.
         ("generator.learning_rate", "generator.train.learning_rate"),
@@ -134,7 +135,7 @@ def test_all_faults_of_a_file_come_at_once_with_found_and_expected(write):
     assert message.splitlines()[0] == f"{path}: 6 faults in the recipe"
     assert "  name: missing\n" in message
     assert "  nmae: no such key; did you mean `name`?\n" in message
-    assert "  data.kind: found word, expected 'world' or 'folder'\n" in message
+    assert "  data.kind: found word, expected 'world', 'folder' or 'unlabelled'\n" in message
     assert "  data.image_size: found -3, expected greater than 0\n" in message
     assert "  sampling.steps: found many, expected a valid integer" in message
     assert "  study: seeds must be distinct, and there must be at least one\n" in message
@@ -172,7 +173,7 @@ def test_a_missing_recipe_lists_the_packaged_ones(name):
     assert all(packaged_name in message for packaged_name in packaged())
 
 
-@pytest.mark.parametrize("override", ["steps", "=3", "a..b=3", "study.arms.9.cutmix=1", "name.x=1", "name=[1"])
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=3", "study.arms.9.mix=none", "name.x=1", "name=[1"])
 def test_an_override_that_can_not_be_carried_out_is_named(override):
     assert override in fault("demo", [override])
 
@@ -256,7 +257,9 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
     rate=positive,
     clip=st.none() | positive,
     seeds=st.lists(st.integers(min_value=0), min_size=1, unique=True),
-    arms=st.lists(st.builds(ArmConfig, name=texts, cutmix=st.booleans()), min_size=1, unique_by=lambda arm: arm.name),
+    arms=st.lists(
+        st.builds(ArmConfig, name=texts, mix=st.sampled_from(get_args(Mix))), min_size=1, unique_by=lambda arm: arm.name
+    ),
     options=st.dictionaries(
         texts, st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
     ),

@@ -378,13 +378,13 @@ def test_the_transformers_architectures_train(tmp_path, config):
     assert fit(segmentor, made_tiles(4), made_tiles(2, seed=1), config, tmp_path, seed=0).finished
 
 
-def test_painted_tiles_and_cutmix_enter_the_batches(tmp_path, trained):
+def test_painted_tiles_and_mixes_enter_the_batches(tmp_path, trained):
     config = with_train(UNET, steps=8, evaluate_every=4)
     arms = {
         "real": {},
-        "cutmix": {"cutmix": True},
+        **{mix: {"mix": mix} for mix in ("cutmix", "classmix", "copy-paste")},
         "painted": {"synthetic": made_tiles(6, seed=2)},
-        "both": {"synthetic": made_tiles(6, seed=2), "cutmix": True, "real_fraction": 0.25},
+        "both": {"synthetic": made_tiles(6, seed=2), "mix": "cutmix", "real_fraction": 0.25},
     }
     images, _ = images_and_targets()
     logits = []

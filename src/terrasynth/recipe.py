@@ -32,6 +32,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "auto"]
+Mix = Literal["none", "cutmix", "classmix", "copy-paste"]
 
 
 class _Config(BaseModel):
@@ -307,8 +308,10 @@ class ArmConfig(_Config):
 
     name: str
     """Shown in the report."""
-    cutmix: bool = False
-    """Mix rectangles between the training tiles of a batch (Yun et al. 2019), masks included."""
+    mix: Mix = "none"
+    """What the training tiles of a batch lend each other, masks included: nothing, rectangles (`cutmix`, Yun et al.
+    2019), half of their classes (`classmix`, Olsson et al. 2021) or single objects (`copy-paste`, Ghiasi et al. 2021).
+    """
     synthetic: Literal["none", "plain", "steered"] = "none"
     """Painted tiles: none, without steering, or with CRFM."""
 
@@ -320,7 +323,7 @@ class StudyConfig(_Config):
     """Every arm is trained once per seed; arms are compared pairwise by seed."""
     arms: tuple[ArmConfig, ...] = (
         ArmConfig(name="real"),
-        ArmConfig(name="real + CutMix", cutmix=True),
+        ArmConfig(name="real + CutMix", mix="cutmix"),
         ArmConfig(name="real + synthetic", synthetic="plain"),
         ArmConfig(name="real + synthetic (CRFM)", synthetic="steered"),
     )

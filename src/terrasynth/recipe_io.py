@@ -56,7 +56,7 @@ def load_recipe(
     Args:
         name_or_path: a packaged recipe's name, or the path of a YAML file.
         overrides: `key.sub=value` strings, later ones last; the value is read as YAML, a list is entered by position
-            (`study.arms.1.cutmix=true`).
+            (`study.arms.1.mix=classmix`).
         data: folder of the tiles, for `data.root`.
 
     Raises:

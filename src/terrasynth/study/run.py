@@ -125,7 +125,7 @@ class Study:
             "train": self.train.fingerprint(),
             "validation": self.held_out["validation"].fingerprint(),
             "test": self.held_out["test"].fingerprint(),
-            "cutmix": arm.cutmix,
+            "mix": arm.mix,
             "synthetic": None if painted is None else [painted.key, study.real_fraction],
             "seed": seed,
         }
@@ -149,7 +149,7 @@ class Study:
                 seed=seed,
                 synthetic=None if painted is None else _tiles(painted),
                 real_fraction=study.real_fraction,
-                cutmix=arm.cutmix,
+                mix=arm.mix,
                 max_minutes=self.clock.left(),
                 label=f"{arm.name}, seed {seed}{suffix}",
             )

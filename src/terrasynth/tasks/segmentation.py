@@ -20,13 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from terrasynth.data.augment import augment
-from terrasynth.data.augment import cutmix as mix_rectangles
+from terrasynth.data.augment import augment, classmix, copy_paste, cutmix
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, read_json, write_json
-from terrasynth.recipe import SegmentorConfig
+from terrasynth.recipe import Mix, SegmentorConfig
 from terrasynth.tasks.confusion import Confusion
 from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys
 from terrasynth.training.loop import train as train_loop
@@ -339,7 +338,7 @@ def fit(
     seed: int,
     synthetic: Tiles | None = None,
     real_fraction: float = 0.5,
-    cutmix: bool = False,
+    mix: Mix = "none",
     max_minutes: float | None = None,
     label: str = "training the segmentor",
 ) -> Outcome:
@@ -354,7 +353,7 @@ def fit(
         seed: of the order of the tiles, their augmentation and everything else random in training.
         synthetic: painted tiles, added to the real ones.
         real_fraction: share of real tiles in every batch when there are painted ones.
-        cutmix: mix rectangles between the tiles of a batch.
+        mix: what the tiles of a batch lend each other.
         max_minutes: stop at a checkpoint after about this long.
         label: shown beside the progress.
 
@@ -375,9 +374,14 @@ def fit(
     dataset = _Augmented(train) if synthetic is None else _Augmented(train, synthetic)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
-        images, masks = batch["image"], batch["mask"]
-        if cutmix:
-            images, masks = mix_rectangles(images, masks, batch["seed"])
+        images, masks, seeds = batch["image"], batch["mask"], batch["seed"]
+        match mix:
+            case "cutmix":
+                images, masks = cutmix(images, masks, seeds)
+            case "classmix":
+                images, masks = classmix(images, masks, seeds, segmentor.ignore_index)
+            case "copy-paste":
+                images, masks = copy_paste(images, masks, seeds, segmentor.ignore_index)
         return segmentor.loss(images, masks)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -399,7 +403,7 @@ def fit(
             "segmentor": config.model_dump(mode="json", exclude={"train"}),
             "data": {name: tiles.fingerprint() for name, tiles in parts.items()},
             "real_fraction": None if synthetic is None else real_fraction,
-            "cutmix": cutmix,
+            "mix": mix,
         },
         evaluate=evaluate,
         monitor="miou",
