@@ -268,14 +268,17 @@ class SteeringConfig(_Config):
     """Control-rectify flow matching (CRFM): the segmentor steers the velocity in the first steps."""
 
     steps: NonNegative = 4
-    """K: how many of the first steps are rectified."""
+    """K: how many steps are rectified."""
+    start: NonNegative = 0
+    """How many steps are left alone before these; 0 rectifies the first K, as published."""
     strength: Annotated[float, Field(ge=0)] = 0.1
     """alpha: the largest step along the gradient. With `normalise: velocity` it is relative to the velocity's norm."""
     schedule: Literal["constant", "increasing", "decreasing"] = "decreasing"
     """alpha over the steps i of N: alpha, alpha (i + 1) / N, or alpha (1 - (i + 1) / N)."""
-    normalise: Literal["none", "unit", "velocity"] = "velocity"
+    normalise: Literal["none", "unit", "velocity", "x0"] = "velocity"
     """Per image: the bare gradient; the gradient over its norm (as published, "l2_norm"); the same times the norm of
-    the velocity, so that alpha means the same at every size."""
+    the velocity, so that alpha means the same at every size; or scaled so that the clean estimate moves by alpha of its
+    norm."""
     blend: bool = False
     """Multiply the velocity by 1 - alpha first (published as "is_synth")."""
     repeats: Positive = 1
@@ -314,6 +317,15 @@ class ArmConfig(_Config):
     """
     synthetic: Literal["none", "plain", "steered"] = "none"
     """Painted tiles: none, without steering, or with CRFM."""
+    filter: bool = False
+    """Pixels of painted tiles whose loss under the baseline's segmentor is above 1.25 times its class's mean on the real
+    training tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
+
+    @model_validator(mode="after")
+    def _filters_something(self) -> ArmConfig:
+        if self.filter and self.synthetic == "none":
+            raise ValueError("filter: true needs painted tiles, so synthetic must be plain or steered")
+        return self
 
 
 class StudyConfig(_Config):

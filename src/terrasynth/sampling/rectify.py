@@ -23,7 +23,7 @@ __all__ = ["ControlRectify"]
 class ControlRectify:
     """Steers a flow sampler down the gradient of a loss on the image that each step heads for.
 
-    In each of the first K steps, `repeats` times:
+    In each of K steps, by default the first ones, `repeats` times:
 
         z_0 = z − σ v                    where the step heads
         L   = Σ_b loss_b(decode(z_0))    a sum, so that the strength does not depend on the batch size
@@ -37,9 +37,12 @@ class ControlRectify:
         loss: maps images (B, 3, H, W) in [0, 1] and `targets` to one differentiable loss per image, (B,).
         targets: handed to `loss` as they are.
         steps: K.
+        start: how many steps are left alone before; 0 as published.
         strength: α, the largest step.
         schedule: α at step i of N: `constant` α; `increasing` α (i + 1) / N; `decreasing` α (1 − (i + 1) / N).
-        normalise: `none`; `unit` g / ‖g‖ (published as "l2_norm"); `velocity` g ‖v‖ / ‖g‖.
+        normalise: `none`; `unit` g / ‖g‖ (published as "l2_norm"); `velocity` g ‖v‖ / ‖g‖; `x0` g ‖z_0‖ / (σ ‖g‖). Since
+            ∂L/∂v = −σ ∂L/∂z_0, a step on the velocity is a step of σ times its length on the clean estimate z_0, in the
+            direction of z_0's own gradient: the last moves z_0 by α of its norm.
         blend: shrink the velocity by 1 − α first (published as "is_synth").
         repeats: rectifications per step.
         clamp: clip the velocity to ± this afterwards; the published code always clips at 1.
@@ -48,9 +51,10 @@ class ControlRectify:
     loss: Callable[[Tensor, Any], Tensor]
     targets: Any
     steps: int = 4
+    start: int = 0
     strength: float = 0.1
     schedule: Literal["constant", "increasing", "decreasing"] = "decreasing"
-    normalise: Literal["none", "unit", "velocity"] = "velocity"
+    normalise: Literal["none", "unit", "velocity", "x0"] = "velocity"
     blend: bool = False
     repeats: int = 1
     clamp: float | None = None
@@ -67,7 +71,7 @@ class ControlRectify:
         Raises:
             TerraSynthError: if the loss does not give one value per image.
         """
-        if step.index >= self.steps:
+        if not self.start <= step.index < self.start + self.steps:
             return velocity
         v, alpha = velocity, self.step_size(step)
         for _ in range(self.repeats):
@@ -77,6 +81,8 @@ class ControlRectify:
                 g = g / (norm + 1e-10)
             if self.normalise == "velocity":
                 g = g * _norm(v)
+            elif self.normalise == "x0":
+                g = g * _norm(latents - step.sigma * v) / step.sigma
             rectified = (v * (1 - alpha) if self.blend else v) - alpha * g
             if self.clamp is not None:
                 rectified = rectified.clamp(-self.clamp, self.clamp)
@@ -84,7 +90,7 @@ class ControlRectify:
         return v
 
     def step_size(self, step: FlowStep) -> float:
-        """The step α_i along the gradient under the schedule, whether or not `step` is among the first K."""
+        """The step α_i along the gradient under the schedule, whether or not `step` is among the K."""
         progress = (step.index + 1) / step.total
         return self.strength * {"constant": 1.0, "increasing": progress, "decreasing": 1 - progress}[self.schedule]
 

@@ -295,15 +295,16 @@ class TODSynthPipeline(DiffusionPipeline):
         null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
         mask_latents, null_mask = self.encode_masks(masks), self._null_mask_latents(masks[:1])
 
+        conditions: dict[str, Tensor] = {}
+
         def predict(z: Tensor, timestep: Tensor, use_text: Tensor, use_mask: Tensor) -> Tensor:
-            return self.transformer(
-                hidden_states=z.to(dtype),
-                timestep=timestep,
-                encoder_hidden_states=condition_or_null(use_text, embeds, null_embeds),
-                pooled_projections=condition_or_null(use_text, pooled, null_pooled),
-                mask_latents=condition_or_null(use_mask, mask_latents, null_mask),
-                return_dict=False,
-            )[0]
+            if not conditions:  # they are the same in every step
+                conditions.update(
+                    encoder_hidden_states=condition_or_null(use_text, embeds, null_embeds),
+                    pooled_projections=condition_or_null(use_text, pooled, null_pooled),
+                    mask_latents=condition_or_null(use_mask, mask_latents, null_mask),
+                )
+            return self.transformer(hidden_states=z.to(dtype), timestep=timestep, **conditions, return_dict=False)[0]
 
         shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
         with autocast(device, precision):
