@@ -213,6 +213,10 @@ class GeneratorConfig(_Config):
     mask_coding: Literal["onehot", "bits", "grey"] = "onehot"
     """How a mask enters: `onehot` or `bits`, patch-embedded without loss; `grey` levels through the autoencoder, after
     the published idea."""
+    control: Literal["unified", "siamese", "adapter", "controlnet"] = "unified"
+    """How the mask reaches the image (from scratch; a `base` keeps its own): `unified` attention of image, text and
+    mask, the published choice; or what the paper compares it with: `siamese`, one attention for text and one for the
+    mask; `adapter`, cross-attention to features of the mask alone; `controlnet`, a control stream that is added."""
     mask_init: Literal["copy", "random"] = "copy"
     """With a `base` that has no mask branch: start it as a copy of the image branch (with a gate that makes step 0
     equal the base model), or at random."""
@@ -242,10 +246,12 @@ class GeneratorConfig(_Config):
     """The training run."""
 
     @model_validator(mode="after")
-    def _divisible(self) -> GeneratorConfig:
+    def _sizes_fit(self) -> GeneratorConfig:
         # The 4 is the position embedding's: sine and cosine of rows and columns.
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads}) and of 4")
+        if self.control == "controlnet" and self.blocks < 2:
+            raise ValueError("control: controlnet needs at least 2 blocks: what it adds goes between them")
         return self
 
 
@@ -318,8 +324,8 @@ class ArmConfig(_Config):
     synthetic: Literal["none", "plain", "steered"] = "none"
     """Painted tiles: none, without steering, or with CRFM."""
     filter: bool = False
-    """Pixels of painted tiles whose loss under the baseline's segmentor is above 1.25 times its class's mean on the real
-    training tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
+    """Pixels of painted tiles whose loss under the baseline's segmentor is above 1.25 times its class's mean on the
+    real tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
 
     @model_validator(mode="after")
     def _filters_something(self) -> ArmConfig:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -35,10 +35,25 @@ from torch import Tensor, nn
 
 from terrasynth.errors import TerraSynthError
 
-__all__ = ["TEXT_BRANCH", "MaskBranch", "MaskMMDiT", "MlpModulation", "Stream", "Trainable", "TripleBlock"]
+__all__ = [
+    "TEXT_BRANCH",
+    "JointBlock",
+    "MaskBranch",
+    "MaskMMDiT",
+    "MlpModulation",
+    "Projected",
+    "Stream",
+    "Trainable",
+    "TripleBlock",
+    "attention",
+    "joint_attention",
+    "opened",
+]
 
 Trainable = Literal["all", "image+mask", "mask", "lora"]
 MlpModulation = Literal["own", "image"]
+#: Queries, keys and values of a stream, each (B, N, heads, d); no queries where nobody reads its tokens again.
+Projected = tuple[Tensor | None, Tensor, Tensor]
 
 _GATE_GAIN = 32
 #: Up to how many tokens attention in bfloat16 on a CPU is computed plainly, and how many scores at a time.
@@ -73,13 +88,15 @@ class Modulation(NamedTuple):
 class Stream:
     """One modality inside one block: views of the modules that act on its tokens.
 
+    Without `modulation` it looks at nothing but its own tokens.
+
     Streams whose tokens nobody reads afterwards (text and mask in the last block) provide keys and values and have no
     `out` and `feed_forward`. SD3's text stream asks there all the same; without that, results would differ from SD3's
     in the last bits.
     """
 
     heads: int
-    modulation: nn.Module
+    modulation: nn.Linear | None
     query: nn.Module | None
     key: nn.Module
     value: nn.Module
@@ -90,13 +107,16 @@ class Stream:
 
     def modulate(self, conditioning: Tensor) -> tuple[Modulation, ...]:
         """Modulation of each residual branch, from the conditioning (B, D)."""
+        if self.modulation is None:
+            nothing = torch.zeros_like(conditioning).unsqueeze(1)
+            return (Modulation(nothing, nothing, nothing),)
         chunks = self.modulation(conditioning).unsqueeze(1).split(conditioning.shape[-1], dim=-1)
         if len(chunks) == 2:  # keys and values only, nothing to add; SD3 stores these two the other way round
             scale, shift = chunks
             return (Modulation(shift, scale, gate=torch.zeros_like(scale)),)
         return tuple(Modulation(*chunks[i : i + 3]) for i in range(0, len(chunks), 3))
 
-    def project(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def project(self, x: Tensor) -> Projected:
         """Queries, keys and values (B, N, heads, D / heads) of tokens (B, N, D)."""
         shape = (*x.shape[:2], self.heads, -1)
         query = None if self.query is None else _normed(self.query(x).view(shape), self.query_norm)
@@ -120,7 +140,7 @@ def _add_residual(x: Tensor, branch: Tensor, modulation: Modulation) -> Tensor:
     return (modulation.gate * branch).add_(x)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full bidirectional attention; everything is (B, N, heads, d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     bfloat16 = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
@@ -141,6 +161,20 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for a, b, c in zip(*(x.flatten(0, 1).split(heads) for x in (q, k, v)), strict=True)
     ]
     return torch.cat(parts).view(q.shape)
+
+
+def joint_attention(projected: Sequence[Projected]) -> list[Tensor]:
+    """What the tokens of all streams find in the tokens of all streams, for each stream that has queries."""
+    queries = [q for q, _, _ in projected if q is not None]
+    q = torch.cat(queries, dim=1)
+    k = torch.cat([k for _, k, _ in projected], dim=1)
+    v = torch.cat([v for _, _, v in projected], dim=1)
+    return list(attention(q, k, v).split([q.shape[1] for q in queries], dim=1))
+
+
+def opened(gate: Tensor, like: Tensor) -> Tensor:
+    """Values (heads, 1) of the gates that are stored as `gate` (heads,); see `MaskBranch`."""
+    return _GATE_GAIN * gate.to(like.dtype)[:, None]
 
 
 class MaskBranch(nn.Module):
@@ -197,23 +231,10 @@ class MaskBranch(nn.Module):
                 own.load_state_dict(source.state_dict())
 
 
-class TripleBlock(JointTransformerBlock):
-    """One block over image, text and mask tokens: SD3's block, with a `mask` branch beside it.
+class JointBlock(JointTransformerBlock):
+    """SD3's block over image and text tokens, with SD3's parameter names; schemes of control build on it."""
 
-    The parameters of the image and text streams have SD3's names.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        last: bool,
-        dual_attention: bool,
-        qk_norm: str | None,
-        mlp_modulation: MlpModulation,
-        gated: bool,
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, last: bool, dual_attention: bool, qk_norm: str | None) -> None:
         super().__init__(
             dim=width,
             num_attention_heads=heads,
@@ -223,19 +244,10 @@ class TripleBlock(JointTransformerBlock):
             use_dual_attention=dual_attention,
         )
         self.heads = heads
-        self.mask_borrows_modulation = mlp_modulation == "image"
-        self.mask = MaskBranch(
-            width,
-            heads,
-            qk_norm=qk_norm,
-            last=last,
-            own_mlp_modulation=not self.mask_borrows_modulation,
-            gated=gated,
-        )
 
-    def streams(self) -> tuple[Stream, Stream, Stream]:
-        """Image, text and mask. Made anew for every use, because adapters replace modules."""
-        attn, mask = self.attn, self.mask
+    def streams(self) -> tuple[Stream, ...]:
+        """Image and text. Made anew for every use, because adapters replace modules."""
+        attn = self.attn
         image_stream = Stream(
             heads=self.heads,
             modulation=self.norm1.linear,
@@ -258,33 +270,20 @@ class TripleBlock(JointTransformerBlock):
             out=attn.to_add_out,
             feed_forward=self.ff_context,
         )
-        mask_stream = Stream(
-            heads=self.heads,
-            modulation=mask.modulation,
-            query=mask.to_q,
-            key=mask.to_k,
-            value=mask.to_v,
-            query_norm=mask.norm_q,
-            key_norm=mask.norm_k,
-            out=mask.to_out,
-            feed_forward=mask.ff,
-        )
-        return image_stream, text_stream, mask_stream
+        return image_stream, text_stream
 
     def forward(self, conditioning: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
         """Update the tokens.
 
         Args:
             conditioning: SiLU of the timestep and pooled-text embedding, (B, D).
-            tokens: image, text and, unless there is no mask, mask tokens, each (B, N, D).
+            tokens: of the streams, in their order, each (B, N, D); the last stream may be left out.
 
         Returns:
-            The updated tokens in the same order; the last block returns the image's alone.
+            The updated tokens of the streams that are read again, in the same order; in the last block, the image's.
         """
         streams = self.streams()[: len(tokens)]
-        modulations = [stream.modulate(conditioning) for stream in streams]
-        if self.mask_borrows_modulation and len(tokens) == 3:
-            modulations[2] = (*modulations[2], modulations[0][1])
+        modulations = self._modulate(streams, conditioning)
 
         # Every stream prepares its queries, keys and values.
         normed = [_layer_norm(x) for x in tokens]
@@ -293,7 +292,7 @@ class TripleBlock(JointTransformerBlock):
             for stream, x, modulation in zip(streams, normed, modulations, strict=True)
         ]
 
-        # All tokens attend to all tokens.
+        # The streams meet.
         attended = self._attend(projected)
 
         # Every stream that is read again takes what it found, then passes through its feed-forward.
@@ -309,22 +308,70 @@ class TripleBlock(JointTransformerBlock):
             updated.append(x)
         return tuple(updated)
 
-    def _attend(self, projected: list[tuple[Tensor | None, Tensor, Tensor]]) -> list[Tensor]:
-        """Joint attention, split again into the streams that have queries."""
-        queries = [q for q, _, _ in projected if q is not None]
-        lengths = [q.shape[1] for q in queries]
-        q = torch.cat(queries, dim=1)
-        k = torch.cat([k for _, k, _ in projected], dim=1)
-        v = torch.cat([v for _, _, v in projected], dim=1)
-        unified = _attention(q, k, v).split(lengths, dim=1)
+    def _modulate(self, streams: Sequence[Stream], conditioning: Tensor) -> list[tuple[Modulation, ...]]:
+        return [stream.modulate(conditioning) for stream in streams]
+
+    def _attend(self, projected: list[Projected]) -> list[Tensor]:
+        """What each stream with queries finds: here, in all tokens."""
+        return joint_attention(projected)
+
+
+class TripleBlock(JointBlock):
+    """One block over image, text and mask tokens: SD3's block, with a `mask` branch beside it."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        last: bool,
+        dual_attention: bool,
+        qk_norm: str | None,
+        mlp_modulation: MlpModulation,
+        gated: bool,
+    ) -> None:
+        super().__init__(width, heads, last=last, dual_attention=dual_attention, qk_norm=qk_norm)
+        self.mask_borrows_modulation = mlp_modulation == "image"
+        self.mask = MaskBranch(
+            width,
+            heads,
+            qk_norm=qk_norm,
+            last=last,
+            own_mlp_modulation=not self.mask_borrows_modulation,
+            gated=gated,
+        )
+
+    def streams(self) -> tuple[Stream, ...]:
+        """Image, text and mask."""
+        mask = self.mask
+        mask_stream = Stream(
+            heads=self.heads,
+            modulation=mask.modulation,
+            query=mask.to_q,
+            key=mask.to_k,
+            value=mask.to_v,
+            query_norm=mask.norm_q,
+            key_norm=mask.norm_k,
+            out=mask.to_out,
+            feed_forward=mask.ff,
+        )
+        return (*super().streams(), mask_stream)
+
+    def _modulate(self, streams: Sequence[Stream], conditioning: Tensor) -> list[tuple[Modulation, ...]]:
+        modulations = super()._modulate(streams, conditioning)
+        if self.mask_borrows_modulation and len(streams) == 3:
+            modulations[2] = (*modulations[2], modulations[0][1])
+        return modulations
+
+    def _attend(self, projected: list[Projected]) -> list[Tensor]:
+        unified = joint_attention(projected)
         if self.mask.gate is None or len(projected) < 3:
-            return list(unified)
+            return unified
         # Image and text move from what the base model sees, O_base, to what the unified attention sees, O_full:
         # O = O_base + g (O_full - O_base), exact at g = 0 and g = 1.
-        n = sum(k.shape[1] for _, k, _ in projected[:2])
-        base = _attention(q[:, :n], k[:, :n], v[:, :n]).split(lengths[:2], dim=1)
-        gate = _GATE_GAIN * self.mask.gate.to(base[0].dtype)[:, None]
-        return [torch.lerp(*pair, gate) for pair in zip(base, unified, strict=False)] + list(unified[2:])
+        base = joint_attention(projected[:2])
+        gate = opened(self.mask.gate, base[0])
+        return [torch.lerp(*pair, gate) for pair in zip(base, unified, strict=False)] + unified[2:]
 
 
 class MaskMMDiT(SD3Transformer2DModel):
@@ -396,23 +443,31 @@ class MaskMMDiT(SD3Transformer2DModel):
             qk_norm=qk_norm,
         )
         self.register_to_config(num_layers=num_layers)
-        self.transformer_blocks: Any = nn.ModuleList(  # of TripleBlock
-            TripleBlock(
-                self.inner_dim,
-                num_attention_heads,
-                last=i == num_layers - 1,
-                dual_attention=i in dual_attention_layers,
-                qk_norm=qk_norm,
-                mlp_modulation=mask_mlp_modulation,
-                gated=mask_gate,
-            )
-            for i in range(num_layers)
-        )
+        self.transformer_blocks: Any
+        self._add_blocks(num_layers)
         # Positions are the image's; a second copy of the grid would be 0.9 GB in SD3.5.
         self.mask_embed = PatchEmbed(
             patch_size=patch_size, in_channels=mask_channels, embed_dim=self.inner_dim, pos_embed_type=None
         )
         self._freeze_dead_parameters()
+
+    def _add_blocks(self, count: int) -> None:
+        """Make `transformer_blocks`: `count` blocks, and whatever else brings the mask to them."""
+        self.transformer_blocks = nn.ModuleList(self._make_block(**self._sizes(i, count)) for i in range(count))
+
+    def _make_block(self, **sizes: Any) -> JointBlock:
+        modulation, gated = self.config.mask_mlp_modulation, self.config.mask_gate
+        return TripleBlock(**sizes, mlp_modulation=modulation, gated=gated)
+
+    def _sizes(self, index: int, count: int) -> dict[str, Any]:
+        """Arguments of the block at `index` of a stack of `count`."""
+        return {
+            "width": self.inner_dim,
+            "heads": self.config.num_attention_heads,
+            "last": index == count - 1,
+            "dual_attention": index in self.config.dual_attention_layers,
+            "qk_norm": self.config.qk_norm,
+        }
 
     def forward(
         self,
@@ -448,25 +503,32 @@ class MaskMMDiT(SD3Transformer2DModel):
         # Contiguous, because the tokens leave the patch embedding with their channels first.
         image = self.pos_embed(scaled).contiguous()
         text = self.context_embedder(encoder_hidden_states)
-        tokens: tuple[Tensor, ...] = (image, text)
+        mask = None
         if mask_latents is not None:
-            tokens += (self._embed_mask(mask_latents, hidden_states.shape),)
+            self._check_mask(mask_latents, hidden_states.shape)
+            mask = self._embed_mask(mask_latents)
         embedding = self.time_text_embed(timestep, pooled_projections)
-        conditioning = F.silu(embedding)
+        image = self._through_blocks(F.silu(embedding), image, text, mask)
 
-        for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, conditioning, *tokens)
-            else:
-                tokens = block(conditioning, *tokens)
-
-        patches = self.proj_out(self.norm_out(tokens[0], embedding))
+        patches = self.proj_out(self.norm_out(image, embedding))
         p = self.config.patch_size
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
         if self.config.latent_std is not None:
             velocity = skip * hidden_states + scale_out * velocity
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _through_blocks(self, conditioning: Tensor, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Image tokens after the last block."""
+        tokens: tuple[Tensor, ...] = (image, text) if mask is None else (image, text, mask)
+        for block in self.transformer_blocks:
+            tokens = self._run(block, conditioning, *tokens)
+        return tokens[0]
+
+    def _run(self, block: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *tensors)
+        return block(*tensors)
 
     def _precondition(self, timestep: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input scale, skip and output scale (B, C, 1, 1): Karras et al. 2022, section 5, carried over to the flow.
@@ -481,7 +543,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         n = ((1 - sigma) ** 2 * s**2 + sigma**2).sqrt()
         return 1 / n, (sigma - (1 - sigma) * s**2) / n**2, s / n
 
-    def _embed_mask(self, mask_latents: Tensor, image_shape: torch.Size) -> Tensor:
+    def _check_mask(self, mask_latents: Tensor, image_shape: torch.Size) -> None:
         expected = (image_shape[0], self.config.mask_channels, *image_shape[2:])
         if mask_latents.shape != expected:
             raise TerraSynthError(
@@ -490,6 +552,9 @@ class MaskMMDiT(SD3Transformer2DModel):
                 expected=f"{expected} (batch, mask channels, height, width)",
                 fix="code the mask at the size of the image, with the coding that this model was trained with",
             )
+
+    def _embed_mask(self, mask_latents: Tensor) -> Tensor:
+        """Mask tokens (B, N, D), with the positions of the image tokens."""
         tokens = self.mask_embed(mask_latents)
         return (tokens + self.pos_embed.cropped_pos_embed(*mask_latents.shape[-2:])).to(tokens.dtype)
 
@@ -520,14 +585,18 @@ class MaskMMDiT(SD3Transformer2DModel):
         )
         model.load_state_dict(transformer.state_dict(), strict=False)
         if mask_init == "copy":
-            for block in model.transformer_blocks:
-                block.mask.copy_image_branch(block)
-            if mask_channels == transformer.config.in_channels:
-                model.mask_embed.proj.load_state_dict(model.pos_embed.proj.state_dict())
-            else:
-                _init_patch_embed(model.mask_embed)
+            model._copy_image_branch()
         # Not diffusers' own `to`, which warns about an empty list of layers to keep in float32.
         return nn.Module.to(model, transformer.device, transformer.dtype)
+
+    def _copy_image_branch(self) -> None:
+        """Start what the mask passes through from the weights of the image branch."""
+        for block in self.transformer_blocks:
+            block.mask.copy_image_branch(block)
+        if self.config.mask_channels == self.config.in_channels:
+            self.mask_embed.proj.load_state_dict(self.pos_embed.proj.state_dict())
+        else:
+            _init_patch_embed(self.mask_embed)
 
     @torch.no_grad()
     def initialize_from_scratch(self) -> Self:
@@ -546,13 +615,14 @@ class MaskMMDiT(SD3Transformer2DModel):
         for embedder in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
             nn.init.normal_(embedder.linear_1.weight, std=0.02)
             nn.init.normal_(embedder.linear_2.weight, std=0.02)
-        for block in self.transformer_blocks:
-            for modulation in (block.norm1.linear, block.norm1_context.linear, block.mask.modulation):
-                nn.init.zeros_(modulation.weight)
-                for gate in modulation.bias.split(self.inner_dim)[2::3]:
+        for stream in (stream for block in self._blocks() for stream in block.streams()):
+            if stream.modulation is not None:
+                nn.init.zeros_(stream.modulation.weight)
+                for gate in stream.modulation.bias.split(self.inner_dim)[2::3]:
                     gate.fill_(1)
-            if block.mask.gate is not None:
-                nn.init.constant_(block.mask.gate, 1 / _GATE_GAIN)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".mask.gate"):
+                nn.init.constant_(parameter, 1 / _GATE_GAIN)
         for readout in (self.norm_out.linear, self.proj_out):
             nn.init.zeros_(readout.weight)
         return self
@@ -603,10 +673,14 @@ class MaskMMDiT(SD3Transformer2DModel):
 
     def _freeze_dead_parameters(self) -> None:
         # SD3 stores a query for the last block's text tokens, but nobody reads what it finds: it never gets a gradient.
-        attn = self.transformer_blocks[-1].attn
-        attn.add_q_proj.requires_grad_(False)
-        if attn.norm_added_q is not None:
-            attn.norm_added_q.requires_grad_(False)
+        for block in self._blocks():
+            if block.context_pre_only:
+                block.attn.add_q_proj.requires_grad_(False)
+                if block.attn.norm_added_q is not None:
+                    block.attn.norm_added_q.requires_grad_(False)
+
+    def _blocks(self) -> Iterator[JointBlock]:
+        return (module for module in self.modules() if isinstance(module, JointBlock))
 
     def _add_lora(self, rank: int) -> None:
         try:
@@ -632,11 +706,11 @@ class MaskMMDiT(SD3Transformer2DModel):
 
 
 def _trains(name: str, which: Trainable) -> bool:
-    if which == "all":
+    if which == "all" or name.startswith("mask_") or ".mask." in name:
         return True
     if which == "image+mask":
         return not any(part in name for part in TEXT_BRANCH)
-    return name.startswith("mask_embed.") or ".mask." in name or ".lora_" in name
+    return ".lora_" in name
 
 
 def _position_table(side: int, width: int) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T
 from terrasynth.data.schema import Coding, LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA, spatial_factor
+from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
 from terrasynth.sampling.flow import (
@@ -346,7 +347,7 @@ class TODSynthPipeline(DiffusionPipeline):
         """An untrained pipeline of the sizes in `config`.
 
         Args:
-            config: sizes, mask coding and seed.
+            config: sizes, scheme of control, mask coding and seed.
             images: (N, 3, H, W) in [0, 1]; the autoencoder is fitted on them.
             schema: the classes.
             caption: template of the default prompts.
@@ -364,7 +365,7 @@ class TODSynthPipeline(DiffusionPipeline):
         grid = images.shape[-1] // vae.config.patch_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            transformer = MaskMMDiT(
+            transformer = CONTROL_SCHEMES[config.control](
                 sample_size=grid,
                 patch_size=config.patch_size,
                 in_channels=config.autoencoder.channels,
