@@ -62,6 +62,7 @@ def study(miou, *, plateau=None, classes=CLASSES, class_scores=None, name="study
             for arm, kind in ARMS.items()
             if arm in miou and kind != "none"
         },
+        "filtered": {},
         "environment": {"terrasynth": "0.1.0", "torch": "2", "threads": 2},
         "command": "terrasynth study sample --out runs/sample",
     }
@@ -299,6 +300,13 @@ def test_nan_is_read_as_no_value(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert not re.search(r"\bnan\b", write_report(tmp_path).read_text(encoding="utf-8"))
     assert read_results(tmp_path).arms[0].values("iou/road") == (None, 0.2, 0.3)
+
+
+def test_report_says_what_the_filter_dropped_where_there_is_one(tmp_path):
+    results = study({"real": REAL, "plain": shifted(0.01)})
+    assert "Filter" not in written(tmp_path, results)
+    results["filtered"] = {"plain": {"dropped": 0.123, "dropped/road": 0.04, "dropped/water": None}}
+    assert "(FreeMask). plain: 12.3 % (road 4.0, water –)" in written(tmp_path, results)
 
 
 def test_results_survive_the_file(tmp_path):

@@ -395,6 +395,20 @@ def test_painted_tiles_and_mixes_enter_the_batches(tmp_path, trained):
     assert all(not torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
 
 
+def test_pixel_losses_are_those_of_the_tiles_whatever_the_batch(trained):
+    segmentor, tiles = trained[0], made_tiles(5, seed=4)
+    losses = segmentor.pixel_losses(tiles, batch_size=2)
+    assert (losses.dtype, losses.shape) == (torch.float32, tiles.masks.shape)
+    assert (losses[tiles.masks == IGNORE] == 0).all()
+    for i in range(5):
+        sample = tiles.sample(i)
+        with torch.no_grad():
+            probabilities = segmentor.eval()(sample["image"][None])[0].double().softmax(0)
+        for y, x in ((0, 0), (7, 19), (29, 31)):
+            expected = -probabilities[sample["mask"][y, x], y, x].log()
+            assert losses[i, y, x] == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
+
+
 def test_training_tiles_without_labels_are_refused(tmp_path):
     empty = replace(made_tiles(2), masks=torch.full((2, 32, 32), IGNORE, dtype=torch.uint8))
     with pytest.raises(TerraSynthError, match="validation tiles have no labelled pixel"):

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import open_image
-from terrasynth.recipe import Recipe
+from terrasynth.recipe import ArmConfig, Recipe
 from terrasynth.study.run import Study
 from terrasynth.study.units import Clock, OutOfTime, do
 
@@ -137,6 +138,80 @@ def test_killed_at_any_time_it_ends_with_the_results_of_an_uninterrupted_run(fin
         process.wait()
     assert kills, "the study was over before it could be killed"
     assert scores(tmp_path / "out") == scores(finished)
+
+
+def decided(study):
+    """Make the baseline's segmentors surer than a few steps do, so that their losses differ enough to filter by."""
+    for file in study.glob("cells/real-seed-*-????????/segmentor/model.safetensors"):
+        weights = load_file(file)
+        weights["segmentation_head.0.weight"] *= 20
+        save_file(weights, file)
+
+
+def test_a_filtered_arm_trains_on_painted_tiles_without_their_implausible_labels(finished, tiny_recipe, tmp_path):
+    from terrasynth.curation.filter import class_mean_losses, filter_pixels
+    from terrasynth.data.folder import load_synthetic, load_tiles
+    from terrasynth.tasks.segmentation import Segmentor
+
+    shutil.copytree(finished, tmp_path / "study")
+    decided(tmp_path / "study")
+    arms = (tiny_recipe.study.arms[0], ArmConfig(name="filtered", synthetic="plain", filter=True))
+    update = {"arms": arms, "plateau_check": False}
+    recipe = tiny_recipe.model_copy(update={"study": tiny_recipe.study.model_copy(update=update)})
+    Study(recipe, Path(), tmp_path / "study").run()
+
+    made = {name.rsplit("-", 1)[0] for name in stamps(tmp_path / "study").keys() - stamps(finished).keys()}
+    assert made == {"cells/filtered-seed-0", "cells/filtered-seed-1"}
+    shares = []
+    for seed in (0, 1):
+        (judge,) = (tmp_path / "study").glob(f"cells/real-seed-{seed}-????????/segmentor")
+        (dataset,) = finished.glob(f"synthetic/plain-seed-{seed}-*/dataset")
+        (cell,) = (tmp_path / "study").glob(f"cells/filtered-seed-{seed}-*")
+        segmentor, real, painted = (
+            Segmentor.from_pretrained(judge),
+            load_tiles(recipe.data, "train"),
+            load_synthetic(dataset),
+        )
+        means = class_mean_losses(segmentor.pixel_losses(real), real.masks, real.schema.num_classes)
+        masks = filter_pixels(painted.masks, segmentor.pixel_losses(painted), means)
+        share = (masks != painted.masks).float().mean().item()
+        assert 0 < share < 1
+        result = json.loads((cell / "unit.json").read_text())["result"]
+        assert result["filter"]["dropped"] == pytest.approx(share)
+        road = painted.masks == real.schema.names.index("road")
+        assert result["filter"]["dropped/road"] == pytest.approx((masks != painted.masks)[road].float().mean().item())
+        shares.append(share)
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert results["filtered"].keys() == {"filtered"}
+    assert results["filtered"]["filtered"]["dropped"] == pytest.approx(sum(shares) / 2)
+    assert "left unlabelled" in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_an_interrupted_filtered_cell_goes_on_with_the_masks_it_began_with(finished, tiny_recipe, tmp_path):
+    class Hurry(Clock):
+        def left(self):
+            return 1e-9
+
+    shutil.copytree(finished, tmp_path / "study")
+    arm = ArmConfig(name="filtered", synthetic="plain", filter=True)
+    decided(tmp_path / "study")
+    study = Study(tiny_recipe, Path(), tmp_path / "study")
+    whole = study.cell(arm, 0)
+    assert not (whole.folder / "filtered").exists()
+    shutil.rmtree(whole.folder)
+
+    study.clock = Hurry()
+    with pytest.raises(OutOfTime):
+        study.cell(arm, 0)
+    # As if another machine rounded otherwise: the losses move, and with them what the filter would drop.
+    decided(tmp_path / "study")
+    study.clock = Clock()
+    assert study.cell(arm, 0).result == whole.result
+
+
+def test_an_arm_that_filters_nothing_is_refused():
+    with pytest.raises(ValueError, match="needs painted tiles"):
+        ArmConfig(name="real, filtered", filter=True)
 
 
 def test_the_report_is_there_and_answers(finished):

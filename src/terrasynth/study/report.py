@@ -112,6 +112,8 @@ class Results(_Part):
     timing: tuple[_Duration, ...]
     total_seconds: float
     synthetic: dict[str, _Painted]
+    filtered: dict[str, dict[str, _Score]]
+    """Of each arm with the filter: `dropped`, the share of painted pixels it dropped, and `dropped/NAME` of a class."""
     environment: dict[str, Any]
     command: str
 
@@ -473,7 +475,28 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                     f"{steering.strength:g}, {steering.schedule}, normalisation: {steering.normalise}",
                 ),
             )
+        if results.filtered:
+            drops = "; ".join(
+                f"{arm}: {points(shares['dropped'], signed=False)} % ({_by_class(shares)})"
+                for arm, shares in results.filtered.items()
+            )
+            rows.insert(
+                -2,
+                (
+                    "Filter",
+                    "painted pixels whose loss under the baseline's segmentor is above 1.25 times their class's mean "
+                    f"on the training tiles are left unlabelled (FreeMask). {drops}",
+                ),
+            )
     return rows
+
+
+def _by_class(shares: dict[str, float | None]) -> str:
+    return ", ".join(
+        f"{name.removeprefix('dropped/')} {points(share, signed=False)}"
+        for name, share in shares.items()
+        if name != "dropped"
+    )
 
 
 def _touched(results: Results) -> list[tuple[str, str]]:
@@ -497,6 +520,8 @@ def _touched(results: Results) -> list[tuple[str, str]]:
         )
     if "steered" in results.synthetic:
         rows.append(("Steering", "the segmentor that steers the painting under a seed is the baseline's of that seed"))
+    if results.filtered:
+        rows.append(("Filter", "the segmentor that filters painted tiles under a seed is the baseline's of that seed"))
     return rows
 
 

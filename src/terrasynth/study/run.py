@@ -6,13 +6,16 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import terrasynth
+from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
 from terrasynth.data.augment import view
 from terrasynth.data.folder import Split, Tiles, check_splits, load_synthetic, load_tiles, unlabelled_windows
 from terrasynth.data.sheet import contact_sheet
@@ -120,6 +123,7 @@ class Study:
             update={"train": config.train.model_copy(update={"steps": times * config.train.steps})}
         )
         painted = None if arm.synthetic == "none" else self.painted(arm.synthetic, seed)
+        judge = self.cell(self.baseline, seed) if arm.filter else None
         inputs = {
             "segmentor": config.model_dump(mode="json"),
             "train": self.train.fingerprint(),
@@ -127,12 +131,19 @@ class Study:
             "test": self.held_out["test"].fingerprint(),
             "mix": arm.mix,
             "synthetic": None if painted is None else [painted.key, study.real_fraction],
+            "filter": None if judge is None else judge.key,
             "seed": seed,
         }
         suffix = f" x{times}" if times > 1 else ""
 
         def work(folder: Path) -> dict[str, Any]:
             schema = self.train.schema
+            synthetic = None if painted is None else _tiles(painted)
+            shares = None
+            if synthetic is not None and judge is not None:
+                labels = synthetic.masks
+                synthetic = _filtered(synthetic, self.train, judge, folder / "filtered" / "masks.safetensors")
+                shares = dropped(labels, synthetic.masks, schema.names, schema.ignore_index)
             segmentor = Segmentor.build(
                 config,
                 schema.num_classes,
@@ -147,7 +158,7 @@ class Study:
                 config,
                 folder / "training",
                 seed=seed,
-                synthetic=None if painted is None else _tiles(painted),
+                synthetic=synthetic,
                 real_fraction=study.real_fraction,
                 mix=arm.mix,
                 max_minutes=self.clock.left(),
@@ -161,10 +172,11 @@ class Study:
                 "metrics": confusion.metrics(schema.names),
                 "confusion": confusion.matrix.tolist(),
                 "curve": _curve(folder / "training" / "log.jsonl"),
+                "filter": shares,
             }
 
         name = f"{arm.name} seed {seed}{suffix}"
-        made = {"products": ("segmentor",), "scratch": ("training/checkpoints",)}
+        made = {"products": ("segmentor",), "scratch": ("training/checkpoints", "filtered")}
         return do(self.out / "cells", name, inputs, self.clock, work, **made)
 
     def painted(self, kind: str, seed: int) -> Unit:
@@ -265,6 +277,7 @@ class Study:
                     }
                     for kind, units in painted.items()
                 },
+                "filtered": {arm.name: _mean_shares(cells[arm.name]) for arm in study.arms if arm.filter},
                 "environment": {
                     "terrasynth": terrasynth.__version__,
                     "torch": torch.__version__,
@@ -319,6 +332,29 @@ def _tiles(painted: Unit) -> Tiles:
     except TerraSynthError as error:
         again = f"delete {painted.folder / 'unit.json'} and run the same command: what is missing is painted again"
         raise TerraSynthError(error.problem, path=error.path, found=error.found, fix=again) from error
+
+
+def _filtered(painted: Tiles, real: Tiles, judge: Unit, stored: Path) -> Tiles:
+    """The painted tiles without the labels that the judge, the baseline's segmentor, finds implausible.
+
+    They are stored for the cell's next sittings: where the rounding is another, a pixel near the limit may fall on its
+    other side, and the training would no longer be the one that began.
+    """
+    if not stored.is_file():
+        segmentor = Segmentor.from_pretrained(judge.folder / "segmentor").to(_DEVICE)
+        ignore = real.schema.ignore_index
+        means = class_mean_losses(segmentor.pixel_losses(real), real.masks, real.schema.num_classes, ignore)
+        masks = filter_pixels(painted.masks, segmentor.pixel_losses(painted), means, ignore_index=ignore)
+        with atomic_write(stored) as partial:
+            save_file({"masks": masks}, partial)
+    return replace(painted, masks=load_file(stored)["masks"])
+
+
+def _mean_shares(units: list[Unit]) -> dict[str, float | None]:
+    """What the filter dropped, all in all and of every class, on average over the seeds."""
+    # A class may be absent from the paintings of one seed.
+    names = dict.fromkeys(name for unit in units for name in unit.result["filter"])
+    return {name: summarise([unit.result["filter"].get(name) for unit in units]).mean for name in names}
 
 
 def _gallery(out: Path, tiles: Tiles, seed: int, painted: Mapping[str, Unit], count: int = 6) -> None:

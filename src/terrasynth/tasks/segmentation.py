@@ -224,6 +224,20 @@ class Segmentor(nn.Module):
             confusion.update(prediction, masks.to(self.device), self.ignore_index)
         return confusion
 
+    def pixel_losses(self, tiles: Tiles, batch_size: int = 16) -> Tensor:
+        """The cross-entropy of every pixel of `tiles`, float32 (N, S, S) on the CPU, 0 where unlabelled.
+
+        Raises:
+            TerraSynthError: the classes of `tiles` are not those of the segmentor.
+        """
+        self.check_schema(tiles.schema)
+        losses = []
+        with self._evaluating():
+            for images, masks in zip(tiles.images.split(batch_size), tiles.masks.split(batch_size), strict=True):
+                targets = masks.to(self.device).long()
+                losses.append(self.loss(images.to(self.device).float() / 255, targets, "none").float().cpu())
+        return torch.cat(losses)
+
     def check_schema(self, schema: LabelSchema) -> None:
         """Refuse labels that mean something else than they did in training.
 
