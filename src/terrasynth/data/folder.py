@@ -102,8 +102,12 @@ class Tiles:
         return int((self.masks == self.schema.ignore_index).flatten(1).all(1).sum())
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, pixels and classes, as 64 hex digits: equal for equal content, however it was stored."""
-        state = hashlib.sha256(json.dumps([self.ids, self.schema.to_dict(), self.images.shape]).encode())
+        """SHA-256 of names, pixels and classes, as 64 hex digits: equal for equal content, however it was stored.
+
+        Captions of single tiles are content; one template for all is a setting.
+        """
+        own = [] if isinstance(self.caption, str) else [self.caption]
+        state = hashlib.sha256(json.dumps([self.ids, self.schema.to_dict(), self.images.shape, *own]).encode())
         for tensor in (self.images, self.masks):
             state.update(tensor.numpy().tobytes())
         return state.hexdigest()
@@ -118,7 +122,8 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
     and takes the most frequent class (by whole factors) or the one in the middle (otherwise); `fit: crop` cuts out the
     centre.
 
-    With `kind: world`, the tiles are rendered; each derives from the world's seed, the split and its index.
+    With `kind: world`, the tiles are rendered; each derives from the world's seed, the split and its index. With `kind:
+    unlabelled` there is a training split alone: windows of unlabelled images under pseudo-masks, and rendered scenes.
 
     Args:
         config: where the tiles are and what they become.
@@ -348,9 +353,9 @@ def unlabelled_windows(config: DataConfig, schema: LabelSchema) -> Tiles | None:
     root = _root(config)
     ids: list[str] = []
     images, captions = [], []
-    for source in config.unlabelled:
+    for number, source in enumerate(config.unlabelled):
         names, windows = cut_windows(root, source, config.image_size)
-        ids += names
+        ids += [f"source-{number}-{name}" for name in names]
         images.append(windows)
         captions += [source.caption] * len(names)
     joined = torch.cat(images)

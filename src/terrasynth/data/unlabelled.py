@@ -7,6 +7,7 @@ that is fitted to a few labelled tiles may see them too, under a wholly unlabell
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from terrasynth.io import IMAGE_SUFFIXES, digest
 from terrasynth.progress import track
 from terrasynth.recipe import SourceConfig
 
-__all__ = ["cut_windows", "pseudo_masks"]
+__all__ = ["cut_windows", "merged_schema", "pseudo_masks"]
 
 _SMOOTH = 7
+#: Features that vary less than this (of 1) are not stretched to unit deviation: that would be rounding.
+_LEAST_DEVIATION = 0.01
 _SAMPLED_PIXELS = 100_000
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 
@@ -47,7 +50,11 @@ def cut_windows(root: Path, source: SourceConfig, size: int) -> tuple[list[str],
     Raises:
         TerraSynthError: there are no such images, or one can not be read or is too small.
     """
-    paths = sorted(path for path in root.glob(source.images) if path.suffix.lower() in IMAGE_SUFFIXES)
+    try:
+        found = sorted(root.glob(source.images))
+    except (ValueError, NotImplementedError):  # as Python refuses "/x/*" and "a**"
+        found = []
+    paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
     if not paths:
         raise TerraSynthError(
             "no such images",
@@ -69,7 +76,7 @@ def cut_windows(root: Path, source: SourceConfig, size: int) -> tuple[list[str],
                 )
             for index in range(source.windows):
                 windows.append(_window(image, source.scale, size, seed=int(digest("window", path.name, index), 16)))
-                names.append(f"{path.stem}-{index:03d}")
+                names.append(f"{path.relative_to(root).as_posix()}-{index:03d}")
             progress.advance()
     return names, torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2).contiguous()
 
@@ -104,7 +111,7 @@ def pseudo_masks(images: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, 
         sample.append(_features(image[None])[0].flatten(1)[:, pixels].T)
         colors.append(image.flatten(1)[:, pixels].T.float())
     features = torch.cat(sample)
-    mean, std = features.mean(0), features.std(0)
+    mean, std = features.mean(0), features.std(0).clamp_min(_LEAST_DEVIATION)
     centres = _kmeans((features - mean) / std, clusters, random)
     nearest = torch.cdist((features - mean) / std, centres).argmin(1)
     shown = [torch.cat(colors)[nearest == k].mean(0).nan_to_num().round().int().tolist() for k in range(clusters)]
@@ -127,8 +134,12 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def _kmeans(points: Tensor, clusters: int, random: np.random.Generator, rounds: int = 30) -> Tensor:
-    """Centres (K, D) after Lloyd's rounds from random points."""
-    centres = points[torch.from_numpy(random.choice(len(points), clusters, replace=False))]
+    """Centres (K, D) after Lloyd's rounds from k-means++ seeds (Arthur and Vassilvitskii 2007)."""
+    centres = points[random.integers(len(points), size=1)]
+    for _ in range(clusters - 1):
+        odds = torch.cdist(points, centres).amin(1).double().square().cumsum(0)
+        pick = torch.searchsorted(odds, random.uniform(0, odds[-1].item()), right=True)
+        centres = torch.cat([centres, points[pick.clamp_max(len(points) - 1)][None]])
     for _ in range(rounds):
         nearest = torch.cdist(points, centres).argmin(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
@@ -146,14 +157,16 @@ def _assign(features: Tensor, centres: Tensor) -> Tensor:
 
 
 def merged_schema(schema: LabelSchema, colors: Sequence[tuple[int, int, int]]) -> LabelSchema:
-    """A schema's classes, then one class per cluster."""
-    taken = set(schema.colors)
+    """A schema's classes, then one class per cluster, in its colour or the next one that is free."""
+    taken = {*schema.colors, *schema.ignore_colors}
     distinct = []
     for r, g, b in colors:
         while (r, g, b) in taken:
             b = (b + 1) % 256
         taken.add((r, g, b))
         distinct.append((r, g, b))
-    return LabelSchema(
-        names=(*schema.names, *(f"cover {k + 1}" for k in range(len(colors)))), colors=(*schema.colors, *distinct)
+    return replace(
+        schema,
+        names=(*schema.names, *(f"cover {k + 1}" for k in range(len(colors)))),
+        colors=(*schema.colors, *distinct),
     )

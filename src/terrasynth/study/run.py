@@ -112,9 +112,8 @@ class Study:
             if not outcome.finished:
                 raise OutOfTime
 
-        return do(
-            self.out, "generator", inputs, self.clock, work, products=("model",), scratch=("checkpoints", "cache")
-        )
+        made = {"products": ("model",), "scratch": ("checkpoints", "cache", "autoencoder/checkpoints")}
+        return do(self.out, "generator", inputs, self.clock, work, **made)
 
     def cell(self, arm: ArmConfig, seed: int, *, times: int = 1) -> Unit:
         """The segmentor of one arm and seed, trained for `times` the recipe's steps, and its metrics on test."""
@@ -126,9 +125,10 @@ class Study:
         judge = self.cell(self.baseline, seed) if arm.filter else None
         inputs = {
             "segmentor": config.model_dump(mode="json"),
-            "train": self.train.fingerprint(),
+            # The held-out tiles first: where there are none, that is said before the others are read.
             "validation": self.held_out["validation"].fingerprint(),
             "test": self.held_out["test"].fingerprint(),
+            "train": self.train.fingerprint(),
             "mix": arm.mix,
             "synthetic": None if painted is None else [painted.key, study.real_fraction],
             "filter": None if judge is None else judge.key,
