@@ -40,9 +40,9 @@ class ControlRectify:
         start: how many steps are left alone before; 0 as published.
         strength: α, the largest step.
         schedule: α at step i of N: `constant` α; `increasing` α (i + 1) / N; `decreasing` α (1 − (i + 1) / N).
-        normalise: `none`; `unit` g / ‖g‖ (published as "l2_norm"); `velocity` g ‖v‖ / ‖g‖; `x0` g ‖z_0‖ / (σ ‖g‖). Since
-            ∂L/∂v = −σ ∂L/∂z_0, a step on the velocity is a step of σ times its length on the clean estimate z_0, in the
-            direction of z_0's own gradient: the last moves z_0 by α of its norm.
+        normalise: `none`; `unit` g / ‖g‖ (published as "l2_norm"); `velocity` g ‖v‖ / ‖g‖; `x0` g ‖z_0‖ / (σ ‖g‖). As
+            ∂L/∂v = −σ ∂L/∂z_0, a step on the velocity is a step of σ times its length on the clean estimate z_0, down
+            z_0's own gradient: the last moves z_0 by α of its norm.
         blend: shrink the velocity by 1 − α first (published as "is_synth").
         repeats: rectifications per step.
         clamp: clip the velocity to ± this afterwards; the published code always clips at 1.

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, open_image, read_json
-from terrasynth.recipe import Recipe, TrainConfig
+from terrasynth.recipe import Recipe, SteeringConfig, TrainConfig
 from terrasynth.study.figures import Color, arm_color, class_figure, curve_figure, difference_figure
 from terrasynth.study.statistics import Difference, Summary, compare, difference_text, points, summarise
 
@@ -68,6 +68,7 @@ class _Data(_Part):
     test: int
     image_size: int
     source: str
+    unlabelled: int = 0
 
 
 class _Curve(_Part):
@@ -471,7 +472,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                 3,
                 (
                     "Steering",
-                    f"control-rectify flow matching (CRFM) in the first {steering.steps} steps, strength "
+                    f"control-rectify flow matching (CRFM) in {_steered(steering)}, strength "
                     f"{steering.strength:g}, {steering.schedule}, normalisation: {steering.normalise}",
                 ),
             )
@@ -518,11 +519,26 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             "Test tiles",
             "score finished segmentors, once, and nothing else: no training, no painting, no steering, no selection",
         )
+    if results.painted_arms and results.data.unlabelled:
+        rows.insert(
+            2,
+            (
+                "Unlabelled images",
+                f"{results.data.unlabelled} windows of them train the generator beside the training tiles, under a "
+                "wholly unlabelled mask; no segmentor sees them",
+            ),
+        )
     if "steered" in results.synthetic:
         rows.append(("Steering", "the segmentor that steers the painting under a seed is the baseline's of that seed"))
     if results.filtered:
         rows.append(("Filter", "the segmentor that filters painted tiles under a seed is the baseline's of that seed"))
     return rows
+
+
+def _steered(steering: SteeringConfig) -> str:
+    if steering.start == 0:
+        return f"the first {steering.steps} steps"
+    return f"steps {steering.start + 1} to {steering.start + steering.steps}"
 
 
 def _training(train: TrainConfig) -> str:

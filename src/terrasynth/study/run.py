@@ -255,6 +255,7 @@ class Study:
                     "train": len(self.train),
                     "validation": len(self.held_out["validation"]),
                     "test": len(self.held_out["test"]),
+                    "unlabelled": 0 if self.unlabelled is None or not kinds else len(self.unlabelled),
                     "image_size": self.recipe.data.image_size,
                     "source": "procedural world" if self.recipe.data.kind == "world" else "image and mask folders",
                 },

@@ -27,12 +27,15 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, read_json, write_json
 from terrasynth.recipe import Mix, SegmentorConfig
 from terrasynth.tasks.confusion import Confusion
-from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys
+from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys, sequenced_keys
 from terrasynth.training.loop import train as train_loop
 
 __all__ = ["Segmentor", "fit"]
 
 Reduction = Literal["mean", "image", "wrong", "none"]
+
+#: Share of the steps on painted tiles alone, where these come first.
+_FIRST = 0.5
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -352,6 +355,7 @@ def fit(
     seed: int,
     synthetic: Tiles | None = None,
     real_fraction: float = 0.5,
+    synthetic_first: bool = False,
     mix: Mix = "none",
     max_minutes: float | None = None,
     label: str = "training the segmentor",
@@ -367,6 +371,8 @@ def fit(
         seed: of the order of the tiles, their augmentation and everything else random in training.
         synthetic: painted tiles, added to the real ones.
         real_fraction: share of real tiles in every batch when there are painted ones.
+        synthetic_first: instead of mixing them, train on painted tiles alone for the first half of the steps and on
+            real ones alone for the second.
         mix: what the tiles of a batch lend each other.
         max_minutes: stop at a checkpoint after about this long.
         label: shown beside the progress.
@@ -404,7 +410,12 @@ def fit(
 
     keys = None
     if synthetic is not None:
-        keys = mixed_keys(len(train), len(synthetic), global_batch(config.train), real_fraction, seed)
+        batch, switch = global_batch(config.train), round(_FIRST * config.train.steps)
+        keys = (
+            sequenced_keys(len(train), len(synthetic), batch, switch, seed)
+            if synthetic_first
+            else mixed_keys(len(train), len(synthetic), batch, real_fraction, seed)
+        )
     return train_loop(
         segmentor,
         loss,
@@ -416,7 +427,8 @@ def fit(
         identity={
             "segmentor": config.model_dump(mode="json", exclude={"train"}),
             "data": {name: tiles.fingerprint() for name, tiles in parts.items()},
-            "real_fraction": None if synthetic is None else real_fraction,
+            "real_fraction": None if synthetic is None or synthetic_first else real_fraction,
+            "synthetic_first": synthetic is not None and synthetic_first,
             "mix": mix,
         },
         evaluate=evaluate,

@@ -13,7 +13,7 @@ import numpy as np
 
 from terrasynth.errors import TerraSynthError
 
-__all__ = ["Key", "KeyedDataset", "hash63", "mixed_keys", "shuffled_keys"]
+__all__ = ["Key", "KeyedDataset", "hash63", "mixed_keys", "sequenced_keys", "shuffled_keys"]
 
 #: (index of the sample in its dataset, seed of everything random about this visit to it).
 Key = tuple[int, int]
@@ -131,3 +131,15 @@ class KeyedDataset:
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         return {**self.dataset[key], "seed": key[1]}
+
+
+def sequenced_keys(n_real: int, n_synthetic: int, batch: int, switch: int, seed: int) -> Callable[[int], list[Key]]:
+    """Keys of synthetic tiles (indices from `n_real` on) before step `switch`, of real ones from there on."""
+    real, synthetic = shuffled_keys(n_real, batch, seed), shuffled_keys(n_synthetic, batch, seed)
+
+    def keys(step: int) -> list[Key]:
+        if step < switch:
+            return [(n_real + index, sample_seed) for index, sample_seed in synthetic(step)]
+        return real(step)
+
+    return keys

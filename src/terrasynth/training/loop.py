@@ -36,10 +36,10 @@ from terrasynth.io import atomic_write, remove_incomplete
 from terrasynth.progress import say, track
 from terrasynth.recipe import TrainConfig
 from terrasynth.training import checkpoint
-from terrasynth.training.keys import Key, KeyedDataset, hash63, mixed_keys, shuffled_keys
+from terrasynth.training.keys import Key, KeyedDataset, hash63, mixed_keys, sequenced_keys, shuffled_keys
 from terrasynth.training.precision import autocast
 
-__all__ = ["Key", "Outcome", "global_batch", "learning_rate", "mixed_keys", "shuffled_keys", "train"]
+__all__ = ["Key", "Outcome", "global_batch", "learning_rate", "mixed_keys", "sequenced_keys", "shuffled_keys", "train"]
 
 #: What may differ when a run goes on: it changes no weight.
 _HARMLESS = frozenset(f"config.{key}" for key in ("checkpoint_every", "log_every", "workers", "gradient_checkpointing"))

@@ -1,0 +1,157 @@
+"""What does steering do? Settings of control-rectify flow matching against each other, on one generator.
+
+    python benchmarks/steering.py MODEL dubai16 --data DIR --segmentor DIR --rulers DIR DIR --out DIR
+
+Every row paints the same masks from the same seeds; only the steering differs. The masks are the validation tiles',
+which the generator never saw. The first ruler, a segmentor trained on all training tiles, reads the paintings: its mIoU
+against the masks is the agreement. It steers nothing, except in the rows that are called oracles, which a second ruler
+reads. Rows that are in OUT already are not painted again.
+
+Columns: agreement, mIoU %; KID to the real validation tiles (random features, x 1000); how far the pixels move from the
+unsteered painting (mean absolute difference, of 255); diversity of five paintings of one mask, relative to unsteered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from terrasynth.data.folder import Tiles, load_tiles
+from terrasynth.io import read_json, write_json
+from terrasynth.recipe import Recipe, SteeringConfig
+from terrasynth.recipe_io import load_recipe
+from terrasynth.study.quality import kid, random_features
+from terrasynth.systems.generate import load_pipeline, steering_for
+from terrasynth.systems.todsynth import TODSynthPipeline
+from terrasynth.tasks.segmentation import Segmentor
+
+#: Name of the row, who steers ("few" or "oracle"; None nobody), settings over the base.
+Row = tuple[str, str | None, dict[str, Any]]
+BASE: dict[str, Any] = {"steps": 4, "strength": 0.1, "schedule": "decreasing", "normalise": "velocity"}
+
+
+def rows() -> list[Row]:
+    """One setting varied at a time around the base, then combinations that the first rows call for."""
+
+    def vary(**settings: Any) -> Row:
+        return ", ".join(f"{name} {value}" for name, value in settings.items()), "few", settings
+
+    return [
+        ("none", None, {}),
+        ("base: K 4, strength 0.1, decreasing, velocity", "few", {}),
+        *(vary(steps=k) for k in (2, 8, 12, 23)),
+        *(vary(strength=a) for a in (0.03, 0.3, 1.0)),
+        *(vary(steps=k, strength=0.3) for k in (8, 12, 23)),
+        *(vary(schedule=s, steps=8, strength=0.3) for s in ("constant", "increasing")),
+        *(vary(normalise=n, steps=8, strength=a) for n, a in (("none", 100.0), ("unit", 10.0), ("x0", 0.1))),
+        vary(steps=4, normalise="unit", strength=0.1, clamp=1.0, blend=True),
+        ("clamp 1 alone", "few", {"strength": 0.0, "clamp": 1.0, "steps": 4}),
+        ("clamp 3 alone", "few", {"strength": 0.0, "clamp": 3.0, "steps": 4}),
+        *(vary(start=s, steps=8, strength=0.3) for s in (4, 8, 15)),
+        *(vary(wrong_pixels_only=False, steps=8, strength=0.3) for _ in (0,)),
+        *(vary(repeats=3, steps=8, strength=0.1) for _ in (0,)),
+        ("oracle, base", "oracle", {}),
+        ("oracle, K 8, strength 0.3", "oracle", {"steps": 8, "strength": 0.3}),
+        ("oracle, steps 9 to 16, strength 0.3", "oracle", {"start": 8, "steps": 8, "strength": 0.3}),
+    ]
+
+
+def paint(
+    pipeline: TODSynthPipeline, masks: Tensor, recipe: Recipe, steering: SteeringConfig | None, by: Segmentor | None
+) -> Tensor:
+    """One painting a mask, uint8 (N, 3, S, S); image n from seed n."""
+    steer = None if steering is None or by is None else steering_for(steering, by.loss)
+    images = []
+    for start in range(0, len(masks), recipe.sampling.batch_size):
+        batch = masks[start : start + recipe.sampling.batch_size].long()
+        images.append(
+            pipeline(
+                batch,
+                seeds=list(range(start, start + len(batch))),
+                num_inference_steps=recipe.sampling.steps,
+                text_scale=recipe.sampling.text_scale,
+                mask_scale=recipe.sampling.mask_scale,
+                steering=None if steer is None else steer(batch),
+                precision=recipe.sampling.precision,
+                output_type="pt",
+            ).images
+        )
+    return (torch.cat(images) * 255).round().byte()
+
+
+def spread(images: Tensor, copies: int) -> float:
+    """Mean absolute difference between the paintings of one mask, over all pairs; masks repeat every `copies` rows."""
+    groups = images.float().unflatten(0, (-1, copies))
+    pairs = itertools.combinations(range(copies), 2)
+    return torch.stack([(groups[:, i] - groups[:, j]).abs().mean() for i, j in pairs]).mean().item()
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("recipe")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--segmentor", type=Path, required=True, help="trained on the few labelled tiles")
+    parser.add_argument("--rulers", type=Path, nargs=2, required=True, help="two segmentors trained on all tiles")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=64, help="masks")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    arguments = parser.parse_args()
+
+    loaded = load_recipe(arguments.recipe, [], data=arguments.data)
+    recipe = loaded.recipe
+    tiles: Tiles = load_tiles(recipe.data, "validation", base=loaded.base)
+    shown = torch.linspace(0, len(tiles) - 1, min(arguments.count, len(tiles))).round().long()
+    masks, real = tiles.masks[shown], random_features(tiles.images)
+    few_masks = masks[:: max(1, len(masks) // 8)][:8].repeat_interleave(5, dim=0)
+    pipeline = load_pipeline(arguments.model)
+    few = Segmentor.from_pretrained(arguments.segmentor)
+    ruler, second = (Segmentor.from_pretrained(path) for path in arguments.rulers)
+
+    def agreement(images: Tensor, reader: Segmentor) -> float:
+        painted = Tiles(tuple(map(str, range(len(images)))), images, masks, tiles.schema)
+        return 100 * reader.evaluate(painted).mean_iou
+
+    path = arguments.out / "steering.json"
+    done: dict[str, Any] = read_json(path) if path.is_file() else {}
+    plain = paint(pipeline, masks, recipe, None, None)
+    for name, who, settings in rows():
+        if name in done or arguments.only not in name:
+            continue
+        steering = SteeringConfig(**BASE | settings)
+        by = {"few": few, "oracle": ruler, None: None}[who]
+        begun = time.monotonic()
+        images = paint(pipeline, masks, recipe, steering, by)
+        seconds = time.monotonic() - begun
+        copies = paint(pipeline, few_masks, recipe, steering, by)
+        value, error = kid(real, random_features(images))
+        done[name] = {
+            "agreement": agreement(images, ruler if who != "oracle" else second),
+            "steering segmentor": None if by is None else agreement(images, by),
+            "kid": 1000 * value,
+            "kid error": 1000 * error,
+            "moved": (images.float() - plain.float()).abs().mean().item(),
+            "spread": spread(copies, 5),
+            "seconds": seconds,
+        }
+        write_json(path, done)
+        print(name, {key: round(number, 2) for key, number in done[name].items() if number is not None}, flush=True)
+    print("\n| steering | agreement | by its own segmentor | KID | moved | diversity | time |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in done.items():
+        own = "–" if row["steering segmentor"] is None else f"{row['steering segmentor']:.1f}"
+        print(
+            f"| {name} | {row['agreement']:.1f} | {own} | {row['kid']:.1f} ± {row['kid error']:.1f} | {row['moved']:.1f} "
+            f"| {row['spread'] / done['none']['spread']:.2f} | {row['seconds'] / done['none']['seconds']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
