@@ -9,8 +9,8 @@ without a mask each is the same SD3 transformer. In one block, with image tokens
     adapter      a joint attention of Z and T; Z adds what it finds in features of the mask
     ControlNet   a joint attention of Z and T; Z adds W times a control stream, SD3's blocks over Z + M and T
 
-At equal width and depth they have about equally many parameters: the adapter's encoder of masks has as many layers as
-there are blocks, the control stream half as many.
+At equal width and depth they have about equally many parameters: the adapter's encoder of masks is as deep as the
+transformer, the control stream half as deep.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention import FeedForward, JointTransformerBlock
 
 # Not used here, but a pipeline finds the loading methods of its parts by this name in their modules.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
@@ -70,6 +70,24 @@ class SiameseMMDiT(MaskMMDiT):
     def _make_block(self, **sizes: Any) -> JointBlock:
         modulation, gated = self.config.mask_mlp_modulation, self.config.mask_gate
         return SiameseBlock(**sizes, mlp_modulation=modulation, gated=gated)
+
+
+class PlainBlock(nn.Module):
+    """A transformer block that nothing conditions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, _EPS, elementwise_affine=False)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+        self.ff = FeedForward(width, activation_fn="gelu-approximate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the tokens (B, N, D)."""
+        q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        x = x + self.to_out(attention(q, k, v).flatten(2))
+        return x + self.ff(self.norm(x))
 
 
 class AdapterBranch(nn.Module):
@@ -132,7 +150,7 @@ class AdapterBlock(JointBlock):
 class AdapterMMDiT(MaskMMDiT):
     """A mask adapter (after IP-Adapter, Ye et al. 2023, arXiv 2308.06721); arguments as in `MaskMMDiT`.
 
-    The mask's tokens pass through an encoder of plain transformer layers, as many as there are blocks. Timestep, text
+    The mask's tokens pass through an encoder of as many plain transformer blocks. Timestep, text
     and image do not enter, so its features stay the same over a sampling; nothing of the mask is modulated, and
     `mask_mlp_modulation` has no effect.
     """
@@ -145,19 +163,7 @@ class AdapterMMDiT(MaskMMDiT):
     def _add_blocks(self, count: int) -> None:
         super()._add_blocks(count)
         self.mask_encoder = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    self.inner_dim,
-                    self.config.num_attention_heads,
-                    dim_feedforward=4 * self.inner_dim,
-                    dropout=0.0,
-                    activation="gelu",
-                    layer_norm_eps=_EPS,
-                    batch_first=True,
-                    norm_first=True,
-                )
-                for _ in range(count)
-            )
+            *(PlainBlock(self.inner_dim, self.config.num_attention_heads) for _ in range(count))
         )
 
     def _through_blocks(self, conditioning: Tensor, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
