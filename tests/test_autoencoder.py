@@ -59,3 +59,64 @@ def test_spatial_factor_is_what_encoding_does():
     for vae in (kl, PatchPCA(4, 4)):
         latents = vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mode()
         assert 32 // latents.shape[-1] == spatial_factor(vae)
+
+
+# Refiner
+
+
+def refined(**changes):
+    return PatchPCA(**{"patch_size": 4, "latent_channels": 12, "refiner_width": 8, "refiner_blocks": 2, **changes})
+
+
+def scramble(vae):
+    """Random values in the refiner's zeros, as after some training."""
+    with torch.no_grad():
+        for parameter in vae.refiner.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return vae
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_an_untrained_refiner_changes_no_bit(images, blocks):
+    plain, vae = PatchPCA(4, 12).fit(images), refined(refiner_blocks=blocks).fit(images)
+    z = plain.encode(images).latent_dist.mode()
+    assert torch.equal(vae.encode(images).latent_dist.mode(), z)
+    z = z + 0.3 * torch.randn_like(z)
+    assert torch.equal(vae.decode(z).sample, plain.decode(z).sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vae.decode(z).sample, plain.decode(z).sample)
+
+
+def test_the_refiner_adds_what_its_convolutions_say(images):
+    plain, vae = PatchPCA(4, 12).fit(images), scramble(refined().fit(images))
+    z = plain.encode(images).latent_dist.mode()
+    first, one, two, _, last = vae.refiner
+
+    def conv(layer, x):  # as one matrix product with every pixel's 3 x 3 neighbours
+        columns = torch.nn.functional.unfold(x, 3, padding=1)
+        return (layer.weight.flatten(1) @ columns + layer.bias[:, None]).unflatten(-1, x.shape[-2:])
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    x = conv(first, z)
+    for block in (one, two):
+        x = x + conv(block.conv2, silu(conv(block.conv1, silu(x))))
+    correction = conv(last, silu(x))  # (B, 3 p^2, h, w): colour, row and column within the patch
+    correction = correction.unflatten(1, (3, 4, 4)).permute(0, 1, 4, 2, 5, 3).reshape(images.shape)
+    torch.testing.assert_close(vae.decode(z).sample, plain.decode(z).sample + correction, atol=1e-5, rtol=1e-4)
+
+
+def test_a_refined_decoding_is_differentiable_in_the_latents(images):
+    vae = scramble(refined(latent_channels=6).fit(images)).double()
+    z = torch.randn(1, 6, 3, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda z: vae.decode(z).sample, z)
+
+
+def test_saved_and_loaded_with_its_refiner_it_decodes_alike(images, tmp_path):
+    vae = scramble(refined().fit(images))
+    vae.save_pretrained(tmp_path)
+    again = PatchPCA.from_pretrained(tmp_path)
+    z = torch.randn(2, 12, 8, 8)
+    assert torch.equal(vae.decode(z).sample, again.decode(z).sample)
+    assert not torch.equal(vae.decode(z).sample, PatchPCA(4, 12).fit(images).decode(z).sample)
