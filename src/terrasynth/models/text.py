@@ -20,26 +20,32 @@ from terrasynth.io import atomic_write, digest
 
 __all__ = ["PromptCache", "encode_prompts", "word_encoder", "word_tokenizer"]
 
+_WORD = r"[^\W_]+"
+#: What words are spelt with: digits, and the Latin letters that are left when accents are taken off.
+_LETTERS = string.digits + string.ascii_lowercase + "ßæðøþđħıłŋœ"
+
 
 def word_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words of remote sensing and of `texts`; other words are spelt, punctuation is dropped.
+    """A tokenizer of the words of remote sensing and of `texts`; other words are spelt.
 
     So a model meets no word that it can not tell from others, though only those of its training mean something to it.
+    Case, accents and punctuation are dropped (an underscore is punctuation), and `<unk>` is a word of another script.
     Every encoding has the length of the longest text, rounded up to a multiple of eight, and at least 32.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    split = [re.findall(r"\w+", text.lower()) for text in texts]
-    common = re.findall(r"\w+", (Path(__file__).parent / "words.txt").read_text(encoding="utf-8"))
+    normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    split = [re.findall(_WORD, normalizer.normalize_str(text)) for text in texts]
+    common = re.findall(_WORD, (Path(__file__).parent / "words.txt").read_text(encoding="utf-8"))
     words = {word for words in (common, *split) for word in words}
-    letters = set(string.ascii_lowercase + string.digits + "_") | {letter for word in words for letter in word}
+    letters = set(_LETTERS) | {letter for word in words for letter in word}
     specials = ["<pad>", "<unk>", "<s>", "</s>"]
     # Ids 0...3 are the specials. CLIP takes the embedding at the first `</s>` as the pooled one.
     pieces = sorted(words | letters) + sorted(f"##{letter}" for letter in letters)
     vocabulary = {piece: i for i, piece in enumerate(specials + pieces)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), behavior="removed", invert=True)
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
     )
