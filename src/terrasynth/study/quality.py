@@ -1,0 +1,260 @@
+"""How good are paintings? Fidelity, diversity and copying, by numbers that need no network connection.
+
+Pure functions over tensors; `benchmarks/quality.py` puts them together for a model. Whether a painting obeys its mask
+is not measured here but by a segmentor trained on real tiles, with `Segmentor.evaluate`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "edge_ratio",
+    "kid",
+    "mean_distances",
+    "nearest",
+    "psnr",
+    "random_features",
+    "share_nearer",
+    "ssim",
+    "thumbnails",
+]
+
+# What `random_features` is: another value here makes another ruler, whose distances are not comparable.
+_SEED = 2020
+_WIDTHS = (27, 64)
+_SCALES = 4
+_FLOOR, _MIDDLE = 0.03, 0.08
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def random_features(images: Tensor, batch_size: int = 32) -> Tensor:
+    """Colours and textures of images, by a fixed random network: no weights to download, the same on every machine.
+
+    Two convolutions of 3 x 3 with ReLU, with 27 and 64 orthonormal filters, see the image at full, half, quarter and
+    eighth size. Some filters average, the others have zero sum: in a wholly random filter brightness would drown
+    everything else. The first layer's are a complete basis of 3 x 3 colour patches. Of every map the mean and the
+    standard deviation over the image are taken, as log((x + 0.03) / 0.08): a ratio of contrasts counts alike in bright
+    and in dull images, what is far below 8 grey levels counts little, and photographs lie around 0.
+
+    Random networks are an established embedding for such comparisons (Naeem et al. 2020, "Reliable fidelity and
+    diversity metrics for generative models", section 4), and statistics of multi-scale random filters pin down a
+    texture (Ustyuzhaninov et al. 2017, "What does it take to generate natural textures?").
+
+    They see colours, contrast, sharpness, noise, and texture and its direction up to about 40 pixels. They do not see
+    where in the image something is, nor what it means (a road that leads nowhere), and hardly see faint edges on a grid
+    (that is what `edge_ratio` is for). Distances are comparable with each other, for images of one size and ground
+    sampling distance, and with nothing else: not with distances in Inception features.
+
+    Args:
+        images: uint8 (N, 3, H, W), sides of at least 8.
+        batch_size: images computed together.
+
+    Returns:
+        float32 (N, 728) on the CPU.
+    """
+    return torch.cat([_features(batch.float() / 255 - 0.5) for batch in images.split(batch_size)]).cpu()
+
+
+def _features(images: Tensor) -> Tensor:
+    statistics = []
+    for scale in range(_SCALES):
+        x = F.avg_pool2d(images, 2**scale)
+        for weight in _filters():
+            x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight.to(x)).relu()
+            statistics += [x.mean((2, 3)), x.std((2, 3), correction=0)]
+    return ((torch.cat(statistics, 1) + _FLOOR) / _MIDDLE).log()
+
+
+@lru_cache(maxsize=1)
+def _filters() -> tuple[Tensor, ...]:
+    """The convolutions' weights, (27, 3, 3, 3) and (64, 27, 3, 3): orthonormal, then scaled by sqrt(2) for the ReLU."""
+    # The legacy generator of NumPy is the one whose numbers are promised never to change.
+    random = np.random.RandomState(_SEED)
+    filters, channels = [], 3
+    for width in _WIDTHS:
+        averaging = channels if channels == 3 else width // 4
+        mean = _orthonormal(random.standard_normal((channels, averaging)))
+        detail = random.standard_normal((channels, 9, width - averaging))
+        detail = _orthonormal((detail - detail.mean(1, keepdims=True)).reshape(channels * 9, -1))
+        both = np.concatenate([np.repeat(mean / 3, 9, axis=0), detail], axis=1)
+        weight = np.sqrt(2) * both.T.reshape(width, channels, 3, 3)
+        filters.append(torch.from_numpy(np.ascontiguousarray(weight)).float())
+        channels = width
+    return tuple(filters)
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    q, r = np.linalg.qr(columns)
+    return q * np.sign(np.diag(r))  # a decomposition is unique up to signs
+
+
+# --- fidelity --------------------------------------------------------------------------------------------------------
+
+
+def kid(
+    real: Tensor, painted: Tensor, real_sources: Tensor | None = None, painted_sources: Tensor | None = None
+) -> tuple[float, float]:
+    """Kernel distance of two sets of features, and its standard error.
+
+    The unbiased squared maximum mean discrepancy under the cubic kernel (Bińkowski et al. 2018, "Demystifying MMD
+    GANs", equation 3)::
+
+        k(x, y) = (x · y / D + 1)³
+        KID = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j)
+
+    over all pairs of different sources: 0 on average for two sets of one distribution, and sometimes negative. The
+    usual mean over random subsets saves memory; this is what it converges to. A real tile, its reconstruction and the
+    paintings under its mask have one source and resemble each other by construction; pairs of them would make the
+    distance too small, and are left out (as in the one-sample statistic of Gretton et al. 2012, "A kernel two-sample
+    test", lemma 6).
+
+    The standard error is the jackknife's over sources, which is too large rather than too small (Efron and Stein 1981).
+
+    Args:
+        real: float (N, D).
+        painted: float (M, D).
+        real_sources: int64 (N,), where each comes from; by default every one of the N + M from elsewhere.
+        painted_sources: int64 (M,).
+
+    Returns:
+        The distance and its standard error.
+    """
+    if real_sources is None or painted_sources is None:
+        real_sources, painted_sources = torch.arange(len(real) + len(painted)).split([len(real), len(painted)])
+    _, labels = torch.cat([real_sources, painted_sources]).unique(return_inverse=True)
+    of_real, of_painted = labels.split([len(real), len(painted)])
+    count = int(labels.max()) + 1
+    x, y = real.double(), painted.double()
+    xx, without_xx = _kernel_mean(x, x, of_real, of_real, count)
+    yy, without_yy = _kernel_mean(y, y, of_painted, of_painted, count)
+    xy, without_xy = _kernel_mean(x, y, of_real, of_painted, count)
+    without = without_xx + without_yy - 2 * without_xy
+    # Tiles, paintings and pairs of both are samples of their own, each with its own size.
+    group = torch.bincount(of_real, minlength=count).clamp_max(1)
+    group += 2 * torch.bincount(of_painted, minlength=count).clamp_max(1)
+    variance = sum(
+        (len(values) - 1) * values.var(correction=0) for values in (without[group == g] for g in group.unique())
+    )
+    return float(xx + yy - 2 * xy), float(torch.as_tensor(variance).sqrt())
+
+
+def _kernel_mean(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean of k over all pairs of different sources, and (count,) the same without each one source."""
+    different = (of_x[:, None] != of_y).double()
+    kernel = (x @ y.T / x.shape[1] + 1) ** 3 * different
+
+    def total_and_by_source(pairs: Tensor) -> tuple[Tensor, Tensor]:
+        by_source = pairs.new_zeros(count).index_add(0, of_x, pairs.sum(1)).index_add(0, of_y, pairs.sum(0))
+        return pairs.sum(), by_source
+
+    (total, of_source), (pairs, pairs_of_source) = total_and_by_source(kernel), total_and_by_source(different)
+    return total / pairs, (total - of_source) / (pairs - pairs_of_source)
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image, float (N,), of uint8 (N, 3, H, W); infinite where equal."""
+    error = (images.double() - references.double()).square().mean((1, 2, 3))
+    return 10 * (255**2 / error).log10()
+
+
+def ssim(images: Tensor, references: Tensor) -> Tensor:
+    """Structural similarity of each image, float (N,), of uint8 (N, 3, H, W) with sides of at least 11.
+
+    Wang et al. 2004, "Image quality assessment", equation 13: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01,
+    K2 = 0.03; the mean over all whole windows of the three colour channels.
+    """
+    window = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).to(images.device)
+
+    def blur(x: Tensor) -> Tensor:
+        rows = F.conv2d(x.flatten(0, 1)[:, None], window[None, None, :, None])
+        return F.conv2d(rows, window[None, None, None]).unflatten(0, x.shape[:2])[:, :, 0]
+
+    x, y = images.float() / 255, references.float() / 255
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean((1, 2, 3))
+
+
+def edge_ratio(images: Tensor, side: int) -> float:
+    """How much stronger the steps between neighbouring pixels are on a grid than elsewhere.
+
+    The mean absolute difference across the lines of a grid of `side` pixels, over that between all other neighbours: 1
+    for images that know nothing of the grid, more where a generator's tokens or patches are visible.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        side: of a token or patch in pixels, at least 2.
+    """
+    on, off = [], []
+    for dim in (-2, -1):
+        steps = images.float().diff(dim=dim).abs().transpose(dim, -1)
+        on_grid = torch.arange(1, images.shape[dim]) % side == 0
+        on.append(steps[..., on_grid].flatten())
+        off.append(steps[..., ~on_grid].flatten())
+    return float(torch.cat(on).mean() / torch.cat(off).mean())
+
+
+# --- diversity and copying -------------------------------------------------------------------------------------------
+
+
+def mean_distances(points: Tensor, sources: Tensor) -> tuple[float, float]:
+    """Mean distance of two points of one source, and of two points of different sources; NaN where there are none.
+
+    Paintings under one mask with several seeds have one source: the first number is how different they are, the second
+    how different paintings are at all. Both are to be compared with the second number of real tiles.
+
+    Args:
+        points: float (N, D), features or pixels; the distance is the root mean square over the D.
+        sources: int64 (N,).
+    """
+    distances = torch.cdist(points, points) / points.shape[1] ** 0.5
+    same = sources[:, None] == sources
+    within = same & ~torch.eye(len(points), dtype=torch.bool)
+    return float(distances[within].mean()), float(distances[~same].mean())
+
+
+def thumbnails(images: Tensor, size: int = 16) -> Tensor:
+    """Images uint8 (N, 3, H, W) shrunk by area and laid flat, float32 (N, 3 size²) in grey levels.
+
+    Small enough that a copy is near its original even if it is shifted a little or has lost its fine detail.
+    """
+    return F.adaptive_avg_pool2d(images.float(), size).flatten(1)
+
+
+def nearest(points: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest training point of every point: distances, float (N,), and which, int64 (N,).
+
+    Args:
+        points: float (N, D), features or flat thumbnails; the distance is the root mean square over the D.
+        training: float (M, D).
+    """
+    found = [
+        # Not by products: those lose what is left of the difference between an image and its copy.
+        torch.cdist(batch, training, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        for batch in points.split(64)
+    ]
+    distances, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return distances / points.shape[1] ** 0.5, positions
+
+
+def share_nearer(distances: Tensor, held_out: Tensor, quantile: float = 0.01) -> float:
+    """Share of `distances` below the quantile of `held_out`.
+
+    Both are distances to the nearest training image, of paintings and of real tiles that the generator never saw. A
+    generator that copies exceeds `quantile`; so does, to a lesser degree, one whose images are flat, since flat images
+    are near to everything: look at the pairs.
+    """
+    return float((distances < held_out.quantile(quantile)).float().mean())
