@@ -191,7 +191,7 @@ def test_the_commands_follow_one_another(tmp_path, monkeypatch):
         study:
           seeds: [0, 1]
           ratio: 1
-          plateau_check: false
+          plateau_check: none
           arms: [{{name: real}}, {{name: synthetic, synthetic: plain}}]
     """)
 

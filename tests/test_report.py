@@ -52,9 +52,10 @@ def study(miou, *, plateau=None, classes=CLASSES, class_scores=None, name="study
         "arms": arms,
         "comparisons": comparisons,
         "curves": {arm: [{"seed": s, "steps": [10, 20], "miou": [None, 0.3]} for s in seeds] for arm in miou},
-        "plateau": None
+        "plateaus": []
         if plateau is None
-        else {"baseline": "real", "steps": 300, "twice": 600, **compare(plateau, [0] * len(plateau)).to_dict()},
+        else [{"arm": "real", "steps": 300, "twice": 600, **compare(plateau, [0] * len(plateau)).to_dict()}],
+        "settings": [{"arm": name, "learning_rate": 1e-3, "steps": 300} for name in miou],
         "timing": [{"name": "train the generator", "seconds": 63.1}, {"name": "paint", "seconds": 4000}],
         "total_seconds": 4063.1,
         "synthetic": {
@@ -295,7 +296,7 @@ def test_nan_is_read_as_no_value(tmp_path):
     results = study({"real": REAL, "plain": shifted(0.01)}, plateau=[0.1, 0.2, 0.1])
     results["arms"][0]["metrics"]["iou/road"] = {"values": [nan, 0.2, 0.3], "mean": nan, "ci95": None}
     results["curves"]["real"][0]["miou"] = [nan, 0.2]
-    results["plateau"]["values"] = [nan, 0.2, 0.1]
+    results["plateaus"][0]["values"] = [nan, 0.2, 0.1]
     results["synthetic"]["plain"]["agreement"] = nan
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert not re.search(r"\bnan\b", write_report(tmp_path).read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def test_results_have_every_arm_paired_by_seed(finished, tiny_recipe):
     for name, comparison in comparisons.items():
         differences = [a - b for a, b in zip(values[name]["values"], values["real"]["values"], strict=True)]
         assert comparison["delta"] == pytest.approx(sum(differences) / 2)
-    assert results["plateau"]["twice"] == 2 * tiny_recipe.segmentor.train.steps
+    assert results["plateaus"][0]["twice"] == 2 * tiny_recipe.segmentor.train.steps
 
 
 def test_metrics_are_those_of_the_saved_segmentor_on_the_test_tiles(finished, tiny_recipe):
@@ -156,7 +156,7 @@ def test_a_filtered_arm_trains_on_painted_tiles_without_their_implausible_labels
     shutil.copytree(finished, tmp_path / "study")
     decided(tmp_path / "study")
     arms = (tiny_recipe.study.arms[0], ArmConfig(name="filtered", synthetic="plain", filter=True))
-    update = {"arms": arms, "plateau_check": False}
+    update = {"arms": arms, "plateau_check": "none"}
     recipe = tiny_recipe.model_copy(update={"study": tiny_recipe.study.model_copy(update=update)})
     Study(recipe, Path(), tmp_path / "study").run()
 

@@ -18,6 +18,7 @@ __all__ = [
     "GeneratorConfig",
     "Recipe",
     "SamplingConfig",
+    "SearchConfig",
     "SegmentorConfig",
     "SourceConfig",
     "SplitConfig",
@@ -323,15 +324,31 @@ class ArmConfig(_Config):
     """
     synthetic: Literal["none", "plain", "steered"] = "none"
     """Painted tiles: none, without steering, or with CRFM."""
+    ratio: Positive | None = None
+    """Painted tiles per real tile, if other than `study.ratio`; of arms alike in all else, a smaller set is the
+    beginning of a larger one."""
+    synthetic_first: bool = False
+    """Instead of mixing them in every batch, train on painted tiles alone for the first half of the steps and on real
+    ones alone for the second."""
     filter: bool = False
     """Pixels of painted tiles whose loss under the baseline's segmentor is above 1.25 times its class's mean on the
     real tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
 
     @model_validator(mode="after")
-    def _filters_something(self) -> ArmConfig:
-        if self.filter and self.synthetic == "none":
-            raise ValueError("filter: true needs painted tiles, so synthetic must be plain or steered")
+    def _paints_something(self) -> ArmConfig:
+        idle = [name for name in ("filter", "synthetic_first", "ratio") if getattr(self, name)]
+        if idle and self.synthetic == "none":
+            raise ValueError(f"{idle[0]} needs painted tiles, so synthetic must be plain or steered")
         return self
+
+
+class SearchConfig(_Config):
+    """The same search for every arm: each pair is tried under the first seed, the best validation mIoU wins."""
+
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    """Peak learning rates of the segmentor."""
+    steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Numbers of optimiser steps."""
 
 
 class StudyConfig(_Config):
@@ -350,8 +367,10 @@ class StudyConfig(_Config):
     """Painted tiles per real tile."""
     real_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of real tiles in each training batch of an arm with painted tiles."""
-    plateau_check: bool = True
-    """Train the baseline for twice the steps as well, and say whether that moves it."""
+    search: SearchConfig | None = None
+    """Find learning rate and steps for each arm; null gives every arm those of `segmentor.train`."""
+    plateau_check: Literal["none", "baseline", "all"] = "baseline"
+    """Train the baseline, or every arm, for twice the steps as well, and say whether that moves it."""
 
     @model_validator(mode="after")
     def _distinct(self) -> StudyConfig:

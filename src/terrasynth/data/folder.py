@@ -96,6 +96,11 @@ class Tiles:
         """The caption of every tile."""
         return [self.schema.caption(mask, self.template(index)) for index, mask in enumerate(self.masks)]
 
+    def first(self, count: int) -> Tiles:
+        """The first `count` tiles."""
+        caption = self.caption if isinstance(self.caption, str) else self.caption[:count]
+        return Tiles(self.ids[:count], self.images[:count], self.masks[:count], self.schema, caption)
+
     @property
     def unlabelled(self) -> int:
         """How many tiles have no labelled pixel."""

@@ -77,12 +77,18 @@ class _Curve(_Part):
     miou: tuple[_Score, ...]
 
 
+class _Settings(_Part):
+    arm: str
+    learning_rate: float
+    steps: int
+
+
 class _Plateau(_Part):
-    baseline: str
+    arm: str
     steps: int
     twice: int
     values: tuple[_Score, ...]
-    """The baseline trained for `twice` steps minus itself after `steps`, by seed."""
+    """The arm trained for `twice` steps minus itself after `steps`, by seed."""
 
     @property
     def difference(self) -> Difference:
@@ -109,7 +115,8 @@ class Results(_Part):
     data: _Data
     arms: tuple[_Arm, ...] = Field(min_length=1)
     curves: dict[str, tuple[_Curve, ...]]
-    plateau: _Plateau | None
+    plateaus: tuple[_Plateau, ...]
+    settings: tuple[_Settings, ...]
     timing: tuple[_Duration, ...]
     total_seconds: float
     synthetic: dict[str, _Painted]
@@ -123,6 +130,11 @@ class Results(_Part):
         """The arms with synthetic data."""
         painted = {arm.name for arm in self.recipe.study.arms if arm.synthetic != "none"}
         return tuple(arm for arm in self.arms[1:] if arm.name in painted)
+
+    @property
+    def plateau(self) -> _Plateau | None:
+        """The baseline's own."""
+        return next((plateau for plateau in self.plateaus if plateau.arm == self.arms[0].name), None)
 
     @property
     def rivals(self) -> tuple[_Arm, ...]:
@@ -384,8 +396,9 @@ def _figures(results: Results, answer: Verdict) -> dict[str, dict[str, Markup] |
     rival = max(results.rivals, key=_rank, default=None)
     if best and rival:
         differences.append((f"{best.name}, minus {rival.name}", best.minus(rival), position[best.name]))
-    if results.plateau:
-        differences.append((f"{baseline.name}, twice the steps", results.plateau.difference, 0))
+    differences += [
+        (f"{plateau.arm}, twice the steps", plateau.difference, position[plateau.arm]) for plateau in results.plateaus
+    ]
     curves = {name: [(curve.steps, curve.miou) for curve in seeds] for name, seeds in results.curves.items() if seeds}
     colors = [(entry.name, entry.color) for entry in classes]
     return {
@@ -445,7 +458,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
             f"{data.train} training, {data.validation} validation and {data.test} test tiles of {data.image_size} × "
             f"{data.image_size} pixels ({data.source}); {len(results.classes)} classes",
         ),
-        ("Segmentor", f"{segmentor.architecture}, {segmentor.encoder}, {weights}; {_training(segmentor.train)}"),
+        ("Segmentor", f"{segmentor.architecture}, {segmentor.encoder}, {weights}; {_segmentor_training(results)}"),
         (
             "Seeds",
             f"{', '.join(map(str, study.seeds))}; every arm is trained once under each, and compared seed by seed",
@@ -548,6 +561,19 @@ def _training(train: TrainConfig) -> str:
     )
 
 
+def _segmentor_training(results: Results) -> str:
+    search, train = results.recipe.study.search, results.recipe.segmentor.train
+    if search is None:
+        return _training(train)
+    rates, steps = (", ".join(f"{value:g}" for value in values) for values in (search.learning_rates, search.steps))
+    found = "; ".join(f"{entry.arm}: {entry.learning_rate:g}, {entry.steps}" for entry in results.settings)
+    return (
+        f"batches of {train.batch_size * train.accumulate} samples, AdamW, {train.schedule}; for every arm the "
+        f"learning rate (of {rates}) and the steps (of {steps}) that reached the best validation mIoU under seed "
+        f"{results.recipe.study.seeds[0]}: {found}"
+    )
+
+
 def _limitations(results: Results) -> list[str]:
     recipe, data = results.recipe, results.data
     seeds = len(recipe.study.seeds)
@@ -572,8 +598,9 @@ def _limitations(results: Results) -> list[str]:
             "the differences as roughly normal. More seeds make it narrower."
         )
     limits.append(
-        f"One segmentor ({recipe.segmentor.architecture}, {recipe.segmentor.encoder}), with the same settings and "
-        "the same number of steps in every arm. Another one, or settings tuned per arm, may rank the arms differently."
+        f"One segmentor ({recipe.segmentor.architecture}, {recipe.segmentor.encoder}), with "
+        + ("the same search for its settings" if recipe.study.search else "the same settings and number of steps")
+        + " in every arm. Another one may rank the arms differently."
     )
     if results.plateau is None:
         limits.append("It was not checked whether the baseline had learned all it can in its number of steps.")

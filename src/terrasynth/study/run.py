@@ -21,7 +21,7 @@ from terrasynth.data.folder import Split, Tiles, check_splits, load_synthetic, l
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
-from terrasynth.recipe import ArmConfig, Recipe
+from terrasynth.recipe import ArmConfig, Recipe, SegmentorConfig
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.study.units import Clock, OutOfTime, Unit, do
@@ -63,6 +63,7 @@ class Study:
                 fix="put the real-only arm first",
             )
         self._base = base
+        self._settings: dict[str, SegmentorConfig] = {}
 
     # Splits are read when they are first needed: the generator alone needs no validation and no test tiles.
 
@@ -116,12 +117,38 @@ class Study:
         return do(self.out, "generator", inputs, self.clock, work, **made)
 
     def cell(self, arm: ArmConfig, seed: int, *, times: int = 1) -> Unit:
-        """The segmentor of one arm and seed, trained for `times` the recipe's steps, and its metrics on test."""
-        config, study = self.recipe.segmentor, self.recipe.study
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update={"steps": times * config.train.steps})}
-        )
+        """The segmentor of one arm and seed, trained for `times` the arm's steps, and its metrics on test."""
+        config = self.settings(arm)
+        return self._cell(arm, seed, _with(config, steps=times * config.train.steps), f" x{times}" if times > 1 else "")
+
+    def settings(self, arm: ArmConfig) -> SegmentorConfig:
+        """The recipe's segmentor, with the learning rate and steps of the arm where they are searched for.
+
+        Validation alone decides. The candidates are cells of the first seed, so the best of them is not trained twice.
+        """
+        recipe, search = self.recipe.segmentor, self.recipe.study.search
+        if search is None:
+            return recipe
+        if arm.name not in self._settings:
+            candidates = [
+                _with(recipe, learning_rate=rate, steps=steps)
+                for rate in search.learning_rates
+                for steps in search.steps
+            ]
+            tried = [
+                self._cell(
+                    arm, self.recipe.study.seeds[0], config, f" {config.train.learning_rate:g} {config.train.steps}"
+                )
+                for config in candidates
+            ]
+            best = [max(unit.result["curve"]["miou"]) for unit in tried]
+            self._settings[arm.name] = candidates[best.index(max(best))]
+        return self._settings[arm.name]
+
+    def _cell(self, arm: ArmConfig, seed: int, config: SegmentorConfig, suffix: str) -> Unit:
+        study = self.recipe.study
         painted = None if arm.synthetic == "none" else self.painted(arm.synthetic, seed)
+        count = (arm.ratio or study.ratio) * len(self.train)
         judge = self.cell(self.baseline, seed) if arm.filter else None
         inputs = {
             "segmentor": config.model_dump(mode="json"),
@@ -130,15 +157,14 @@ class Study:
             "test": self.held_out["test"].fingerprint(),
             "train": self.train.fingerprint(),
             "mix": arm.mix,
-            "synthetic": None if painted is None else [painted.key, study.real_fraction],
+            "synthetic": None if painted is None else [painted.key, count, study.real_fraction, arm.synthetic_first],
             "filter": None if judge is None else judge.key,
             "seed": seed,
         }
-        suffix = f" x{times}" if times > 1 else ""
 
         def work(folder: Path) -> dict[str, Any]:
             schema = self.train.schema
-            synthetic = None if painted is None else _tiles(painted)
+            synthetic = None if painted is None else _tiles(painted).first(count)
             shares = None
             if synthetic is not None and judge is not None:
                 labels = synthetic.masks
@@ -160,6 +186,7 @@ class Study:
                 seed=seed,
                 synthetic=synthetic,
                 real_fraction=study.real_fraction,
+                synthetic_first=arm.synthetic_first,
                 mix=arm.mix,
                 max_minutes=self.clock.left(),
                 label=f"{arm.name}, seed {seed}{suffix}",
@@ -182,7 +209,8 @@ class Study:
     def painted(self, kind: str, seed: int) -> Unit:
         """The synthetic dataset of one seed, `plain` or `steered` by the baseline's segmentor of the same seed."""
         steers = self.cell(self.baseline, seed)
-        count = self.recipe.study.ratio * len(self.train)
+        study = self.recipe.study
+        count = len(self.train) * max(arm.ratio or study.ratio for arm in study.arms if arm.synthetic == kind)
         steered = kind == "steered"
         inputs = {
             "generator": self.generator.key,
@@ -232,12 +260,13 @@ class Study:
         kinds = [kind for kind in ("plain", "steered") if kind in {arm.synthetic for arm in study.arms}]
         painted = {kind: [self.painted(kind, seed) for seed in study.seeds] for kind in kinds}
         cells = {arm.name: [self.cell(arm, seed) for seed in study.seeds] for arm in study.arms}
-        twice = [self.cell(self.baseline, seed, times=2) for seed in study.seeds] if study.plateau_check else []
+        checked = {"none": (), "baseline": study.arms[:1], "all": study.arms}[study.plateau_check]
+        twice = {arm.name: [self.cell(arm, seed, times=2) for seed in study.seeds] for arm in checked}
 
         timing = {"train the generator": [self.generator]} if kinds else {}
         timing |= {f"paint ({kind})": units for kind, units in painted.items()}
         timing |= {f"train: {name}": units for name, units in cells.items()}
-        timing |= {"plateau check": twice} if twice else {}
+        timing |= {"plateau check": [unit for units in twice.values() for unit in units]} if twice else {}
         seconds = {name: sum(unit.seconds for unit in units) for name, units in timing.items()}
         schema = self.train.schema
         _gallery(self.out, self.train, study.seeds[0], {kind: units[0] for kind, units in painted.items()})
@@ -266,9 +295,18 @@ class Study:
                     ]
                     for name, units in cells.items()
                 },
-                "plateau": _plateau(
-                    cells[self.baseline.name], twice, self.baseline.name, self.recipe.segmentor.train.steps
-                ),
+                "plateaus": [
+                    _plateau(arm.name, cells[arm.name], twice[arm.name], self.settings(arm).train.steps)
+                    for arm in checked
+                ],
+                "settings": [
+                    {
+                        "arm": arm.name,
+                        "learning_rate": self.settings(arm).train.learning_rate,
+                        "steps": self.settings(arm).train.steps,
+                    }
+                    for arm in study.arms
+                ],
                 "timing": [{"name": name, "seconds": value} for name, value in seconds.items()],
                 "total_seconds": sum(seconds.values()),
                 "synthetic": {
@@ -311,12 +349,15 @@ def _statistics(cells: Mapping[str, list[Unit]], baseline: str) -> dict[str, Any
     }
 
 
-def _plateau(once: list[Unit], twice: list[Unit], baseline: str, steps: int) -> dict[str, Any] | None:
-    """How much twice the steps move the baseline."""
-    if not twice:
-        return None
+def _plateau(arm: str, once: list[Unit], twice: list[Unit], steps: int) -> dict[str, Any]:
+    """How much twice the steps move an arm."""
     before, after = ([unit.result["metrics"]["miou"] for unit in units] for units in (once, twice))
-    return {"baseline": baseline, "steps": steps, "twice": 2 * steps, **compare(after, before).to_dict()}
+    return {"arm": arm, "steps": steps, "twice": 2 * steps, **compare(after, before).to_dict()}
+
+
+def _with(config: SegmentorConfig, **train: Any) -> SegmentorConfig:
+    """The settings with others for their training."""
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
 def _curve(log: Path) -> dict[str, list[float]]:
