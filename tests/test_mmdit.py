@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 
 from terrasynth.errors import TerraSynthError
+from terrasynth.models import mmdit
 from terrasynth.models.mmdit import TEXT_BRANCH, MaskMMDiT
 
 SD3 = {
@@ -372,3 +374,122 @@ def test_an_untrained_preconditioned_model_predicts_the_linear_part_alone():
         pooled_projections=torch.randn(2, SD35["pooled_projection_dim"]),
     ).sample
     torch.testing.assert_close(velocity, model._precondition(t, x)[1] * x)
+
+
+# Attention in bfloat16 on a CPU
+
+
+def plain_double(q, k, v):
+    """softmax(Q Kᵀ / √d) V, all (B, N, heads, d), in float64."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2)
+
+
+def error(got, expected):
+    """Root mean square of the difference, relative to what is expected."""
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "heads", "width"),
+    [(1, 1, 1, 1, 8), (3, 37, 53, 3, 20), (2, 65, 65, 5, 64), (5, 17, 40, 1, 12)],
+)
+# All images at once; two, so that three and five do not divide; one.
+@pytest.mark.parametrize("room", [10**9, 2, 0])
+def test_attention_in_bfloat16_is_attention(monkeypatch, batch, queries, keys, heads, width, room):
+    monkeypatch.setattr(mmdit, "_SCORES", room * queries * keys if room < 10**9 else room)
+    shapes = ((batch, queries, heads, width), (batch, keys, heads, width), (batch, keys, heads, width))
+    exact = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    inputs = [x.detach().clone().requires_grad_() for x in exact]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mmdit.attention(*inputs)
+    assert got.dtype == torch.bfloat16
+    assert got.shape == shapes[0]
+    expected = plain_double(*exact)
+    assert error(got, expected) < 2**-6  # bfloat16 has eight bits
+    weight = torch.randn(shapes[0])
+    (got.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for ours, reference in zip(inputs, exact, strict=True):
+        # With one key alone, the scores have no gradient at all.
+        if reference.grad.norm() > 1e-6:
+            assert F.cosine_similarity(ours.grad.flatten(), reference.grad.flatten(), dim=0) > 0.999
+            assert ours.grad.norm().item() == pytest.approx(reference.grad.norm().item(), rel=0.02)
+
+
+def test_attention_in_bfloat16_is_as_exact_as_pytorchs_own():
+    q, k, v = (torch.randn(2, 130, 3, 32) for _ in range(3))
+    halves = [x.bfloat16() for x in (q, k, v)]
+    expected = plain_double(*halves)
+    fused = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in halves)).transpose(1, 2)
+    assert error(mmdit.attention(*halves), expected) < 2 * error(fused, expected)
+    # Above so many queries, it is PyTorch's.
+    long = [torch.randn(1, mmdit._PLAIN_ATTENTION + 1, 1, 8).bfloat16() for _ in range(3)]
+    fused = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in long)).transpose(1, 2)
+    assert torch.equal(mmdit.attention(*long), fused)
+
+
+def test_attention_in_float32_is_pytorchs_own():
+    q, k, v = (torch.randn(2, 30, 3, 16) for _ in range(3))
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    assert torch.equal(mmdit.attention(q, k, v), expected)
+
+
+def test_training_in_bfloat16_descends_in_the_direction_of_float32():
+    model = scrambled(MaskMMDiT(**SD35, mask_channels=MASK_CHANNELS, mask_gate=True))
+    expected = {name: gradient.clone() for name, gradient in backward(model, mask_latents=mask_code()).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = backward(model, mask_latents=mask_code())
+    whole = [torch.cat([gradient.flatten() for gradient in which.values()]) for which in (got, expected)]
+    assert F.cosine_similarity(*whole, dim=0) > 0.999
+
+
+# Other classes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_masks_of_renamed_classes_are_embedded_as_before(patch_size):
+    classes, factor = 3, 4
+    config = {**SD35, "patch_size": patch_size, "sample_size": 8}
+    model = scrambled(MaskMMDiT(**config, mask_channels=classes * factor**2))
+    before = copy.deepcopy(model)
+    masks = torch.randint(0, classes, (2, 32, 32))
+    masks[:, :5] = 255  # unlabelled: no class at all
+
+    def code(masks, classes):
+        onehot = torch.stack([masks == k for k in range(classes)], dim=1).float()
+        return F.pixel_unshuffle(onehot, factor)
+
+    def velocity(model, code):
+        return model(**inputs(config, height=8, width=8), mask_latents=code).sample
+
+    expected = velocity(before, code(masks, classes))
+    same = copy.deepcopy(model).remap_mask_classes(classes, [0, 1, 2])
+    assert torch.equal(velocity(same, code(masks, classes)), expected)
+
+    # New classes: 0 is unknown, 1...3 are the old 2, 0, 1.
+    model.remap_mask_classes(classes, [None, 2, 0, 1])
+    assert model.config.mask_channels == 4 * factor**2
+    new = torch.where(masks == 255, 255, torch.tensor([2, 3, 1])[masks.clamp_max(2)])
+    torch.testing.assert_close(velocity(model, code(new, 4)), expected, atol=1e-5, rtol=1e-5)
+    nothing = torch.full_like(masks, 255)
+    torch.testing.assert_close(
+        velocity(model, code(nothing, 4)), velocity(before, code(nothing, 3)), atol=1e-5, rtol=1e-5
+    )
+    # The embedding of an unknown class is the mean of those of the old ones at the same pixels.
+    unknown = torch.where(masks == 255, 255, 0)
+    old = [before.mask_embed(code(torch.where(masks == 255, 255, k), 3)) for k in range(3)]
+    torch.testing.assert_close(model.mask_embed(code(unknown, 4)), sum(old) / 3, atol=1e-5, rtol=1e-5)
+
+
+def test_other_classes_train_and_are_saved(tmp_path):
+    model = scrambled(MaskMMDiT(**SD35, mask_channels=6)).remap_mask_classes(3, [None, 0])
+    assert model.config.mask_channels == 4
+    gradients = backward(model, mask_latents=mask_code(channels=4))
+    assert gradients["mask_embed.proj.weight"].any()
+    model.save_pretrained(tmp_path)
+    again = MaskMMDiT.from_pretrained(tmp_path)
+    with torch.no_grad():
+        given = {**inputs(), "mask_latents": mask_code(channels=4)}
+        assert torch.equal(again(**given).sample, model(**given).sample)
