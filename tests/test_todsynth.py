@@ -205,3 +205,126 @@ def test_a_base_model_without_classes_is_refused(sd3_folder):
 def test_conditions_that_do_not_fit_are_refused(pipeline, shape, options, message):
     with pytest.raises(TerraSynthError, match=message):
         pipeline(torch.zeros(shape, dtype=torch.long), seeds=[1, 2], **options)
+
+
+# Other classes, other precisions
+
+OTHER = LabelSchema(("lagoon", "water", "land", "road"), ((1, 2, 3), (20, 60, 160), (200, 150, 90), (4, 5, 6)), 200)
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_classes_known_by_name_are_painted_as_before_whatever_their_order(pipeline, saved, masks):
+    prompts = [SCHEMA.caption(mask, CAPTION) for mask in masks]
+    other = TODSynthPipeline.from_pretrained(
+        saved, label_schema=OTHER.to_dict(), caption="seen from above: {classes}", image_size=64, mask_coding="bits"
+    )
+    assert other.schema == OTHER
+    assert other.config.label_schema == OTHER.to_dict()
+    assert (other.config.caption, other.config.image_size) == ("seen from above: {classes}", 64)
+    assert other.config.mask_coding == "onehot"
+    renamed = torch.where(masks == 255, 200, torch.tensor([2, 3, 1])[masks.clamp_max(2)])
+    expected = paint(pipeline, masks, [1, 2, 3], prompts=prompts, mask_scale=2.0)
+    torch.testing.assert_close(
+        paint(other, renamed, [1, 2, 3], prompts=prompts, mask_scale=2.0), expected, atol=1e-4, rtol=0
+    )
+
+
+def test_a_model_with_other_classes_is_saved_with_them(saved, masks, tmp_path):
+    other = TODSynthPipeline.from_pretrained(saved, label_schema=OTHER.to_dict(), image_size=64)
+    other.save_pretrained(tmp_path)
+    again = TODSynthPipeline.from_pretrained(tmp_path)
+    assert again.schema == OTHER
+    assert (again.config.caption, again.config.image_size) == (CAPTION, 64)
+    masks = masks.clamp_max(3)
+    assert torch.equal(paint(other, masks, [1, 2, 3]), paint(again, masks, [1, 2, 3]))
+
+
+def test_the_classes_it_has_change_nothing(pipeline, saved, masks):
+    recoloured = LabelSchema(SCHEMA.names, ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
+    again = TODSynthPipeline.from_pretrained(saved, label_schema=recoloured.to_dict())
+    assert again.schema == recoloured
+    assert again.config.image_size == pipeline.config.image_size == 32
+    assert again.config.caption == CAPTION
+    for name, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(tensor, again.transformer.state_dict()[name]), name
+    assert torch.equal(paint(pipeline, masks, [1, 2, 3]), paint(again, masks, [1, 2, 3]))
+
+
+def test_an_adapted_model_forgets_the_mask_without_labels_it_had(masks):
+    pipeline = small_pipeline()
+    schema = LabelSchema(("sand", "land"), ((1, 1, 1), (2, 2, 2)))
+    paint(pipeline, masks, [1, 2, 3], mask_scale=2.0)
+    assert pipeline.adapt(schema) is pipeline
+    assert paint(pipeline, masks.clamp_max(1), [1, 2, 3], mask_scale=2.0).shape == (3, 3, 32, 32)
+
+
+@pytest.mark.parametrize("coding", ["grey", "bits"])
+def test_classes_that_are_not_told_apart_in_the_weights_can_not_be_changed(coding, masks, tmp_path):
+    pipeline = small_pipeline(mask_coding=coding)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(TerraSynthError, match="can not be given other classes") as caught:
+        TODSynthPipeline.from_pretrained(tmp_path, label_schema=OTHER.to_dict())
+    assert coding in str(caught.value.found)
+    assert caught.value.fix
+    again = TODSynthPipeline.from_pretrained(tmp_path, label_schema=SCHEMA.to_dict())
+    assert torch.equal(paint(pipeline, masks, [1, 2, 3]), paint(again, masks, [1, 2, 3]))
+
+
+def test_a_label_schema_that_is_none_is_refused(saved):
+    with pytest.raises(TerraSynthError, match="two classes"):
+        TODSynthPipeline.from_pretrained(saved, label_schema={"classes": [{"name": "a", "color": [1, 1, 1]}]})
+
+
+def test_hub_options_reach_both_looks_at_the_model(saved, monkeypatch):
+    seen = []
+    load = TODSynthPipeline.load_config.__func__
+
+    def spy(cls, name, **options):
+        seen.append(options)
+        return load(cls, name, **options)
+
+    monkeypatch.setattr(TODSynthPipeline, "load_config", classmethod(spy))
+    options = {"revision": "v2", "token": "secret", "local_files_only": True}
+    TODSynthPipeline.from_pretrained(saved, label_schema=OTHER.to_dict(), **options)
+    assert options.items() <= seen[0].items()
+
+
+def parts(pipeline):
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def dtypes(pipeline):
+    tensors = [t for part in parts(pipeline) for t in (*part.parameters(), *part.buffers())]
+    return {t.dtype for t in tensors if t.is_floating_point()}
+
+
+def test_half_precision_files_are_computed_in_float32_unless_asked_otherwise(masks, tmp_path):
+    pipeline = small_pipeline()
+    expected = paint(pipeline, masks, [1, 2, 3])
+    pipeline.to(torch.float16, silence_dtype_warnings=True).save_pretrained(tmp_path)
+    again = TODSynthPipeline.from_pretrained(tmp_path)
+    assert dtypes(again) == {torch.float32}
+    torch.testing.assert_close(paint(again, masks, [1, 2, 3]), expected, atol=0.02, rtol=0)
+    adapted = TODSynthPipeline.from_pretrained(tmp_path, label_schema=OTHER.to_dict())
+    assert dtypes(adapted) == {torch.float32}
+    assert dtypes(TODSynthPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)) == {torch.bfloat16}
+
+
+def test_painting_in_bfloat16_is_nearly_painting_in_float32(pipeline, masks):
+    expected = paint(pipeline, masks, [1, 2, 3])
+    got = paint(pipeline, masks, [1, 2, 3], precision="bf16")
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, atol=0.05, rtol=0)
+
+
+def test_a_mask_beyond_the_grid_of_positions_is_refused(pipeline):
+    assert paint(pipeline, torch.zeros(1, 64, 32, dtype=torch.long), [1]).shape == (1, 3, 64, 32)
+    with pytest.raises(TerraSynthError, match="at most 64"):
+        paint(pipeline, torch.zeros(1, 72, 32, dtype=torch.long), [1])

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["PACKAGED", "TODSynthPipeline"]
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 #: Base models that come with the package, loaded by name.
 PACKAGED = ("terrasynth-tiny",)
 
@@ -65,7 +66,8 @@ class TODSynthPipeline(DiffusionPipeline):
         mask_coding: how masks enter the transformer: `onehot` and `bits` without loss, `grey` through the autoencoder.
         mask_init: how SD3's transformer gets its mask branch: as a `copy` of the image branch, or at `random`.
         caption: template of the default prompts.
-        image_size: side of the images it was trained on; any multiple of a token's pixels can be painted.
+        image_size: side of the images it was trained on; any multiple of a token's pixels can be painted, up to the
+            transformer's grid of positions.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -159,6 +161,8 @@ class TODSynthPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read.
 
+        Everything is float32 unless a precision is asked for, however it is stored.
+
         `terrasynth-tiny` is the small base model that comes with the package. With `label_schema`, a model that knows
         other classes is given these (`adapt`), and `caption` and `image_size` if they are named too.
 
@@ -168,15 +172,19 @@ class TODSynthPipeline(DiffusionPipeline):
         if str(pretrained_model_name_or_path) in PACKAGED:
             pretrained_model_name_or_path = _WEIGHTS / str(pretrained_model_name_or_path)
         try:
-            if "label_schema" not in kwargs or "label_schema" not in cls.load_config(pretrained_model_name_or_path):
-                return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
-            schema, caption = LabelSchema.from_dict(kwargs.pop("label_schema")), kwargs.pop("caption", None)
-            size = kwargs.pop("image_size", None)
-            for name in ("mask_coding", "mask_init"):  # the model has its own
-                kwargs.pop(name, None)
+            wanted: dict[str, Any] = {}
+            if "label_schema" in kwargs:
+                where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+                if "label_schema" in cls.load_config(pretrained_model_name_or_path, **where):
+                    # The coding is the model's own.
+                    names = ("label_schema", "caption", "image_size", "mask_coding", "mask_init")
+                    wanted = {name: kwargs.pop(name, None) for name in names}
             pipeline = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
-            pipeline.adapt(schema, caption)
-            pipeline.register_to_config(image_size=size or pipeline.config.image_size)
+            if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
+                pipeline.to(torch.float32)  # text encoders come in the precision of their files
+            if wanted:
+                pipeline.adapt(LabelSchema.from_dict(wanted["label_schema"]), wanted["caption"])
+                pipeline.register_to_config(image_size=wanted["image_size"] or pipeline.config.image_size)
             return pipeline
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise TerraSynthError(
@@ -327,11 +335,12 @@ class TODSynthPipeline(DiffusionPipeline):
     def _check(self, masks: Tensor, prompts: Sequence[str] | None, seeds: Sequence[int]) -> None:
         side = self.factor * self.transformer.config.patch_size
         height, width = masks.shape[-2:]
-        if masks.ndim != 3 or height % side or width % side:
+        most = side * self.transformer.config.pos_embed_max_size
+        if masks.ndim != 3 or height % side or width % side or max(height, width) > most:
             raise TerraSynthError(
                 "the masks do not fit the model",
                 found=f"shape {tuple(masks.shape)}",
-                expected=f"(B, H, W) with H and W multiples of {side}",
+                expected=f"(B, H, W) with H and W multiples of {side}, at most {most}",
                 fix="resize or crop them",
             )
         for name, given in (("prompts", prompts), ("seeds", seeds)):
