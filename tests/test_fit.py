@@ -1,12 +1,17 @@
+import dataclasses
 import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from terrasynth.data.folder import load_tiles
+from terrasynth.data.folder import Tiles, load_tiles
+from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
+from terrasynth.recipe import AutoencoderConfig
 from terrasynth.systems.fit import EncodedViews, build, fit_generator
 from terrasynth.systems.generate import load_pipeline
+from terrasynth.systems.todsynth import TODSynthPipeline
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +98,188 @@ def test_a_base_of_another_mask_coding_is_refused(tiles, tiny_recipe, tmp_path):
         build(changed(tiny_recipe.generator, base=str(tmp_path), mask_coding="bits"), tiny_recipe.data, tiles)
 
 
-def test_words_the_base_does_not_know_are_refused(tiles, tiny_recipe, tmp_path):
+def test_words_the_base_can_not_spell_are_refused(tiles, tiny_recipe, tmp_path):
     build(tiny_recipe.generator, tiny_recipe.data, tiles).save_pretrained(tmp_path)
-    data = tiny_recipe.data.model_copy(update={"caption": "a zeppelin's view of {classes}"})
-    with pytest.raises(TerraSynthError, match="words that the base model does not know"):
-        build(changed(tiny_recipe.generator, base=str(tmp_path)), data, tiles)
+    config = changed(tiny_recipe.generator, base=str(tmp_path))
+    build(config, tiny_recipe.data, captioned(tiles, "a zeppelin's view of {classes}"))
+    with pytest.raises(TerraSynthError, match="can not spell") as caught:
+        build(config, tiny_recipe.data, captioned(tiles, "вид {classes}"))
+    assert "вид" in caught.value.found
+
+
+def test_a_caption_that_is_cut_off_is_said(tiles, tiny_recipe, tmp_path, monkeypatch, capfd):
+    build(tiny_recipe.generator, tiny_recipe.data, tiles).save_pretrained(tmp_path)
+    config = changed(tiny_recipe.generator, base=str(tmp_path))
+    monkeypatch.setenv("TERRASYNTH_QUIET", "0")
+    build(config, tiny_recipe.data, tiles)
+    assert "cut off" not in capfd.readouterr().err
+    build(config, tiny_recipe.data, captioned(tiles, "antidisestablishmentarianism zeppelins {classes}"))
+    assert "reads 32 tokens of a caption; cut off: 'antidisestablishmentarianism" in capfd.readouterr().err
+
+
+def test_tiles_beyond_the_bases_grid_of_positions_are_refused(tiles, tiny_recipe, tmp_path):
+    build(tiny_recipe.generator, tiny_recipe.data, tiles).save_pretrained(tmp_path)
+    config = changed(tiny_recipe.generator, base=str(tmp_path))
+    assert build(config, tiny_recipe.data.model_copy(update={"image_size": 64}), tiles).config.image_size == 64
+    with pytest.raises(TerraSynthError, match="grid of positions") as caught:
+        build(config, tiny_recipe.data.model_copy(update={"image_size": 72}), tiles)
+    assert "at most 64" in str(caught.value)
+
+
+# Other classes, unlabelled images, a refiner, half precision
+
+
+def captioned(tiles, caption):
+    return dataclasses.replace(tiles, caption=caption)
+
+
+def equal_models(first, second):
+    for part in ("transformer", "vae"):
+        ours, theirs = (getattr(load_pipeline(folder / "model"), part).state_dict() for folder in (first, second))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), f"{part} {name}"
+
+
+@pytest.fixture(scope="module")
+def renamed(tiles):
+    """The same tiles, with other classes in another order."""
+    names, colors = tiles.schema.names, tiles.schema.colors
+    schema = LabelSchema((names[1], "lagoon", names[0], *names[3:]), ((1, 2, 3), *colors[1:]))
+    table = torch.arange(256, dtype=torch.uint8)
+    table[:3] = torch.tensor([2, 0, 1])
+    return dataclasses.replace(tiles, masks=table[tiles.masks.long()], schema=schema)
+
+
+@pytest.fixture
+def windows(tiles):
+    images = tiles.images.roll(5, -1).flip(0)[:3]
+    return Tiles(
+        ("u", "v", "w"), images, torch.full((3, 32, 32), 255, dtype=torch.uint8), tiles.schema, ("a view",) * 3
+    )
+
+
+def fit(recipe, tiles, folder, *, sittings=False, unlabelled=None, **changes):
+    """Train a generator, in two sittings or in one."""
+    config = changed(recipe.generator, **changes)
+    arguments = (tiles, config, recipe.data, recipe.sampling, folder)
+    if sittings:
+        assert not fit_generator(*arguments, unlabelled=unlabelled, max_minutes=0.0).finished
+    assert fit_generator(*arguments, unlabelled=unlabelled).finished
+    return folder
+
+
+SHORT = {"steps": 3, "checkpoint_every": 2, "evaluate_every": 3, "warmup_steps": 1}
+
+
+def test_a_base_with_other_classes_keeps_what_it_knew_trains_and_resumes(tiles, renamed, tiny_recipe, tmp_path):
+    base = fit(tiny_recipe, tiles, tmp_path / "base") / "model"
+    started = build(changed(tiny_recipe.generator, base=str(base)), tiny_recipe.data, renamed)
+    assert started.schema == renamed.schema
+    known = renamed.masks[:1].long()
+    known[known == 1] = 255  # the class that is new
+    as_it_was = torch.tensor([1, 255, 0, *range(3, 256)])[known]
+    options = {"seeds": [3], "prompts": ["a satellite image of water"], "output_type": "pt"}
+    torch.testing.assert_close(
+        started(known, **options).images, load_pipeline(base)(as_it_was, **options).images, atol=1e-4, rtol=0
+    )
+    whole = fit(tiny_recipe, renamed, tmp_path / "whole", base=str(base), train=SHORT)
+    parts = fit(tiny_recipe, renamed, tmp_path / "parts", base=str(base), train=SHORT, sittings=True)
+    equal_models(whole, parts)
+    trained = load_pipeline(whole / "model")
+    assert trained.schema == renamed.schema
+    embeddings = (pipeline.transformer.mask_embed.proj.weight for pipeline in (trained, started))
+    assert not torch.equal(*embeddings)
+
+
+def test_unlabelled_windows_have_their_share_of_every_batch(tiles, windows, tiny_recipe, tmp_path, monkeypatch):
+    batches = []
+    loss = TODSynthPipeline.training_loss
+
+    def spy(self, batch):
+        batches.append(batch)
+        return loss(self, batch)
+
+    monkeypatch.setattr(TODSynthPipeline, "training_loss", spy)
+    fit(tiny_recipe, tiles, tmp_path, unlabelled=windows, labelled_fraction=0.25)
+    pipeline = load_pipeline(tmp_path / "model")
+    images = (*windows.images, *(image.rot90(k, (1, 2)) for image in windows.images for k in (1, 2, 3)))
+    images = (*images, *(image.flip(2) for image in images))
+    known = pipeline.encode_images(torch.stack(images).float() / 255)
+    embeds, _ = pipeline.prompts(["a view"])
+    assert len(batches) == 6
+    for batch in batches:
+        nothing = (batch["mask"] == 255).flatten(1).all(1)
+        assert nothing.tolist() == [False, True, True, True]
+        assert torch.equal(batch["prompt_embeds"][1:], embeds.expand(3, -1, -1))
+        # Each is a window as it is, turned or flipped.
+        distances = torch.cdist(batch["latents"][1:].flatten(1), known.flatten(1))
+        assert distances.amin(1).max() < 0.05
+        assert torch.cdist(batch["latents"][:1].flatten(1), known.flatten(1)).min() > 1
+
+
+def test_training_with_unlabelled_windows_goes_on_as_what_it_was(tiles, windows, tiny_recipe, tmp_path):
+    whole = fit(tiny_recipe, tiles, tmp_path / "whole", unlabelled=windows, train=SHORT)
+    parts = fit(tiny_recipe, tiles, tmp_path / "parts", unlabelled=windows, train=SHORT, sittings=True)
+    equal_models(whole, parts)
+    without = fit(tiny_recipe, tiles, tmp_path / "without", train=SHORT)
+    with pytest.raises(AssertionError, match="transformer"):
+        equal_models(whole, without)
+    others = dataclasses.replace(windows, caption=("another view",) * 3)
+    for unlabelled in (None, others):
+        with pytest.raises(TerraSynthError, match=r"identity\.unlabelled"):
+            fit(tiny_recipe, tiles, whole, unlabelled=unlabelled, train=SHORT)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_a_share_that_leaves_one_side_out_is_refused(tiles, windows, tiny_recipe, tmp_path, fraction):
+    with pytest.raises(TerraSynthError, match="can not be mixed"):
+        fit(tiny_recipe, tiles, tmp_path, unlabelled=windows, labelled_fraction=fraction)
+
+
+def test_a_refiner_is_trained_first_and_saved_with_the_generator(tiles, tiny_recipe, tmp_path):
+    autoencoder = AutoencoderConfig.model_validate(
+        {"refiner_width": 8, "refiner_blocks": 1, "train": {**SHORT, "batch_size": 2, "learning_rate": 0.01}}
+    )
+    whole = fit(tiny_recipe, tiles, tmp_path / "whole", autoencoder=autoencoder, train=SHORT)
+    folder, settings = tmp_path / "parts", changed(tiny_recipe.generator, autoencoder=autoencoder, train=SHORT)
+    arguments = (tiles, settings, tiny_recipe.data, tiny_recipe.sampling, folder)
+    sittings = [fit_generator(*arguments, max_minutes=0.0) for _ in range(2)]
+    assert [outcome.finished for outcome in sittings] == [False, False]
+    assert not (folder / "checkpoints").exists()  # it is the refiner that was stopped
+    assert (folder / "autoencoder" / "checkpoints").is_dir()
+    assert fit_generator(*arguments).finished
+    equal_models(whole, folder)
+    vae = load_pipeline(folder / "model").vae
+    assert vae.refiner[-1].weight.any()
+    assert torch.equal(vae.components, build(settings, tiny_recipe.data, tiles).vae.components)
+
+
+def test_a_generator_saved_in_half_precision_paints_nearly_the_same_from_half_the_bytes(tiles, tiny_recipe, tmp_path):
+    full = fit(tiny_recipe, tiles, tmp_path / "full") / "model"
+    half = fit(tiny_recipe, tiles, tmp_path / "half", save_precision="fp16") / "model"
+    files = sorted(path.relative_to(full) for path in full.rglob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        stored = {t.dtype for t in load_file(half / file).values() if t.is_floating_point()}
+        assert stored == {torch.float16}, file
+        assert {t.dtype for t in load_file(full / file).values() if t.is_floating_point()} == {torch.float32}, file
+        for name, tensor in load_file(half / file).items():
+            assert torch.equal(tensor, load_file(full / file)[name].to(tensor.dtype)), name
+    pipelines = [load_pipeline(folder) for folder in (full, half)]
+    assert {p.dtype for p in pipelines[1].transformer.parameters()} == {torch.float32}
+    assert {p.dtype for p in pipelines[1].text_encoder.parameters()} == {torch.float32}
+    painted = [p(tiles.masks.long(), seeds=[0, 1, 2, 3], output_type="pt").images for p in pipelines]
+    torch.testing.assert_close(*painted, atol=0.02, rtol=0)
+    # And it is one to start from.
+    build(changed(tiny_recipe.generator, base=str(half)), tiny_recipe.data, tiles)
+
+
+def test_the_text_encoders_of_a_base_are_saved_as_they_were_computed(sd3_folder, tiles, tiny_recipe, tmp_path):
+    train = {**SHORT, "steps": 1, "warmup_steps": 0, "precision": "bf16"}
+    model = fit(tiny_recipe, tiles, tmp_path, base=str(sd3_folder), trainable="mask", train=train) / "model"
+    stored = {}
+    for part in ("text_encoder_3", "transformer", "vae"):
+        (file,) = (model / part).glob("*.safetensors")
+        (stored[part],) = {tensor.dtype for tensor in load_file(file).values()}
+    assert stored == {"text_encoder_3": torch.bfloat16, "transformer": torch.float32, "vae": torch.float32}

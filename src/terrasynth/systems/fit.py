@@ -20,7 +20,7 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, atomic_write, digest
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.text import PromptCache
-from terrasynth.progress import track
+from terrasynth.progress import say, track
 from terrasynth.systems.autoencode import fit_refiner
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key, mixed_keys
@@ -166,6 +166,15 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
         pipeline = TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
         pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         return pipeline
+    most = factor * patch_size * pipeline.transformer.config.pos_embed_max_size
+    if data.image_size > most:
+        raise TerraSynthError(
+            "the tiles are larger than the base model's grid of positions",
+            path=config.base,
+            found=f"data.image_size {data.image_size}",
+            expected=f"at most {most}",
+            fix="lower data.image_size",
+        )
     if pipeline.config.mask_coding != config.mask_coding:
         raise TerraSynthError(
             "the base model was trained with another mask coding",
@@ -174,15 +183,19 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
             expected=config.mask_coding,
             fix=f"set generator.mask_coding to {pipeline.config.mask_coding}",
         )
-    unknown = pipeline.tokenizer.unk_token_id
-    if pipeline.tokenizer.unk_token == "<unk>" and any(unknown in pipeline.tokenizer(c).input_ids for c in captions):
+    tokens = {caption: pipeline.tokenizer(caption).input_ids for caption in captions}
+    unknown = [caption for caption, ids in tokens.items() if pipeline.tokenizer.unk_token_id in ids]
+    if pipeline.tokenizer.unk_token == "<unk>" and unknown:
         raise TerraSynthError(
-            "the captions have words that the base model does not know",
+            "the captions have words that the base model can not spell",
             path=config.base,
-            found=", ".join(captions[:3]),
-            expected=f"words of its vocabulary: {', '.join(sorted(pipeline.tokenizer.get_vocab()))}",
+            found="; ".join(unknown[:3]),
+            expected="words in the Latin script",
             fix="change data.caption or the class names",
         )
+    longest, room = max(captions, key=lambda caption: len(tokens[caption])), pipeline.tokenizer.model_max_length
+    if len(tokens[longest]) > room:
+        say(f"the base model reads {room} tokens of a caption; cut off: {longest!r} ({len(tokens[longest])} tokens)")
     return pipeline
 
 
@@ -269,5 +282,7 @@ def fit_generator(
     )
     if outcome.finished and not (folder / "model").is_dir():
         with atomic_dir(folder / "model") as partial:
-            pipeline.to(torch.float16 if config.save_precision == "fp16" else torch.float32).save_pretrained(partial)
+            if config.save_precision == "fp16":
+                pipeline.to(torch.float16, silence_dtype_warnings=True)  # to start from, not to compute in
+            pipeline.save_pretrained(partial)
     return outcome
