@@ -22,7 +22,8 @@ from torch import nn
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import TrainConfig
 from terrasynth.training.keys import hash63, mixed_keys, shuffled_keys
-from terrasynth.training.loop import learning_rate, make_optimizer, train
+from terrasynth.training.loop import Average, learning_rate, make_optimizer, train
+from terrasynth.training.precision import autocast
 
 
 @pytest.fixture(autouse=True)
@@ -431,6 +432,82 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path):
     with pytest.raises(TerraSynthError, match="gradient norm nan at step 4"):
         train(model, loss, Blobs(), config(checkpoint_every=2), tmp_path, seed=7)
     assert (tmp_path / "checkpoints/last").resolve().name == "step-00000002"
+
+
+# The moving average
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_statistics_of_batch_norms_are_averaged_like_the_weights(tmp_path, accumulate):
+    model = network()
+    seen, stats = [], ("running_mean", "running_var")
+
+    def loss(batch):
+        value = cross_entropy(model)(batch)
+        seen.append({name: model[1].get_buffer(name).double() for name in stats})
+        return value
+
+    settings = config(ema_decay=0.3, accumulate=accumulate)
+    train(model, loss, Blobs(), settings, tmp_path, seed=7)
+    of_steps = seen[accumulate - 1 :: accumulate]
+    assert len(of_steps) == 10
+    for name, start in zip(stats, (0.0, 1.0), strict=True):
+        average = torch.full((4,), start, dtype=torch.float64)
+        for n, values in enumerate(of_steps):
+            decay = min(0.3, (1 + n) / (10 + n))
+            average = decay * average + (1 - decay) * values[name]
+        # Nothing is monitored, so the average is what the run ends with.
+        torch.testing.assert_close(model[1].get_buffer(name).double(), average, atol=1e-6, rtol=1e-6)
+        key = f"1.{name}"
+        assert torch.equal(load_file(tmp_path / "checkpoints/last/ema.safetensors")[key], model[1].get_buffer(name))
+        trained = load_file(tmp_path / "checkpoints/last/model.safetensors")[key].double()
+        torch.testing.assert_close(trained, of_steps[-1][name], atol=0, rtol=0)
+        assert not torch.allclose(trained, average)
+    assert model[1].num_batches_tracked == 10 * accumulate
+
+
+def test_without_an_average_the_statistics_are_the_last_ones(tmp_path):
+    model, _ = run(tmp_path, config())
+    stored = load_file(tmp_path / "checkpoints/last/model.safetensors")
+    assert torch.equal(model[1].running_mean, stored["1.running_mean"])
+
+
+def test_an_exchange_of_averages_and_weights_is_undone_by_another():
+    model = network()
+    average = Average(model, 0.9)
+    assert average.values.keys() == {*dict(model.named_parameters()), "1.running_mean", "1.running_var"}
+    model(torch.randn(8, 3, 6, 6))
+    average.update(5)
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    averaged = {name: tensor.clone() for name, tensor in average.values.items()}
+    assert not torch.equal(trained["1.running_mean"], averaged["1.running_mean"])
+    average.swap()
+    for name, tensor in averaged.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    average.swap()
+    for name, tensor in trained.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    # What follows changes the statistics of the model, and leaves the averages as they are.
+    model(torch.randn(8, 3, 6, 6))
+    assert not torch.equal(model[1].running_mean, trained["1.running_mean"])
+    for name, tensor in averaged.items():
+        assert torch.equal(average.values[name], tensor), name
+
+
+def test_frozen_weights_and_norms_without_statistics_have_no_average():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.GroupNorm(2, 4))
+    model[0].weight.requires_grad = False
+    names = {"0.bias", "1.weight", "1.bias", "2.weight", "2.bias"}
+    assert Average(model, 0.9).values.keys() == names
+
+
+def test_automatic_precision_is_one_of_the_two(tmp_path):
+    with autocast(torch.device("cpu"), "auto"):
+        precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+    for name in ("auto", precision):
+        run(tmp_path / name, config(steps=2, precision=name), plain=True)
+    auto, chosen = (load_file(tmp_path / name / "checkpoints/last/model.safetensors") for name in ("auto", precision))
+    assert all(torch.equal(auto[name], chosen[name]) for name in chosen)
 
 
 # Evaluation and logs

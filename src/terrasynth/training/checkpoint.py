@@ -7,7 +7,7 @@
         ├── last -> step-00000500      for people and scripts; the folders themselves decide
         └── step-00000500/
             ├── model.safetensors      trainable parameters and buffers, by their name in the model
-            ├── ema.safetensors        moving average of the trainable parameters, if the run keeps one
+            ├── ema.safetensors        moving average of the trainable parameters and of batch norms' statistics, if any
             ├── optimizer.safetensors  "NAME.exp_avg", "NAME.exp_avg_sq", "NAME.step" of every trainable parameter
             ├── best.safetensors       hard link to (or copy of) RUN/best.safetensors as it was at this step
             └── state.json             step, config, identity, seconds, best, pending log values, versions

@@ -105,7 +105,7 @@ class Average:
     weights averaged over hundreds, and a segmentor's accuracy would jump from one evaluation to the next.
 
     Attributes:
-        values: the averages by parameter name.
+        values: the averages by the names of parameters and statistics.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
