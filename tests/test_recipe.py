@@ -200,6 +200,14 @@ def test_an_override_that_can_not_be_carried_out_is_named(override):
         (["generator={width: 6, heads: 3}"], "generator: width (6) must be a multiple of heads (3) and of 4"),
         (["generator.train.betas=[0.9, 1]"], "generator.train.betas.1: found 1, expected less than 1"),
         (["data.world.gsd=11"], "data.world.gsd: found 11, expected less than or equal to 10"),
+        (
+            ["generator.autoencoder={refiner_width: 8, train: {steps: 50}}"],
+            "generator.autoencoder.train.warmup_steps (50) must be less than",
+        ),
+        (["generator.autoencoder.refiner_width=8"], "generator.autoencoder: refiner_width and train belong together"),
+        (["data.unlabelled=[{images: '*.png'}]"], "data.unlabelled names images, but data.kind is world"),
+        (["data.unlabelled=[{images: '*', scale: [2, 1]}]"], "data.unlabelled.0: scale must go from the smaller"),
+        (["data.unlabelled=[{images: '*', scale: [0.5, 1]}]"], "data.unlabelled.0.scale.0: found 0.5"),
     ],
 )
 def test_values_that_can_not_work_are_refused_before_anything_runs(overrides, said):

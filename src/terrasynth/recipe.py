@@ -43,7 +43,7 @@ class _Config(BaseModel):
 class WorldConfig(_Config):
     """The embedded sample: procedural scenes with exact masks (`kind: world`)."""
 
-    region: Literal["temperate", "arid"] = "temperate"
+    region: Literal["temperate", "arid", "tropical"] = "temperate"
     """Which regional look the scenes have."""
     gsd: Annotated[float, Field(ge=0.1, le=10)] = 0.5
     """Ground sampling distance in metres per pixel, 0.1 to 10."""
@@ -402,12 +402,19 @@ class Recipe(_Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        trainings = {
+            "generator": self.generator.train,
+            "generator.autoencoder": self.generator.autoencoder.train,
+            "segmentor": self.segmentor.train,
+        }
         faults = [
             f"{section}.train.warmup_steps ({train.warmup_steps}) must be less than {section}.train.steps "
             f"({train.steps})"
-            for section, train in (("generator", self.generator.train), ("segmentor", self.segmentor.train))
-            if train.warmup_steps >= train.steps
+            for section, train in trainings.items()
+            if train is not None and train.warmup_steps >= train.steps
         ]
+        if self.data.unlabelled and self.data.kind == "world":
+            faults.append("data.unlabelled names images, but data.kind is world, which reads none")
         # Guidance looks at the null conditions, which a generator knows only if it met them in training. Prompt
         # guidance compares prompts under the null mask, so it needs both.
         faults += [
