@@ -82,7 +82,8 @@ class Region:
         crops: covers of parcels.
         crowns: covers of trees.
         conifers: share of conifers among the trees of a wood.
-        palms: whether trees are palms.
+        palms: share of palms among the trees; orchards are all palms where there are any.
+        orchards: share of woods that are planted in rows.
         crown: range of the crown diameter.
         shrub: the same for shrubs on open ground.
         undergrowth: forest floor.
@@ -94,6 +95,7 @@ class Region:
         asphalt: covers of paved roads.
         track: covers of dirt tracks.
         tracks: share of dirt tracks among the minor roads.
+        dirt_streets: the same for the streets between houses.
         water: covers of rivers and lakes: `dark` deep, `light` along the shore.
         pool: cover of swimming pools.
         pools: share of lots that have one.
@@ -102,7 +104,7 @@ class Region:
         pivots: share of farm blocks that are circles irrigated from their centre.
         hedges: share of parcel borders with trees.
         rivers: share of scenes with a river.
-        uses: weights of what a block becomes.
+        uses: weights of what a block becomes: houses, farm, wood, lake, ponds or open.
         haze: colour of the haze, and its largest share.
         elevation: range of the sun's elevation in degrees.
         gain: range of the sensor's gain.
@@ -115,7 +117,8 @@ class Region:
     crops: tuple[Cover, ...]
     crowns: tuple[Cover, ...]
     conifers: float
-    palms: bool
+    palms: float
+    orchards: float
     crown: tuple[float, float]
     shrub: tuple[float, float]
     undergrowth: Cover
@@ -127,6 +130,7 @@ class Region:
     asphalt: tuple[Cover, ...]
     track: tuple[Cover, ...]
     tracks: float
+    dirt_streets: float
     water: tuple[Cover, ...]
     pool: Cover
     pools: float
@@ -174,7 +178,8 @@ _TEMPERATE = Region(
         Cover((64, 72, 36), (116, 116, 62), patch=0.2, grain=0.09),
     ),
     conifers=0.3,
-    palms=False,
+    palms=0.0,
+    orchards=0.15,
     crown=(4.0, 9.0),
     shrub=(1.6, 3.4),
     undergrowth=Cover((34, 46, 28), (60, 68, 42), patch=0.2, grain=0.1),
@@ -200,6 +205,7 @@ _TEMPERATE = Region(
         Cover((146, 138, 122), (184, 174, 156), patch=0.2, grain=0.07),
     ),
     tracks=0.35,
+    dirt_streets=0.0,
     water=(
         Cover((30, 48, 54), (66, 82, 74), patch=0.08, grain=0.03),
         Cover((38, 58, 50), (84, 94, 70), patch=0.08, grain=0.03),
@@ -245,7 +251,8 @@ _ARID = Region(
         Cover((48, 70, 44), (88, 104, 62), patch=0.2, grain=0.1),
     ),
     conifers=0.0,
-    palms=True,
+    palms=1.0,
+    orchards=1.0,
     crown=(4.5, 8.0),
     shrub=(1.8, 4.5),
     undergrowth=Cover((70, 78, 46), (116, 110, 70), patch=0.2, grain=0.1),
@@ -269,6 +276,7 @@ _ARID = Region(
         Cover((192, 170, 134), (222, 202, 166), patch=0.2, grain=0.05),
     ),
     tracks=0.5,
+    dirt_streets=0.0,
     water=(
         Cover((28, 112, 126), (112, 186, 172), patch=0.08, grain=0.03),
         Cover((40, 128, 136), (136, 194, 176), patch=0.08, grain=0.03),
@@ -288,8 +296,87 @@ _ARID = Region(
     gain=(0.98, 1.2),
 )
 
+_TROPICAL = Region(
+    land=(Cover((70, 112, 44), (122, 146, 68), patch=0.25, grain=0.1), FIELD),
+    open=(
+        Cover((146, 74, 46), (188, 112, 76), patch=0.25, grain=0.06),
+        Cover((164, 92, 56), (204, 138, 94), patch=0.25, grain=0.06),
+        Cover((124, 74, 54), (168, 118, 92), patch=0.25, grain=0.07),
+    ),
+    yard=(
+        Cover((158, 92, 62), (198, 134, 98), patch=0.25, grain=0.06),
+        Cover((136, 84, 62), (178, 126, 100), patch=0.25, grain=0.07),
+        Cover((158, 132, 112), (194, 172, 150), patch=0.25, grain=0.05),
+    ),
+    lawn=(
+        Cover((66, 116, 40), (116, 156, 66), patch=0.25, grain=0.08),
+        Cover((88, 124, 44), (146, 160, 78), patch=0.25, grain=0.09),
+    ),
+    crops=(
+        Cover((82, 140, 44), (132, 180, 72), patch=0.2, grain=0.04, rows=(1.4, 2.4), contrast=0.25),
+        Cover((122, 160, 52), (172, 194, 84), patch=0.25, grain=0.04),
+        Cover((44, 92, 36), (92, 136, 58), patch=0.15, grain=0.06, rows=(1.6, 2.6), contrast=0.7),
+        Cover((52, 100, 40), (158, 88, 56), patch=0.15, grain=0.05, rows=(2.0, 3.4), contrast=0.75),
+        Cover((138, 72, 48), (182, 108, 74), patch=0.2, grain=0.06, rows=(1.5, 2.6), contrast=0.6),
+        Cover((84, 122, 60), (134, 156, 92), patch=0.4, grain=0.04),
+        Cover((56, 112, 44), (112, 158, 72), patch=0.3, grain=0.12),
+    ),
+    crowns=(
+        Cover((26, 66, 26), (70, 120, 46), patch=0.2, grain=0.1),
+        Cover((36, 82, 30), (92, 142, 56), patch=0.2, grain=0.1),
+        Cover((22, 56, 34), (58, 104, 58), patch=0.2, grain=0.1),
+        Cover((66, 96, 32), (126, 150, 60), patch=0.2, grain=0.1),
+    ),
+    conifers=0.0,
+    palms=0.35,
+    orchards=0.45,
+    crown=(4.0, 12.0),
+    shrub=(1.8, 4.0),
+    undergrowth=Cover((24, 50, 22), (50, 82, 36), patch=0.2, grain=0.1),
+    roofs=(
+        Cover((116, 64, 44), (164, 106, 80), patch=0.35, rows=(1.4, 2.4), contrast=0.35),
+        Cover((122, 82, 64), (176, 160, 146), patch=0.45, rows=(1.4, 2.4), contrast=0.35),
+        Cover((164, 166, 164), (206, 208, 206), patch=0.2, rows=(1.4, 2.4), contrast=0.3),
+        Cover((66, 104, 146), (104, 140, 176), patch=0.15, rows=(1.4, 2.4), contrast=0.25),
+        Cover((164, 78, 48), (198, 110, 76)),
+        Cover((216, 214, 206), (240, 238, 232)),
+        Cover((228, 226, 220), (246, 246, 242), patch=0.1, rows=(1.4, 2.4), contrast=0.2),
+    ),
+    flat_roofs=0.2,
+    house=(8.5, 14.0),
+    house_width=(7.0, 10.0),
+    lot=(11.0, 16.0),
+    asphalt=(
+        Cover((118, 100, 90), (142, 122, 110), patch=0.3),
+        Cover((86, 84, 84), (110, 106, 104), patch=0.3),
+    ),
+    track=(
+        Cover((158, 88, 56), (198, 126, 88), patch=0.25, grain=0.07),
+        Cover((172, 108, 74), (208, 148, 110), patch=0.25, grain=0.06),
+    ),
+    tracks=0.75,
+    dirt_streets=0.7,
+    water=(
+        Cover((110, 90, 62), (146, 122, 88), patch=0.08, grain=0.02),
+        Cover((142, 118, 88), (172, 146, 112), patch=0.08, grain=0.02),
+        Cover((54, 68, 44), (92, 100, 68), patch=0.08, grain=0.02),
+        Cover((122, 124, 110), (152, 146, 126), patch=0.08, grain=0.02),
+    ),
+    pool=Cover((70, 162, 176), (126, 202, 206)),
+    pools=0.02,
+    lawns=0.4,
+    garden_trees=3.0,
+    pivots=0.0,
+    hedges=0.25,
+    rivers=0.35,
+    uses=MappingProxyType({"houses": 0.42, "farm": 0.22, "wood": 0.18, "ponds": 0.09, "lake": 0.04, "open": 0.05}),
+    haze=((214, 214, 200), 0.3),
+    elevation=(46.0, 74.0),
+    gain=(0.98, 1.22),
+)
+
 #: The looks a scene can have, by name.
-REGIONS: Mapping[str, Region] = MappingProxyType({"temperate": _TEMPERATE, "arid": _ARID})
+REGIONS: Mapping[str, Region] = MappingProxyType({"temperate": _TEMPERATE, "arid": _ARID, "tropical": _TROPICAL})
 
 
 #: Sloping roofs rise in steps of at most this height, which cast no shadow, in metres.
@@ -489,6 +576,7 @@ class _Grove(NamedTuple):
     v: Floats
     crown: tuple[float, float]
     needles: float
+    palms: float
     only_floor: bool
 
 
@@ -615,12 +703,20 @@ class _Plan:
         use = list(self.uses)[bisect(upto, self.rng.random() * upto[-1], hi=len(upto) - 1)]
         # What is there already becomes rarer, so that small scenes stay mixed.
         self.uses[use] *= 0.6
-        build = {"houses": self.houses, "farm": self.farm, "wood": self.wood, "lake": self.lake, "open": self.open}
+        build = {
+            "houses": self.houses,
+            "farm": self.farm,
+            "wood": self.wood,
+            "lake": self.lake,
+            "ponds": self.ponds,
+            "open": self.open,
+        }
         build[use](cell)
 
     def road(self, cell: _Cell, axis: int, at: float, *, main: bool = False, street: bool = False) -> list[_Cell]:
         """Cut a cell by a road at coordinate `at` of `axis`, and return both sides."""
-        track = not main and not street and self.chance(self.region.tracks)
+        dirt = 0.0 if main else self.region.dirt_streets if street else self.region.tracks
+        track = dirt > 0 and self.chance(dirt)
         width = self.between(6.5, 9.5) if main else self.between(3.6, 4.6) if track else self.between(4.6, 6.2)
         verge = self.between(1.2, 2.5) if main or street else self.between(0.8, 1.8)
         paved, worn, edged = self.chance(0.5), self.between(0.9, 1.1), self.chance(0.35)
@@ -729,11 +825,29 @@ class _Plan:
         cover = self.pick(self.region.lawn) if label == FIELD else self.soil
         self.ground.append((cell, self.surface(label, cover)))
 
+    def ponds(self, cell: _Cell) -> None:
+        """Fish ponds and paddies between dikes."""
+        self.ground.append((cell, self.surface(BARE, self.soil)))
+        self.basins(cell.inset(1.5))
+        self.scatter(cell, 2.0, self.region.crown)
+
+    def basins(self, cell: _Cell) -> None:
+        if self.outside(cell) or min(cell.sides) < 2:
+            return
+        axis = cell.longer
+        if cell.sides[axis] > 0.65 * self.parcel:
+            for part in cell.cut(axis, cell.at(axis, self.between(0.35, 0.65)), self.between(1.2, 2.8)):
+                self.basins(part)
+            return
+        pond = self.chance(0.6)
+        cover = self.pick(self.region.water if pond else self.region.crops)
+        self.ground.append((cell, self.surface(WATER if pond else FIELD, cover, axis=axis)))
+
     def wood(self, cell: _Cell) -> None:
         region = self.region
         self.meadow(cell)
         mean = sum(region.crown) / 2
-        if region.palms or self.chance(0.15):
+        if region.orchards == 1 or self.chance(region.orchards):
             self.orchard(cell.inset(2.0), mean * self.between(0.95, 1.25), mean * 0.95)
             return
         cell = cell.inset(self.between(0.5, 2.5))
@@ -944,9 +1058,10 @@ class _Plan:
                 s, x, y = self.between(0.7, 1.6), self.between(1 - a, a - 2), self.between(1 - b, b - 2)
                 add(place.box(x, x + s, y, y + s), self.between(0.75, 1.05), eaves + 1.2)
             return
-        slope = math.radians(self.between(14, 20) if cover is _SHEET else self.between(28, 42))
+        metal = cover.contrast > 0
+        slope = math.radians(self.between(14, 20) if metal else self.between(28, 42))
         rise = b * math.tan(slope)
-        hip = 0.0 if cover is _SHEET or self.chance(0.65) else min(b, 0.8 * a)
+        hip = 0.0 if metal or self.chance(0.65) else min(b, 0.8 * a)
         ridge = a - hip
         for side in (1, -1):
             lit = self.sunlit(place, side, slope)
@@ -959,7 +1074,7 @@ class _Plan:
             x, y = a - share * hip, b * (1 - share)
             self.solids.append(_Solid(place.box(-x, x, -y, y), None, eaves + rise * share))
         add(place.box(-ridge, ridge, -0.13, 0.13), 1.12, None)
-        if shed or cover is _SHEET or not self.detailed:
+        if shed or metal or not self.detailed:
             return
         if self.chance(0.7):
             x, y = self.between(-0.6 * a, 0.6 * a), self.between(-0.5 * b, 0.5 * b)
@@ -984,10 +1099,20 @@ class _Plan:
         crown: tuple[float, float],
         *,
         needles: float = 0.0,
+        palms: float | None = None,
         only_floor: bool = False,
     ) -> None:
-        """Trees at these places; `needles` is the share of conifers, `only_floor` keeps them on forest floor."""
-        self.groves.append(_Grove(u, v, crown, needles, only_floor))
+        """Trees at these places.
+
+        Args:
+            u: places along the first axis of the frame, in metres.
+            v: the same along the second.
+            crown: range of the crown diameter.
+            needles: share of conifers.
+            palms: share of palms; None for that of the region.
+            only_floor: keep them on forest floor.
+        """
+        self.groves.append(_Grove(u, v, crown, needles, self.region.palms if palms is None else palms, only_floor))
 
     def scatter(self, cell: _Cell, mean: float, crown: tuple[float, float]) -> None:
         """A few plants anywhere in a cell: `mean` of them on a lot of 500 m², more on larger ground."""
@@ -1012,7 +1137,11 @@ class _Plan:
         if self.region.palms:
             label, covers = (FIELD, self.region.lawn) if self.chance(0.5) else (BARE, self.region.open)
             self.ground.append((cell, self.surface(label, self.pick(covers))))
-        self.plant(*self.grid(cell, spacing, jitter=0.06), (diameter * 0.85, diameter * 1.15))
+        self.plant(
+            *self.grid(cell, spacing, jitter=0.06),
+            (diameter * 0.85, diameter * 1.15),
+            palms=math.ceil(self.region.palms),
+        )
 
     def row_of_trees(
         self, axis: int, at: float, low: float, high: float, spacing: float, crown: tuple[float, float]
@@ -1038,10 +1167,10 @@ class _Plan:
         chance = self.rng.random((3, sum(sizes)))
         u = np.concatenate([np.empty(0), *(grove.u for grove in self.groves)])
         v = np.concatenate([np.empty(0), *(grove.v for grove in self.groves)])
-        shared = np.array([(*grove.crown, grove.needles, grove.only_floor) for grove in self.groves]).reshape(-1, 4)
-        low, high, needles, only_floor = np.repeat(shared, sizes, axis=0).T
+        shared = [(*grove.crown, grove.needles, grove.palms, grove.only_floor) for grove in self.groves]
+        low, high, needles, palms, only_floor = np.repeat(np.array(shared).reshape(-1, 5), sizes, axis=0).T
         conifer = chance[1] < needles
-        kind = np.where(conifer, 1, np.where(region.palms & (low > 3.0), 2, 0))
+        kind = np.where(conifer, 1, np.where((chance[1] >= 1 - palms) & (low > 3.0), 2, 0))
         diameter = (low + (high - low) * chance[0] ** 1.3) * np.where(conifer, 0.75, 1.0)
         height = diameter * np.array([0.85, 1.8, 0.9])[kind] + np.where(diameter > 3, 1.5, 0.2)
         surface = np.take(crowns, np.where(conifer, 6 + 2 * chance[2], 6 * chance[2]).astype(int))
