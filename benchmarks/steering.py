@@ -148,8 +148,8 @@ def main() -> None:
     for name, row in done.items():
         own = "–" if row["steering segmentor"] is None else f"{row['steering segmentor']:.1f}"
         print(
-            f"| {name} | {row['agreement']:.1f} | {own} | {row['kid']:.1f} ± {row['kid error']:.1f} | {row['moved']:.1f} "
-            f"| {row['spread'] / done['none']['spread']:.2f} | {row['seconds'] / done['none']['seconds']:.2f} |"
+            f"| {name} | {row['agreement']:.1f} | {own} | {row['kid']:.1f} ± {row['kid error']:.1f} "
+            f"| {row['moved']:.1f} | {row['spread'] / done['none']['spread']:.2f} | {row['seconds'] / done['none']['seconds']:.2f} |"
         )
 
 
