@@ -7,7 +7,7 @@ which the generator never saw. The first ruler, a segmentor trained on all train
 against the masks is the agreement. It steers nothing, except in the rows that are called oracles, which a second ruler
 reads. Rows that are in OUT already are not painted again.
 
-Columns: agreement, mIoU %; KID to the real validation tiles (random features, x 1000); how far the pixels move from the
+Columns: agreement, mIoU %; KID to the real validation tiles (whitened random features); how far the pixels move from the
 unsteered painting (mean absolute difference, of 255); diversity of five paintings of one mask, relative to unsteered.
 """
 
@@ -26,7 +26,7 @@ from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.io import read_json, write_json
 from terrasynth.recipe import Recipe, SteeringConfig
 from terrasynth.recipe_io import load_recipe
-from terrasynth.study.quality import kid, random_features
+from terrasynth.study.quality import kid, random_features, whitening
 from terrasynth.systems.generate import load_pipeline, steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor
@@ -109,7 +109,8 @@ def main() -> None:
     recipe = loaded.recipe
     tiles: Tiles = load_tiles(recipe.data, "validation", base=loaded.base)
     shown = torch.linspace(0, len(tiles) - 1, min(arguments.count, len(tiles))).round().long()
-    masks, real = tiles.masks[shown], random_features(tiles.images)
+    masks, features = tiles.masks[shown], random_features(tiles.images)
+    whiten = whitening(features)
     few_masks = masks[:: max(1, len(masks) // 8)][:8].repeat_interleave(5, dim=0)
     pipeline = load_pipeline(arguments.model)
     few = Segmentor.from_pretrained(arguments.segmentor)
@@ -131,12 +132,12 @@ def main() -> None:
         images = paint(pipeline, masks, recipe, steering, by)
         seconds = time.monotonic() - begun
         copies = paint(pipeline, few_masks, recipe, steering, by)
-        value, error = kid(real, random_features(images))
+        value, error = kid(whiten(features), whiten(random_features(images)), torch.arange(len(tiles)), shown)
         done[name] = {
             "agreement": agreement(images, ruler if who != "oracle" else second),
             "steering segmentor": None if by is None else agreement(images, by),
-            "kid": 1000 * value,
-            "kid error": 1000 * error,
+            "kid": value,
+            "kid error": error,
             "moved": (images.float() - plain.float()).abs().mean().item(),
             "spread": spread(copies, 5),
             "seconds": seconds,
@@ -146,11 +147,16 @@ def main() -> None:
     print("\n| steering | agreement | by its own segmentor | KID | moved | diversity | time |")
     print("|---|---|---|---|---|---|---|")
     for name, row in done.items():
-        own = "–" if row["steering segmentor"] is None else f"{row['steering segmentor']:.1f}"
-        print(
-            f"| {name} | {row['agreement']:.1f} | {own} | {row['kid']:.1f} ± {row['kid error']:.1f} "
-            f"| {row['moved']:.1f} | {row['spread'] / done['none']['spread']:.2f} | {row['seconds'] / done['none']['seconds']:.2f} |"
-        )
+        cells = [
+            name,
+            f"{row['agreement']:.1f}",
+            "–" if row["steering segmentor"] is None else f"{row['steering segmentor']:.1f}",
+            f"{row['kid']:.2f} ± {row['kid error']:.2f}",
+            f"{row['moved']:.1f}",
+            f"{row['spread'] / done['none']['spread']:.2f}",
+            f"{row['seconds'] / done['none']['seconds']:.2f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
