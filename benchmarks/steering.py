@@ -7,8 +7,9 @@ which the generator never saw. The first ruler, a segmentor trained on all train
 against the masks is the agreement. It steers nothing, except in the rows that are called oracles, which a second ruler
 reads. Rows that are in OUT already are not painted again.
 
-Columns: agreement, mIoU %; KID to the real validation tiles (whitened random features); how far the pixels move from the
-unsteered painting (mean absolute difference, of 255); diversity of five paintings of one mask, relative to unsteered.
+Columns: agreement, mIoU %; KID to the real validation tiles (whitened random features); how far the pixels move from
+the unsteered painting (mean absolute difference, of 255); diversity of five paintings of one mask, relative to
+unsteered.
 """
 
 from __future__ import annotations
