@@ -202,10 +202,12 @@ class Benchmark:
         painted = load_synthetic(folder / "set")
         # Paintings under one mask are no independent samples.
         sources = torch.arange(len(self.many)), len(self.many) + torch.tensor([job.source for job in jobs])
+        distance, error = kid(real, random_features(painted.images), *sources)
         return {
             "steps": steps,
             "agreement": ruler.evaluate(painted).mean_iou,
-            "kid": kid(real, random_features(painted.images), *sources)[0],
+            "kid": distance,
+            "kid_error": error,
             "downstream": self.downstream(name, seed, painted),
             "train_seconds": outcome.seconds,
         }

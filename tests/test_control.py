@@ -127,15 +127,15 @@ def test_from_scratch_the_schemes_share_positions_preconditioning_and_the_zero_r
 
 
 @pytest.mark.parametrize("blocks", [2, 4, 6])
-def test_the_schemes_have_about_equally_many_parameters(blocks):
+def test_the_schemes_have_about_equally_many_parameters_and_the_adapter_fewer(blocks):
     config = {**SD3, "num_layers": blocks, "attention_head_dim": 32, "caption_projection_dim": 128}
     sizes = {
         name: sum(p.numel() for p in scheme(**config, mask_channels=MASK_CHANNELS).parameters())
         for name, scheme in CONTROL_SCHEMES.items()
     }
     assert sizes["siamese"] == sizes["unified"]
-    for name, size in sizes.items():
-        assert size == pytest.approx(sizes["unified"], rel=0.1), name
+    assert sizes["controlnet"] == pytest.approx(sizes["unified"], rel=0.05)
+    assert 0.65 * sizes["unified"] < sizes["adapter"] < sizes["unified"]
 
 
 @every_scheme
@@ -293,20 +293,18 @@ def test_an_adapter_block_adds_cross_attention_to_the_features():
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)  # diffusers' RMS norm is float32
 
 
+@pytest.mark.parametrize("block", [0, 3])
 @torch.no_grad()
-def test_the_features_of_an_adapter_come_from_the_mask_alone():
+def test_the_features_of_an_adapter_come_from_the_mask_alone(block):
     model = scrambled(AdapterMMDiT(**SD35, mask_channels=MASK_CHANNELS))
     seen = []
-    model.mask_encoder.register_forward_hook(lambda module, arguments, output: seen.append(output))
-    keys = []
-    model.transformer_blocks[2].mask.to_k.register_forward_hook(lambda module, args, output: keys.append(output))
-    for seed in (5, 6):
-        model(**inputs(seed), mask_latents=mask_code())
-    model(**inputs(5), mask_latents=mask_code(seed=8))
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(keys[0], keys[1])
-    assert not torch.allclose(seen[0], seen[2], atol=1e-2)
-    assert len(seen) == 3, "one pass through the encoder for all blocks"
+    for layer in model.transformer_blocks[block].mask.children():  # keys, values, and the norm of the keys
+        layer.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    for seed, mask_seed in ((5, 7), (6, 7), (5, 8)):
+        model(**inputs(seed), mask_latents=mask_code(mask_seed))
+    for once, again, other in zip(seen[:3], seen[3:6], seen[6:], strict=True):
+        assert torch.equal(once, again)
+        assert not torch.allclose(once, other, atol=1e-2)
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ without a mask each is the same SD3 transformer. In one block, with image tokens
     adapter      a joint attention of Z and T; Z adds what it finds in features of the mask
     ControlNet   a joint attention of Z and T; Z adds W times a control stream, SD3's blocks over Z + M and T
 
-At equal width and depth they have about equally many parameters: the adapter's encoder of masks is as deep as the
-transformer, the control stream half as deep.
+At equal width and depth, the first two have equally many parameters, and the ControlNet, with a control stream half as
+deep as the transformer, about as many. An adapter is smaller by nature: its mask has no stream. A transformer encoder of
+the mask that made it as large made it worse in short trainings, since the image finds the mask below it later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention import JointTransformerBlock
 
 # Not used here, but a pipeline finds the loading methods of its parts by this name in their modules.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
@@ -70,24 +71,6 @@ class SiameseMMDiT(MaskMMDiT):
     def _make_block(self, **sizes: Any) -> JointBlock:
         modulation, gated = self.config.mask_mlp_modulation, self.config.mask_gate
         return SiameseBlock(**sizes, mlp_modulation=modulation, gated=gated)
-
-
-class PlainBlock(nn.Module):
-    """A transformer block that nothing conditions."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width, _EPS, elementwise_affine=False)
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
-        self.ff = FeedForward(width, activation_fn="gelu-approximate")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Update the tokens (B, N, D)."""
-        q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        x = x + self.to_out(attention(q, k, v).flatten(2))
-        return x + self.ff(self.norm(x))
 
 
 class AdapterBranch(nn.Module):
@@ -150,9 +133,9 @@ class AdapterBlock(JointBlock):
 class AdapterMMDiT(MaskMMDiT):
     """A mask adapter (after IP-Adapter, Ye et al. 2023, arXiv 2308.06721); arguments as in `MaskMMDiT`.
 
-    The mask's tokens pass through an encoder of as many plain transformer blocks. Timestep, text
-    and image do not enter, so its features stay the same over a sampling; nothing of the mask is modulated, and
-    `mask_mlp_modulation` has no effect.
+    The features are the mask's embedded patches with their positions: timestep, text and image do not enter, so they
+    are the same in all blocks and in all steps of a sampling. Nothing modulates them, `mask_mlp_modulation` has no
+    effect.
     """
 
     _no_split_modules = ["AdapterBlock"]  # noqa: RUF012 - diffusers' own declaration
@@ -160,14 +143,8 @@ class AdapterMMDiT(MaskMMDiT):
     def _make_block(self, **sizes: Any) -> JointBlock:
         return AdapterBlock(**sizes, gated=self.config.mask_gate)
 
-    def _add_blocks(self, count: int) -> None:
-        super()._add_blocks(count)
-        self.mask_encoder = nn.Sequential(
-            *(PlainBlock(self.inner_dim, self.config.num_attention_heads) for _ in range(count))
-        )
-
     def _through_blocks(self, conditioning: Tensor, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        features = () if mask is None else (self.mask_encoder(mask),)
+        features = () if mask is None else (mask,)
         tokens: tuple[Tensor, ...] = (image, text)
         for block in self.transformer_blocks:
             tokens = self._run(block, conditioning, *tokens, *features)
