@@ -10,8 +10,8 @@ without a mask each is the same SD3 transformer. In one block, with image tokens
     ControlNet   a joint attention of Z and T; Z adds W times a control stream, SD3's blocks over Z + M and T
 
 At equal width and depth, the first two have equally many parameters, and the ControlNet, with a control stream half as
-deep as the transformer, about as many. An adapter is smaller by nature: its mask has no stream. A transformer encoder of
-the mask that made it as large made it worse in short trainings, since the image finds the mask below it later.
+deep as the transformer, about as many. An adapter is smaller by nature: its mask has no stream. An encoder of the mask
+that made it as large made it worse in short trainings, since the image finds the mask below it later.
 """
 
 from __future__ import annotations
