@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import json
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.kid import poly_mmd
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from terrasynth.data.folder import load_tiles
 from terrasynth.data.world import render
 from terrasynth.study.quality import (
     edge_ratio,
@@ -21,6 +27,10 @@ from terrasynth.study.quality import (
     thumbnails,
     whitening,
 )
+from terrasynth.systems.fit import fit_generator
+from terrasynth.tasks.segmentation import Segmentor
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +263,60 @@ def test_the_nearest_is_the_nearest(scenes):
     every = (points[:, None] - training).square().mean(2).sqrt()
     torch.testing.assert_close(distances, every.min(1).values)
     assert torch.equal(positions, every.argmin(1))
+
+
+# --- all of it, for a model
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_recipe, tmp_path_factory):
+    """A tiny model, measured twice by the command line; the second time there is nothing left to paint."""
+    folder = tmp_path_factory.mktemp("quality")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe.model_dump(mode="json")))
+    train = load_tiles(tiny_recipe.data, "train")
+    fit_generator(train, tiny_recipe.generator, tiny_recipe.data, tiny_recipe.sampling, folder)
+    steering = Segmentor.build(tiny_recipe.segmentor, 6, seed=5, class_names=train.schema.names)
+    steering.save_pretrained(folder / "steering")
+    more = ["data.world.validation=4", "data.world.test=6"]
+    command = [str(folder / "model"), str(recipe), "--out", str(folder / "out"), "--steering", str(folder / "steering")]
+    command += [f"--set={setting}" for setting in more] + ["--ruler=data.world.train=8", "--ruler=data.world.seed=1"]
+    main = runpy.run_path(str(BENCHMARK))["main"]
+    main(command)
+    painted = {path: path.stat().st_mtime_ns for path in folder.glob("out/*/dataset/images/*")}
+    first = json.loads((folder / "out" / "quality.json").read_text())
+    main([*command, "--seeds", "0", "1"])
+    assert painted == {path: path.stat().st_mtime_ns for path in folder.glob("out/*/dataset/images/*")}
+    return first, json.loads((folder / "out" / "quality.json").read_text()), folder / "out"
+
+
+def test_a_model_is_measured_by_one_command(measured):
+    results, _, out = measured
+    sets = results["sets"]
+    assert {name: found["count"] for name, found in sets.items()} == {
+        "real": 10,
+        "training": 8,
+        "reconstructed": 10,
+        "painted": 20,
+        "steered": 20,
+    }
+    assert sets["reconstructed"]["psnr"] > 20
+    assert len(sets["painted"]["agreement"]["miou_by_seed"]) == 2
+    assert sets["real"]["differences"]["pixels"]["within"] is None
+    assert sets["painted"]["differences"]["pixels"]["within"] > 0
+    assert (out / "quality.png").is_file()
+    table = (out / "quality.md").read_text().splitlines()
+    assert table[0].count("|") == table[1].count("|") == table[-1].count("|") == 7
+
+
+def test_measuring_again_gives_the_same_numbers_without_painting(measured):
+    first, again, _ = measured
+    assert first["sets"] == again["sets"]
+
+
+def test_too_few_unseen_tiles_are_refused(tmp_path, tiny_recipe, measured):
+    *_, out = measured
+    with pytest.raises(SystemExit, match="too few unseen tiles"):
+        runpy.run_path(str(BENCHMARK))["main"](
+            [str(out.parent / "model"), str(out.parent / "tiny.yaml"), "--out", str(tmp_path), "--count", "3"]
+        )

@@ -72,7 +72,9 @@ def _features(images: Tensor) -> Tensor:
         x = F.avg_pool2d(images, 2**scale)
         for weight in _filters():
             x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight.to(x)).relu()
-            statistics += [x.mean((2, 3)), x.std((2, 3), correction=0)]
+            # By the sum of squares it is several times as fast as `Tensor.std`, and exact enough beside _FLOOR.
+            mean, square = x.mean((2, 3)), torch.linalg.vector_norm(x, dim=(2, 3)) ** 2 / x[0, 0].numel()
+            statistics += [mean, (square - mean**2).clamp_min(0).sqrt()]
     return ((torch.cat(statistics, 1) + _FLOOR) / _MIDDLE).log()
 
 
