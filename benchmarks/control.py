@@ -238,7 +238,11 @@ class Benchmark:
             agreement, distance = 100 * self.known["real"]["agreement"], 1000 * self.known["real"]["kid"]
             downstream = cells("real-", "downstream")
             lines += [f"Unseen real tiles: agreement {agreement:.1f}, KID {distance:.1f}."]
-            lines += [f"Downstream without painted tiles: {downstream}.", ""]
+            lines += [f"Downstream without painted tiles: {downstream}."]
+            lines += [
+                f"Standard error of the KID of one seed, on average: {cells('', 'kid_error', 1000).split()[0]}.",
+                "",
+            ]
         lines += ["| control | budget | steps | agreement % | KID x 1000 | downstream mIoU % | million | step time |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for budget in BUDGETS:
