@@ -13,7 +13,7 @@ First with equal budgets of samples, then with equal budgets of time, by the ste
 
     python benchmarks/control.py --out control.json --seeds 2 --steps 600
 
-Rows are written to --out as they are finished, work in progress goes to the folder beside it, and --minutes ends a
+Rows are written to --out as they are finished, work in progress goes to a folder beside it, and --minutes ends a
 sitting: the same command goes on.
 """
 
@@ -107,7 +107,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.sitting = Sitting(arguments.minutes)
-        self.out, self.work = arguments.out, arguments.out.with_suffix("")
+        self.out, self.work = arguments.out, arguments.out.with_suffix(".work")
         self.steps, self.count = arguments.steps, arguments.count
         self.known: dict[str, Any] = {"steps": self.steps, "count": self.count, "rows": {}}
         if self.out.is_file():
