@@ -76,6 +76,7 @@ def paint(
                 batch,
                 seeds=list(range(start, start + len(batch))),
                 num_inference_steps=recipe.sampling.steps,
+                solver=recipe.sampling.solver,
                 text_scale=recipe.sampling.text_scale,
                 mask_scale=recipe.sampling.mask_scale,
                 steering=None if steer is None else steer(batch),

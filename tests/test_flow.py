@@ -130,7 +130,8 @@ def test_steps_equal_those_of_the_scheduler_bit_for_bit():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_sampler_converges_to_the_exact_flow_of_gaussian_data_at_first_order(shift):
+@pytest.mark.parametrize(("solver", "order", "within"), [("euler", 1, 0.1), ("adams", 2, 0.4)])
+def test_sampler_converges_to_the_exact_flow_of_gaussian_data_at_the_order_of_the_solver(solver, order, within, shift):
     mean, std = 0.7, 0.4
 
     def velocity(x, timestep):
@@ -142,11 +143,43 @@ def test_sampler_converges_to_the_exact_flow_of_gaussian_data_at_first_order(shi
     exact = mean + std * noise
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     errors = [
-        (sample_flow(velocity, noise, scheduler, n) - exact).square().mean().sqrt().item() for n in (20, 40, 80, 160)
+        (sample_flow(velocity, noise, scheduler, n, solver=solver) - exact).square().mean().sqrt().item()
+        for n in (20, 40, 80, 160)
     ]
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert errors[-1] < 0.01
-    assert orders[-1] == pytest.approx(1, abs=0.1)
+    assert orders[-1] == pytest.approx(order, abs=within)
+
+
+def test_adams_is_the_two_step_method_written_out():
+    noise, scheduler = seeded_noise([0, 1], (4, 8, 8)), FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def velocity(latents, timestep):
+        return torch.sin(3 * latents) + timestep.view(-1, 1, 1, 1) / 1000
+
+    z = sample_flow(velocity, noise, scheduler, 3, solver="adams")
+    s = scheduler.sigmas.tolist()
+    t = scheduler.timesteps
+    v0 = velocity(noise, t[0].expand(2))
+    z1 = noise + (s[1] - s[0]) * v0
+    v1 = velocity(z1, t[1].expand(2))
+    z2 = z1 + (s[2] - s[1]) * v1 + (s[2] - s[1]) ** 2 / 2 * (v1 - v0) / (s[1] - s[0])
+    v2 = velocity(z2, t[2].expand(2))
+    z3 = z2 + (s[3] - s[2]) * v2 + (s[3] - s[2]) ** 2 / 2 * (v2 - v1) / (s[2] - s[1])
+    torch.testing.assert_close(z, z3, rtol=0, atol=1e-5)
+
+
+def test_what_steering_adds_to_a_step_is_not_taken_back_by_the_next():
+    noise, scheduler = seeded_noise([0], (4, 8, 8)), FlowMatchEulerDiscreteScheduler()
+
+    def once(velocity, latents, step, decode):
+        return velocity + 1 if step.index == 1 else velocity
+
+    options = {"solver": "adams", "decode": lambda x: x}
+    plain = sample_flow(lambda x, t: torch.zeros_like(x), noise, scheduler, 4, **options)
+    steered = sample_flow(lambda x, t: torch.zeros_like(x), noise, scheduler, 4, steering=once, **options)
+    h = scheduler.sigmas[2] - scheduler.sigmas[1]
+    torch.testing.assert_close(steered - plain, h.expand_as(noise))
 
 
 def test_callback_sees_every_step_and_the_exact_data_where_the_flow_is_straight():

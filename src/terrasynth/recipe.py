@@ -257,10 +257,12 @@ class GeneratorConfig(_Config):
 
 
 class SamplingConfig(_Config):
-    """Euler sampling of the flow."""
+    """Sampling of the flow."""
 
     steps: Positive = 23
     """Sampling steps (the published number)."""
+    solver: Literal["euler", "adams"] = "euler"
+    """`euler` as published, or `adams` (Adams-Bashforth of second order), as good in fewer steps of the same cost."""
     text_scale: Annotated[float, Field(ge=0)] = 1.0
     """Guidance scale of the prompt; 1 is off, anything else needs `text_dropout` and `mask_dropout`."""
     mask_scale: Annotated[float, Field(ge=0)] = 1.5

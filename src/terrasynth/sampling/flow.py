@@ -1,4 +1,4 @@
-"""Rectified flow: the path between data and noise, its Euler sampler, and guidance as arithmetic on velocities.
+"""Rectified flow: the path between data and noise, its samplers, and guidance as arithmetic on velocities.
 
     x_σ = (1 − σ) x_0 + σ ε        v = dx/dσ = ε − x_0        σ = 1: noise ε, σ = 0: data x_0
 
@@ -23,6 +23,7 @@ __all__ = [
     "FlowBatch",
     "FlowStep",
     "GuidanceTerm",
+    "Solver",
     "Steering",
     "Velocity",
     "condition_or_null",
@@ -36,6 +37,7 @@ __all__ = [
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """Latents (B, C, h, w) and timesteps (B,) to velocities (B, C, h, w)."""
+Solver = Literal["euler", "adams"]
 Decode = Callable[[Tensor], Tensor]
 """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1], differentiable."""
 
@@ -84,17 +86,24 @@ def sample_flow(
     scheduler: FlowMatchEulerDiscreteScheduler,
     num_steps: int,
     *,
+    solver: Solver = "euler",
     steering: Steering | None = None,
     decode: Decode | None = None,
     callback: Callable[[FlowStep, Tensor], None] | None = None,
 ) -> Tensor:
-    """Euler's method from noise to data: `z ← z + (σ_next − σ) v`.
+    """From noise to data along the flow, one evaluation of the velocity a step.
+
+        euler    z ← z + h v                                     h = σ_next − σ
+        adams    z ← z + h (v + h / (2 h_last) (v − v_last))     Adams-Bashforth of second order
+
+    Adams takes its first step as Euler does, and needs far fewer steps for the same accuracy.
 
     Args:
         velocity: predicts v at the latents and timesteps it is given.
         latents: the noise to start from, (B, C, h, w).
         scheduler: chooses the noise levels (`set_timesteps` is called on it).
         num_steps: N, the number of evaluations of `velocity`.
+        solver: which of the two.
         steering: replaces the velocity of each step by the one it returns; needs `decode`.
         decode: latents to images, for the steering.
         callback: told each step and its estimate of the clean latents, z − σ v.
@@ -107,14 +116,19 @@ def sample_flow(
     scheduler.set_timesteps(num_steps, device=latents.device)
     sigmas = scheduler.sigmas.tolist()
     z = latents.float()
+    last: tuple[Tensor, float] | None = None
     for i, timestep in enumerate(scheduler.timesteps):
-        step = FlowStep(i, num_steps, sigmas[i])
+        step, h = FlowStep(i, num_steps, sigmas[i]), sigmas[i + 1] - sigmas[i]
         v = velocity(z, timestep.expand(len(z))).float()
+        # The slope of the flow itself: from steered velocities it would take half of the last correction back.
+        bend = 0.0 if last is None else h / (2 * last[1]) * (v - last[0])
+        if solver == "adams":
+            last = v, h
         if steering is not None and decode is not None:
             v = steering(v, z, step, decode)
         if callback is not None:
             callback(step, z - step.sigma * v)
-        z = z + (sigmas[i + 1] - sigmas[i]) * v
+        z = z + h * (v + bend)
     return z
 
 

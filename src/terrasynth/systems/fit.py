@@ -253,6 +253,7 @@ def fit_generator(
             tiles.masks[shown],
             seeds=list(range(len(shown))),
             num_inference_steps=sampling.steps,
+            solver=sampling.solver,
             text_scale=sampling.text_scale,
             mask_scale=sampling.mask_scale,
             precision=sampling.precision,

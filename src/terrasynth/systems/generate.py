@@ -121,6 +121,7 @@ def paint(
                 prompts,
                 seeds=[job.seed for job in batch],
                 num_inference_steps=sampling.steps,
+                solver=sampling.solver,
                 text_scale=sampling.text_scale,
                 mask_scale=sampling.mask_scale,
                 steering=None if steering is None else steering(targets.long().to(device)),

@@ -26,6 +26,7 @@ from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
 from terrasynth.sampling.flow import (
     FlowStep,
+    Solver,
     Steering,
     condition_or_null,
     flow_batch,
@@ -271,6 +272,7 @@ class TODSynthPipeline(DiffusionPipeline):
         *,
         seeds: Sequence[int],
         num_inference_steps: int = 23,
+        solver: Solver = "euler",
         text_scale: float = 1.0,
         mask_scale: float = 1.5,
         steering: Steering | None = None,
@@ -284,7 +286,8 @@ class TODSynthPipeline(DiffusionPipeline):
             masks: (B, H, W) class indices; H and W divisible by the pixels of one token.
             prompts: B texts; by default captions of the classes present.
             seeds: B seeds; an image depends on its own mask, prompt and seed only (to float tolerance).
-            num_inference_steps: Euler steps.
+            num_inference_steps: evaluations of the velocity.
+            solver: `euler` or `adams`, see `sampling.flow.sample_flow`.
             text_scale: guidance scale of the prompt against the empty one; 1 is off.
             mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
             steering: changes the velocity in each step, as `ControlRectify`.
@@ -322,6 +325,7 @@ class TODSynthPipeline(DiffusionPipeline):
                 seeded_noise(seeds, shape).to(device),
                 self.scheduler,
                 num_inference_steps,
+                solver=solver,
                 steering=steering,
                 decode=self.decode,
                 callback=callback,
