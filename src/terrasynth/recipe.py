@@ -311,6 +311,8 @@ class SegmentorConfig(_Config):
     """Pretrained encoder weights (`imagenet`, ...; needs a hub); null trains from scratch."""
     options: dict[str, object] = {}
     """Further arguments of the architecture's constructor."""
+    dice: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the Dice loss beside cross-entropy in training: rare classes, as roads, are learned sooner."""
     train: TrainConfig = TrainConfig(steps=1000, batch_size=8, weight_decay=0.05, clip_norm=None)
     """The training run of one cell."""
 

@@ -284,6 +284,8 @@ def fit_generator(
     if outcome.finished and not (folder / "model").is_dir():
         with atomic_dir(folder / "model") as partial:
             if config.save_precision == "fp16":
-                pipeline.to(torch.float16, silence_dtype_warnings=True)  # to start from, not to compute in
+                for part in pipeline.components.values():
+                    if isinstance(part, torch.nn.Module):
+                        part.half()  # to start from, not to compute in
             pipeline.save_pretrained(partial)
     return outcome

@@ -182,7 +182,10 @@ class TODSynthPipeline(DiffusionPipeline):
                     wanted = {name: kwargs.pop(name, None) for name in names}
             pipeline = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
-                pipeline.to(torch.float32)  # text encoders come in the precision of their files
+                # Text encoders come in the precision of their files. (Part by part: `DiffusionPipeline.to` warns.)
+                for part in pipeline.components.values():
+                    if isinstance(part, torch.nn.Module):
+                        part.float()
             if wanted:
                 pipeline.adapt(LabelSchema.from_dict(wanted["label_schema"]), wanted["caption"])
                 pipeline.register_to_config(image_size=wanted["image_size"] or pipeline.config.image_size)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 
 from terrasynth.data.augment import augment, classmix, copy_paste, cutmix
@@ -182,7 +183,21 @@ class Segmentor(nn.Module):
                 control-rectify flow matching descends; "none", (B, H, W), 0 where unlabelled.
                 The mean of no pixels is 0.
         """
+        return self._reduced(self(images), targets, reduction)
+
+    def training_loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """What `fit` descends, scalar: the mean cross-entropy, and `dice` times the Dice loss of the batch.
+
+        Dice (Milletari et al. 2016) is one minus twice the overlap over the sum of what is predicted and what is true,
+        over all tiles of the batch, averaged over classes: a class counts the same however few pixels it has.
+        """
         logits = self(images)
+        loss = self._reduced(logits, targets, "mean")
+        if self.config.dice:
+            loss = loss + self.config.dice * DiceLoss("multiclass", ignore_index=self.ignore_index)(logits, targets)
+        return loss
+
+    def _reduced(self, logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="none")
         labelled = targets != self.ignore_index
@@ -402,7 +417,7 @@ def fit(
                 images, masks = classmix(images, masks, seeds, segmentor.ignore_index)
             case "copy-paste":
                 images, masks = copy_paste(images, masks, seeds, segmentor.ignore_index)
-        return segmentor.loss(images, masks)
+        return segmentor.training_loss(images, masks)
 
     def evaluate(step: int) -> dict[str, float]:
         confusion = segmentor.evaluate(validation)
