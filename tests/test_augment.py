@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from terrasynth.data.augment import _components, augment, classmix, copy_paste, cutmix, view
+from terrasynth.data.augment import _components, augment, classmix, copy_paste, cutmix, dihedral, view
 
 SIZE = 64
 
@@ -409,3 +409,13 @@ def test_objects_land_anywhere_in_every_position():
     assert min(shapes.values()) > 18
     tops, lefts = {y for y, _ in corners}, {x for _, x in corners}
     assert tops == lefts == set(range(28))
+
+
+def test_every_symmetry_of_the_square_is_taken_back_by_its_inverse():
+    tensor = torch.randn(2, 3, 5, 5)
+    seen = set()
+    for element in range(8):
+        turned = dihedral(tensor, element)
+        seen.add(turned.numpy().tobytes())
+        assert torch.equal(dihedral(turned, element, inverse=True), tensor)
+    assert len(seen) == 8

@@ -411,6 +411,26 @@ def test_painted_tiles_and_mixes_enter_the_batches(tmp_path, trained):
     assert all(not torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
 
 
+def test_pseudo_masks_turn_with_the_tile_and_leave_out_what_is_unsure(trained):
+    segmentor, tiles = trained[0], made_tiles(3)
+    masks = segmentor.label(tiles)
+    turned = replace(tiles, images=tiles.images.rot90(1, (-2, -1)).flip(-1))
+    assert (segmentor.label(turned) == masks.rot90(1, (-2, -1)).flip(-1)).float().mean() > 0.999
+    share = torch.zeros(3, segmentor.num_classes, 32, 32)
+    with torch.no_grad():
+        for flip in (False, True):
+            for turns in range(4):
+                x = (tiles.images.flip(-2) if flip else tiles.images).rot90(turns, (-2, -1)).float() / 255
+                back = segmentor(x).softmax(1).rot90(-turns, (-2, -1))
+                share += (back.flip(-2) if flip else back) / 8
+    assert (masks == share.argmax(1)).float().mean() > 0.999
+    sure = share.amax(1)
+    limit = sure.median().item()
+    kept = segmentor.label(tiles, limit) != IGNORE
+    assert (kept == (sure >= limit)).float().mean() > 0.99
+    assert 0.4 < kept.float().mean() < 0.6
+
+
 def test_pixel_losses_are_those_of_the_tiles_whatever_the_batch(trained):
     segmentor, tiles = trained[0], made_tiles(5, seed=4)
     losses = segmentor.pixel_losses(tiles, batch_size=2)

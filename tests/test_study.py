@@ -272,3 +272,75 @@ def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
     recipe["study"]["arms"] = recipe["study"]["arms"][::-1]
     with pytest.raises(TerraSynthError, match="baseline"):
         Study(Recipe.model_validate(recipe), Path(), Path("unused"))
+
+
+# Unlabelled images under what the baseline reads in them
+
+
+@pytest.fixture(scope="module")
+def semi_supervised(tiny_recipe, tmp_path_factory):
+    """The tiny study on folders, with unlabelled images beside the labelled tiles."""
+    from PIL import Image
+
+    from terrasynth.data.folder import load_tiles
+
+    root = tmp_path_factory.mktemp("tiles")
+    for split in ("train", "validation", "test"):
+        tiles = load_tiles(tiny_recipe.data, split)
+        for kind, arrays in (("images", tiles.images.movedim(1, -1)), ("masks", tiles.masks)):
+            (root / kind / split).mkdir(parents=True)
+            for id_, array in zip(tiles.ids, arrays.numpy(), strict=True):
+                Image.fromarray(array).save(root / kind / split / f"{id_}.png")
+    world = tiny_recipe.data.world.model_copy(update={"train": 3, "seed": 5})
+    more = load_tiles(tiny_recipe.data.model_copy(update={"world": world}), "train")
+    (root / "more").mkdir()
+    for id_, array in zip(more.ids, more.images.movedim(1, -1).numpy(), strict=True):
+        Image.fromarray(array).save(root / "more" / f"{id_}.png")
+    more.schema.to_yaml(root / "classes.yaml")
+    splits = {name: {"folder": name, "list": None} for name in ("train", "validation", "test")}
+    recipe = tiny_recipe.model_dump(mode="json")
+    recipe["data"] |= {"kind": "folder", "root": str(root), "label_schema": "classes.yaml", **splits}
+    recipe["data"]["unlabelled"] = [{"images": "more/*.png", "windows": 1, "scale": [1.0, 1.0]}]
+    recipe["generator"] |= {"pseudo_labels": 0.3}
+    arms = [{"name": "real"}, {"name": "painted", "synthetic": "plain", "ratio": 2}]
+    recipe["study"] |= {"layouts": "all", "seeds": [0], "arms": arms, "plateau_check": "none"}
+    return Recipe.model_validate(recipe)
+
+
+def test_generator_and_layouts_take_what_the_baseline_reads_in_unlabelled_images(
+    semi_supervised, tmp_path, monkeypatch
+):
+    import torch
+
+    from terrasynth.data.augment import view
+    from terrasynth.data.folder import load_synthetic
+    from terrasynth.study import run
+    from terrasynth.systems.generate import plan
+    from terrasynth.tasks.segmentation import Segmentor
+
+    seen = []
+    monkeypatch.setattr(run, "fit_generator", lambda *a, **k: seen.append(k["unlabelled"]) or fit_generator(*a, **k))
+    from terrasynth.systems.fit import fit_generator
+
+    study = Study(semi_supervised, Path(), tmp_path)
+    study.run()
+    baseline = Segmentor.from_pretrained(study.cell(study.baseline, 0).folder / "segmentor")
+    assert torch.equal(seen[0].masks, baseline.label(study.unlabelled, 0.3))
+    assert seen[0].captions() == [study.train.schema.caption(mask, study.train.caption) for mask in seen[0].masks]
+
+    labels = baseline.label(study.unlabelled)
+    layouts = [study.train.masks[0], labels[0], study.train.masks[1], labels[1], study.train.masks[2], labels[2]]
+    painted = load_synthetic(study.painted("plain", 0).folder / "dataset")
+    assert len(painted) == 8
+    for job, mask in zip(plan(8, 6, 0), painted.masks, strict=True):
+        assert torch.equal(mask, view(study.train.images[0], layouts[job.source], job.view)[1])
+    page = (tmp_path / "report.html").read_text()
+    assert "with a probability of 0.3 or more" in page
+
+
+def test_pseudo_labels_without_unlabelled_images_are_refused(tiny_recipe):
+    for section, setting in (("generator", {"pseudo_labels": 0.5}), ("study", {"layouts": "all"})):
+        values = tiny_recipe.model_dump(mode="json")
+        values[section] |= setting
+        with pytest.raises(ValueError, match="needs unlabelled images"):
+            Recipe.model_validate(values)

@@ -97,7 +97,8 @@ class DataConfig(_Config):
     """Folder of the tiles (`kind: folder` and `unlabelled`). `--data DIR` sets it."""
     unlabelled: tuple[SourceConfig, ...] = ()
     """Unlabelled images. With `kind: folder` the generator sees them beside the labelled tiles, under a wholly
-    unlabelled mask; nothing else does."""
+    unlabelled mask or what the baseline's segmentor reads in them (`generator.pseudo_labels`); no segmentor is trained
+    on them."""
     worlds: tuple[WorldConfig, ...] = ()
     """Procedural scenes that a base model learns from (`kind: unlabelled`); the `train` scenes of each."""
     clusters: Annotated[int, Field(ge=2, le=64)] = 8
@@ -239,6 +240,9 @@ class GeneratorConfig(_Config):
     """Fixed augmentations (flips, quarter turns, zooms) under which every tile is encoded once."""
     labelled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of labelled tiles in each batch where `data.unlabelled` names more images."""
+    pseudo_labels: Fraction | None = None
+    """Give the windows of `data.unlabelled` the classes that the baseline's segmentor of the first seed reads in them
+    with at least this probability (after You et al. 2023, "DPT"); null leaves them unlabelled."""
     save_precision: Literal["fp32", "fp16"] = "fp32"
     """Precision of the saved weights; `fp16` halves the files and is enough to start from."""
     seed: NonNegative = 0
@@ -369,6 +373,9 @@ class StudyConfig(_Config):
     """The first arm is the baseline."""
     ratio: Positive = 3
     """Painted tiles per real tile."""
+    layouts: Literal["labelled", "all"] = "labelled"
+    """Masks to paint: those of the labelled tiles, or in turn one of these and one that the baseline's segmentor of the
+    seed reads in a window of `data.unlabelled`."""
     real_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of real tiles in each training batch of an arm with painted tiles."""
     search: SearchConfig | None = None
@@ -419,6 +426,14 @@ class Recipe(_Config):
         ]
         if self.data.unlabelled and self.data.kind == "world":
             faults.append("data.unlabelled names images, but data.kind is world, which reads none")
+        faults += [
+            f"{key} needs unlabelled images beside the labelled tiles: data.unlabelled, with data.kind: folder"
+            for key, asked in (
+                ("generator.pseudo_labels", self.generator.pseudo_labels is not None),
+                ("study.layouts: all", self.study.layouts == "all"),
+            )
+            if asked and not (self.data.unlabelled and self.data.kind == "folder")
+        ]
         # Guidance looks at the null conditions, which a generator knows only if it met them in training. Prompt
         # guidance compares prompts under the null mask, so it needs both.
         faults += [

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["augment", "classmix", "copy_paste", "cutmix", "view"]
+__all__ = ["augment", "classmix", "copy_paste", "cutmix", "dihedral", "view"]
 
 # Distinguish the streams of one seed from each other.
 _AUGMENT, _VIEW, _CUTMIX, _CLASSMIX, _COPY_PASTE = range(5)
@@ -48,7 +48,7 @@ def augment(image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """
     random = np.random.default_rng((seed, _AUGMENT))
     element = int(random.integers(8))
-    image, mask = _dihedral(image, element), _dihedral(mask, element)
+    image, mask = dihedral(image, element), dihedral(mask, element)
     image, mask = _zoom(image.float() / 255, mask, random)
     return _jitter(image, random), mask.long()
 
@@ -68,10 +68,10 @@ def view(image: Tensor, mask: Tensor, index: int) -> tuple[Tensor, Tensor]:
         Image uint8 (3, S, S) and mask uint8 (S, S).
     """
     if index < 8:
-        return _dihedral(image, index).contiguous(), _dihedral(mask, index).contiguous()
+        return dihedral(image, index).contiguous(), dihedral(mask, index).contiguous()
     random = np.random.default_rng((index, _VIEW))
     element = int(random.integers(8))
-    zoomed, mask = _zoom(_dihedral(image, element).float(), _dihedral(mask, element), random)
+    zoomed, mask = _zoom(dihedral(image, element).float(), dihedral(mask, element), random)
     return zoomed.round().byte(), mask
 
 
@@ -228,10 +228,19 @@ def _pasted(tensor: Tensor, source: Tensor) -> Tensor:
     return torch.where(source >= 0, moved, tensor)
 
 
-def _dihedral(tensor: Tensor, element: int) -> Tensor:
-    """One of the symmetries of the square, 0..7: `element % 4` quarter turns, mirrored from 4 on; 0 is the identity."""
-    turned = torch.rot90(tensor, element % 4, dims=(-2, -1))
-    return turned.flip(-1) if element >= 4 else turned
+def dihedral(tensor: Tensor, element: int, *, inverse: bool = False) -> Tensor:
+    """One of the symmetries of the square, 0..7: `element % 4` quarter turns, mirrored from 4 on; 0 is the identity.
+
+    Args:
+        tensor: (..., S, S).
+        element: which one.
+        inverse: the symmetry that takes it back, instead.
+    """
+    turns, mirrored = element % 4, element >= 4
+    if inverse:
+        return torch.rot90(tensor.flip(-1) if mirrored else tensor, -turns, dims=(-2, -1))
+    turned = torch.rot90(tensor, turns, dims=(-2, -1))
+    return turned.flip(-1) if mirrored else turned
 
 
 def _zoom(image: Tensor, mask: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -537,8 +537,8 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             2,
             (
                 "Unlabelled images",
-                f"{results.data.unlabelled} windows of them train the generator beside the training tiles, under a "
-                "wholly unlabelled mask; no segmentor sees them",
+                f"{results.data.unlabelled} windows of them train the generator beside the training tiles, under "
+                f"{_unlabelled_masks(results.recipe)}; no segmentor is trained on them",
             ),
         )
     if "steered" in results.synthetic:
@@ -546,6 +546,16 @@ def _touched(results: Results) -> list[tuple[str, str]]:
     if results.filtered:
         rows.append(("Filter", "the segmentor that filters painted tiles under a seed is the baseline's of that seed"))
     return rows
+
+
+def _unlabelled_masks(recipe: Recipe) -> str:
+    confidence = recipe.generator.pseudo_labels
+    masks = (
+        "a wholly unlabelled mask"
+        if confidence is None
+        else f"the classes that the baseline's segmentor reads in them with a probability of {confidence:g} or more"
+    )
+    return masks if recipe.study.layouts == "labelled" else f"{masks}; the layouts that it reads are painted as well"
 
 
 def _steered(steering: SteeringConfig) -> str:

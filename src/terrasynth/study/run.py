@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import terrasynth
 from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
@@ -99,21 +100,30 @@ class Study:
             "train": self.train.fingerprint(),
             "unlabelled": None if self.unlabelled is None else self.unlabelled.fingerprint(),
         }
+        # Only named where it is asked for: other generators depend on no segmentor.
+        confidence = recipe.generator.pseudo_labels
+        reader = None if confidence is None else self.cell(self.baseline, recipe.study.seeds[0])
+        if reader is not None:
+            inputs["pseudo-labels"] = reader.key
 
         def work(folder: Path) -> None:
+            unlabelled = self.unlabelled
+            if unlabelled is not None and reader is not None and confidence is not None:
+                stored = folder / "pseudo" / "masks.safetensors"
+                unlabelled = self._read(unlabelled, reader, confidence, stored)
             outcome = fit_generator(
                 self.train,
                 recipe.generator,
                 recipe.data,
                 recipe.sampling,
                 folder,
-                unlabelled=self.unlabelled,
+                unlabelled=unlabelled,
                 max_minutes=self.clock.left(),
             )
             if not outcome.finished:
                 raise OutOfTime
 
-        made = {"products": ("model",), "scratch": ("checkpoints", "cache", "autoencoder/checkpoints")}
+        made = {"products": ("model",), "scratch": ("checkpoints", "cache", "pseudo", "autoencoder/checkpoints")}
         return do(self.out, "generator", inputs, self.clock, work, **made)
 
     def cell(self, arm: ArmConfig, seed: int, *, times: int = 1) -> Unit:
@@ -206,6 +216,32 @@ class Study:
         made = {"products": ("segmentor",), "scratch": ("training/checkpoints", "filtered")}
         return do(self.out / "cells", name, inputs, self.clock, work, **made)
 
+    def _read(self, tiles: Tiles, reader: Unit, confidence: float, stored: Path) -> Tiles:
+        """Unlabelled tiles under the masks that a segmentor reads in them, kept in `stored` for the next sittings."""
+
+        def masks(segmentor: Segmentor) -> Tensor:
+            return segmentor.label(tiles, confidence)
+
+        return replace(tiles, masks=_stored(reader, stored, masks), caption=self.train.caption)
+
+    def layouts(self, seed: int, stored: Path) -> Tiles:
+        """The tiles whose masks are painted: the labelled ones or, with `layouts: all`, these and the windows in turn.
+
+        Every window comes once, the labelled tiles again and again between them.
+        """
+        if self.unlabelled is None or self.recipe.study.layouts == "labelled":
+            return self.train
+        windows = self._read(self.unlabelled, self.cell(self.baseline, seed), 0.0, stored)
+        count = len(windows)
+        known = torch.arange(count) % len(self.train)
+        return Tiles(
+            tuple(id_ for i in range(count) for id_ in (self.train.ids[known[i]], windows.ids[i])),
+            torch.stack([self.train.images[known], windows.images], 1).flatten(0, 1),
+            torch.stack([self.train.masks[known], windows.masks], 1).flatten(0, 1),
+            self.train.schema,
+            self.train.caption,
+        )
+
     def painted(self, kind: str, seed: int) -> Unit:
         """The synthetic dataset of one seed, `plain` or `steered` by the baseline's segmentor of the same seed."""
         steers = self.cell(self.baseline, seed)
@@ -219,15 +255,17 @@ class Study:
             "segmentor": steers.key,
             "count": count,
             "seed": seed,
+            "layouts": None if study.layouts == "labelled" else self.unlabelled and self.unlabelled.fingerprint(),
         }
 
         def work(folder: Path) -> dict[str, Any]:
             segmentor = Segmentor.from_pretrained(steers.folder / "segmentor").to(_DEVICE)
+            layouts = self.layouts(seed, folder / "layouts.safetensors")
             paint(
                 load_pipeline(self.generator.folder / "model").to(_DEVICE),
-                self.train.masks,
-                self.train.ids,
-                plan(count, len(self.train), seed),
+                layouts.masks,
+                layouts.ids,
+                plan(count, len(layouts), seed),
                 self.recipe.sampling,
                 folder / "dataset",
                 provenance={
@@ -269,7 +307,12 @@ class Study:
         timing |= {"plateau check": [unit for units in twice.values() for unit in units]} if twice else {}
         seconds = {name: sum(unit.seconds for unit in units) for name, units in timing.items()}
         schema = self.train.schema
-        _gallery(self.out, self.train, study.seeds[0], {kind: units[0] for kind, units in painted.items()})
+        if kinds:
+            shown: dict[str, Unit] = {kind: units[0] for kind, units in painted.items()}
+            stored = painted[kinds[0]][0].folder / "layouts.safetensors"
+            _gallery(self.out, self.layouts(study.seeds[0], stored), study.seeds[0], shown)
+        else:
+            (self.out / "gallery.json").unlink(missing_ok=True)
         write_json(
             self.out / "results.json",
             {
@@ -377,19 +420,27 @@ def _tiles(painted: Unit) -> Tiles:
 
 
 def _filtered(painted: Tiles, real: Tiles, judge: Unit, stored: Path) -> Tiles:
-    """The painted tiles without the labels that the judge, the baseline's segmentor, finds implausible.
+    """The painted tiles without the labels that the judge, the baseline's segmentor, finds implausible."""
 
-    They are stored for the cell's next sittings: where the rounding is another, a pixel near the limit may fall on its
-    other side, and the training would no longer be the one that began.
-    """
-    if not stored.is_file():
-        segmentor = Segmentor.from_pretrained(judge.folder / "segmentor").to(_DEVICE)
+    def masks(segmentor: Segmentor) -> Tensor:
         ignore = real.schema.ignore_index
         means = class_mean_losses(segmentor.pixel_losses(real), real.masks, real.schema.num_classes, ignore)
-        masks = filter_pixels(painted.masks, segmentor.pixel_losses(painted), means, ignore_index=ignore)
-        with atomic_write(stored) as partial:
-            save_file({"masks": masks}, partial)
-    return replace(painted, masks=load_file(stored)["masks"])
+        return filter_pixels(painted.masks, segmentor.pixel_losses(painted), means, ignore_index=ignore)
+
+    return replace(painted, masks=_stored(judge, stored, masks))
+
+
+def _stored(reader: Unit, path: Path, masks: Callable[[Segmentor], Tensor]) -> Tensor:
+    """The masks that a finished segmentor makes, kept in a file for the next sittings.
+
+    Where the rounding is another, a pixel near the limit may fall on its other side, and the work would no longer be
+    the one that began.
+    """
+    if not path.is_file():
+        made = masks(Segmentor.from_pretrained(reader.folder / "segmentor").to(_DEVICE))
+        with atomic_write(path) as partial:
+            save_file({"masks": made}, partial)
+    return load_file(path)["masks"]
 
 
 def _mean_shares(units: list[Unit]) -> dict[str, float | None]:
@@ -404,9 +455,6 @@ def _gallery(out: Path, tiles: Tiles, seed: int, painted: Mapping[str, Unit], co
     from PIL import Image
 
     sets = {kind: _tiles(unit) for kind, unit in painted.items()}
-    if not sets:
-        (out / "gallery.json").unlink(missing_ok=True)
-        return
     total = len(next(iter(sets.values())))
     shown = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
     jobs = [plan(total, len(tiles), seed)[index] for index in shown]

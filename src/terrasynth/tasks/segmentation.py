@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 
-from terrasynth.data.augment import augment, classmix, copy_paste, cutmix
+from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, dihedral
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
@@ -241,6 +241,27 @@ class Segmentor(nn.Module):
             prediction = self.predict(images.to(self.device).float() / 255)
             confusion.update(prediction, masks.to(self.device), self.ignore_index)
         return confusion
+
+    def label(self, tiles: Tiles, confidence: float = 0.0, batch_size: int = 16) -> Tensor:
+        """Pseudo-masks: what the segmentor reads in `tiles`, averaged over the eight flips and turns of the square.
+
+        Args:
+            tiles: their images alone are looked at.
+            confidence: pixels whose likeliest class is less probable than this are left unlabelled.
+            batch_size: tiles computed together.
+
+        Returns:
+            uint8 masks (N, S, S) on the CPU.
+        """
+        masks = []
+        with self._evaluating():
+            for images in tiles.images.split(batch_size):
+                images = images.to(self.device).float() / 255
+                turned = [self(dihedral(images, element)).float().softmax(1) for element in range(8)]
+                share = sum(dihedral(read, element, inverse=True) for element, read in enumerate(turned)) / 8
+                most, classes = torch.as_tensor(share).max(1)
+                masks.append(torch.where(most >= confidence, classes, self.ignore_index).byte().cpu())
+        return torch.cat(masks).clone()
 
     def pixel_losses(self, tiles: Tiles, batch_size: int = 16) -> Tensor:
         """The cross-entropy of every pixel of `tiles`, float32 (N, S, S) on the CPU, 0 where unlabelled.
