@@ -77,6 +77,7 @@ def paint(
                 seeds=list(range(start, start + len(batch))),
                 num_inference_steps=recipe.sampling.steps,
                 solver=recipe.sampling.solver,
+                shift=recipe.sampling.shift,
                 text_scale=recipe.sampling.text_scale,
                 mask_scale=recipe.sampling.mask_scale,
                 steering=None if steer is None else steer(batch),

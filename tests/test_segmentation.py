@@ -411,6 +411,23 @@ def test_painted_tiles_and_mixes_enter_the_batches(tmp_path, trained):
     assert all(not torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i])
 
 
+def test_the_running_statistics_are_those_of_real_tiles_alone(tmp_path):
+    config = with_train(UNET, steps=3, learning_rate=1e-12, evaluate_every=3)
+    painted = made_tiles(6, seed=2)
+    statistics = []
+    for name, factor in (("dark", 0.25), ("bright", 1.0)):
+        segmentor = Segmentor.build(config, K)
+        synthetic = replace(painted, images=(painted.images * factor).byte())
+        fit(segmentor, made_tiles(4), made_tiles(2, seed=1), config, tmp_path / name, seed=0, synthetic=synthetic)
+        norms = [m for m in segmentor.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert all(norm.momentum == 0.1 for norm in norms)
+        statistics.append(torch.cat([torch.cat([norm.running_mean, norm.running_var]) for norm in norms]))
+    untouched = Segmentor.build(config, K)
+    first = next(m for m in untouched.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert not torch.allclose(statistics[0][: len(first.running_mean)], first.running_mean)
+    torch.testing.assert_close(statistics[0], statistics[1], rtol=1e-4, atol=1e-5)
+
+
 def test_pseudo_masks_turn_with_the_tile_and_leave_out_what_is_unsure(trained):
     segmentor, tiles = trained[0], made_tiles(3)
     masks = segmentor.label(tiles)

@@ -189,6 +189,19 @@ def test_stable_diffusion_loads_by_the_same_call_and_paints_what_the_base_paints
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
 
 
+def test_the_shift_of_a_painting_is_that_of_a_scheduler_with_it_and_leaves_the_models_own(sd3_folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipeline = TODSynthPipeline.from_pretrained(sd3_folder, label_schema=SCHEMA.to_dict())
+    masks, options = torch.randint(0, 3, (1, 16, 16)), {"seeds": [3], "num_inference_steps": 3, "output_type": "pt"}
+    usual = pipeline(masks, **options).images
+    shifted = pipeline(masks, shift=1.0, **options).images
+    assert torch.equal(pipeline(masks, **options).images, usual)
+    assert not torch.allclose(shifted, usual, atol=1e-4)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    assert torch.equal(pipeline(masks, **options).images, shifted)
+
+
 def test_a_base_model_without_classes_is_refused(sd3_folder):
     with pytest.raises(TerraSynthError, match="label_schema="):
         TODSynthPipeline.from_pretrained(sd3_folder)

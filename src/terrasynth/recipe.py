@@ -267,6 +267,8 @@ class SamplingConfig(_Config):
     """Sampling steps (the published number)."""
     solver: Literal["euler", "adams"] = "euler"
     """`euler` as published, or `adams` (Adams-Bashforth of second order), as good in fewer steps of the same cost."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """Timestep shift in sampling alone; smaller than the model's own (null) spends more of the steps on fine detail."""
     text_scale: Annotated[float, Field(ge=0)] = 1.0
     """Guidance scale of the prompt; 1 is off, anything else needs `text_dropout` and `mask_dropout`."""
     mask_scale: Annotated[float, Field(ge=0)] = 1.5

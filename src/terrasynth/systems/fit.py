@@ -254,6 +254,7 @@ def fit_generator(
             seeds=list(range(len(shown))),
             num_inference_steps=sampling.steps,
             solver=sampling.solver,
+            shift=sampling.shift,
             text_scale=sampling.text_scale,
             mask_scale=sampling.mask_scale,
             precision=sampling.precision,

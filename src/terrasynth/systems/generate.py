@@ -122,6 +122,7 @@ def paint(
                 seeds=[job.seed for job in batch],
                 num_inference_steps=sampling.steps,
                 solver=sampling.solver,
+                shift=sampling.shift,
                 text_scale=sampling.text_scale,
                 mask_scale=sampling.mask_scale,
                 steering=None if steering is None else steering(targets.long().to(device)),

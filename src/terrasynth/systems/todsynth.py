@@ -276,6 +276,7 @@ class TODSynthPipeline(DiffusionPipeline):
         seeds: Sequence[int],
         num_inference_steps: int = 23,
         solver: Solver = "euler",
+        shift: float | None = None,
         text_scale: float = 1.0,
         mask_scale: float = 1.5,
         steering: Steering | None = None,
@@ -291,6 +292,7 @@ class TODSynthPipeline(DiffusionPipeline):
             seeds: B seeds; an image depends on its own mask, prompt and seed only (to float tolerance).
             num_inference_steps: evaluations of the velocity.
             solver: `euler` or `adams`, see `sampling.flow.sample_flow`.
+            shift: timestep shift of the sampling, if other than the scheduler's.
             text_scale: guidance scale of the prompt against the empty one; 1 is off.
             mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
             steering: changes the velocity in each step, as `ControlRectify`.
@@ -322,11 +324,14 @@ class TODSynthPipeline(DiffusionPipeline):
             return self.transformer(hidden_states=z.to(dtype), timestep=timestep, **conditions, return_dict=False)[0]
 
         shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
+        scheduler = self.scheduler
+        if shift is not None:
+            scheduler = type(scheduler).from_config(scheduler.config, shift=shift)
         with autocast(device, precision):
             latents = sample_flow(
                 guided_velocity(predict, guidance_terms(text_scale, mask_scale)),
                 seeded_noise(seeds, shape).to(device),
-                self.scheduler,
+                scheduler,
                 num_inference_steps,
                 solver=solver,
                 steering=steering,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, dihedral
 from terrasynth.data.folder import Tiles
@@ -366,11 +367,12 @@ class Segmentor(nn.Module):
 
 
 class _Augmented:
-    """The tiles of one or more sets in a row, augmented anew on every visit."""
+    """Real tiles, then painted ones, augmented anew on every visit."""
 
-    def __init__(self, *parts: Tiles) -> None:
-        self.images = torch.cat([tiles.images for tiles in parts])
-        self.masks = torch.cat([tiles.masks for tiles in parts])
+    def __init__(self, real: Tiles, *painted: Tiles) -> None:
+        self.images = torch.cat([tiles.images for tiles in (real, *painted)])
+        self.masks = torch.cat([tiles.masks for tiles in (real, *painted)])
+        self.real = len(real)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -378,7 +380,21 @@ class _Augmented:
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         index, seed = key
         image, mask = augment(self.images[index], self.masks[index], seed)
-        return {"image": image, "mask": mask}
+        return {"image": image, "mask": mask, "painted": torch.tensor(index >= self.real)}
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by the batch as usual, but their running statistics do not hear of it."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def fit(
@@ -438,7 +454,13 @@ def fit(
                 images, masks = classmix(images, masks, seeds, segmentor.ignore_index)
             case "copy-paste":
                 images, masks = copy_paste(images, masks, seeds, segmentor.ignore_index)
-        return segmentor.training_loss(images, masks)
+        painted = batch["painted"]
+        if not painted.any() or painted.all():
+            return segmentor.training_loss(images, masks)
+        real = segmentor.training_loss(images[~painted], masks[~painted])
+        with _statistics_kept(segmentor):
+            synthetic = segmentor.training_loss(images[painted], masks[painted])
+        return torch.lerp(real, synthetic, painted.float().mean())
 
     def evaluate(step: int) -> dict[str, float]:
         confusion = segmentor.evaluate(validation)
