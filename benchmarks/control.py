@@ -117,7 +117,8 @@ class Benchmark:
                     f"{self.out} has --steps {found['steps']} --count {found['count']}: give another --out"
                 )
             self.known = found
-        self.recipe = load_recipe("demo", ["sampling.precision=auto", "segmentor.train.precision=auto"]).recipe
+        precision = ["sampling.precision=auto", "segmentor.train.precision=auto"]
+        self.recipe = load_recipe(Path(__file__).with_name("scratch.yaml"), precision).recipe
         data = self.recipe.data
         self.tiles, self.validation, self.test = (load_tiles(data, split) for split in ("train", "validation", "test"))
         world = data.world.model_copy(update={"train": 512, "seed": 1})

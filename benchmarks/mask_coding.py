@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="painted tiles per coding and seed")
     arguments = parser.parse_args()
 
-    recipe = load_recipe("demo", []).recipe
+    recipe = load_recipe(Path(__file__).with_name("scratch.yaml")).recipe
     tiles = load_tiles(recipe.data, "train")
     validation = load_tiles(recipe.data, "validation")
     many = recipe.data.model_copy(update={"world": recipe.data.world.model_copy(update={"train": 512, "seed": 1})})

@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("recipe")
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--segmentor", type=Path, required=True, help="trained on the few labelled tiles")
     parser.add_argument("--rulers", type=Path, nargs=2, required=True, help="two segmentors trained on all tiles")
     parser.add_argument("--out", type=Path, required=True)
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     arguments = parser.parse_args()
 
-    loaded = load_recipe(arguments.recipe, [], data=arguments.data)
+    loaded = load_recipe(arguments.recipe, arguments.set, data=arguments.data)
     recipe = loaded.recipe
     tiles: Tiles = load_tiles(recipe.data, "validation", base=loaded.base)
     shown = torch.linspace(0, len(tiles) - 1, min(arguments.count, len(tiles))).round().long()

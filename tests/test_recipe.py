@@ -31,7 +31,7 @@ def fault(*arguments, **keywords):
 
 
 def test_every_packaged_recipe_loads_and_says_what_it_is():
-    assert {"demo", "dubai16", "sd35"} <= set(packaged())
+    assert {"demo", "dubai16", "dubai16-tiny", "sd35"} <= set(packaged())
     for name, description in packaged().items():
         assert load_recipe(name).recipe.name == name
         assert len(description) > 20
@@ -196,7 +196,7 @@ def test_an_override_that_can_not_be_carried_out_is_named(override):
             ["generator.mask_dropout=0", "sampling={text_scale: 3, mask_scale: 1}"],
             "sampling.text_scale (3.0) needs generator.mask_dropout > 0",
         ),
-        (["generator.heads=3"], "generator: width (128) must be a multiple of heads (3) and of 4"),
+        (["generator.heads=5"], "generator: width (192) must be a multiple of heads (5) and of 4"),
         (["generator={width: 6, heads: 3}"], "generator: width (6) must be a multiple of heads (3) and of 4"),
         (["generator.train.betas=[0.9, 1]"], "generator.train.betas.1: found 1, expected less than 1"),
         (["data.world.gsd=11"], "data.world.gsd: found 11, expected less than or equal to 10"),

@@ -421,7 +421,7 @@ def fit(
         config: its `train` part says how.
         folder: checkpoints and `log.jsonl` (`miou`, `oa` and `macc` of the validation); a run found here goes on.
         seed: of the order of the tiles, their augmentation and everything else random in training.
-        synthetic: painted tiles, added to the real ones.
+        synthetic: painted tiles, added to the real ones; the running statistics of batch norms stay those of real ones.
         real_fraction: share of real tiles in every batch when there are painted ones.
         synthetic_first: instead of mixing them, train on painted tiles alone for the first half of the steps and on
             real ones alone for the second.
@@ -454,8 +454,10 @@ def fit(
                 images, masks = classmix(images, masks, seeds, segmentor.ignore_index)
             case "copy-paste":
                 images, masks = copy_paste(images, masks, seeds, segmentor.ignore_index)
+        # Batch norms see each kind by itself, and remember real tiles alone: these are what is read later, and painted
+        # ones have other colours and less detail. (One tile has no batch statistics, so it goes with the others.)
         painted = batch["painted"]
-        if not painted.any() or painted.all():
+        if min(painted.sum(), (~painted).sum()) < 2:
             return segmentor.training_loss(images, masks)
         real = segmentor.training_loss(images[~painted], masks[~painted])
         with _statistics_kept(segmentor):
