@@ -1,0 +1,116 @@
+r"""How few evaluations of the network paint as well as the published 23 steps of Euler?
+
+    python benchmarks/samplers.py MODEL demo --set data.world.validation=64 --ruler SEGMENTOR
+
+The same masks, those of the validation tiles, and the same seeds for every row. The ruler, a segmentor trained on many
+real tiles, reads the paintings: its mIoU against the masks is the agreement. KID is the kernel distance to the real
+tiles (whitened random features), sharpness the deviation of every pixel from its 3 x 3 surroundings, relative to the
+real tiles. The last rows are real tiles after the autoencoder, and as they are. Evaluations count guidance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from terrasynth.data.folder import load_tiles
+from terrasynth.recipe_io import load_recipe
+from terrasynth.sampling.flow import Solver, guidance_terms
+from terrasynth.study.quality import kid, random_features, whitening
+from terrasynth.systems.generate import load_pipeline
+from terrasynth.tasks.confusion import Confusion
+from terrasynth.tasks.segmentation import Segmentor
+
+
+class Row(NamedTuple):
+    """Settings of a sampling."""
+
+    solver: Solver
+    steps: int
+    shift: float
+    mask_scale: float
+
+
+ROWS = (
+    Row("euler", 23, 3.0, 1.5),
+    Row("euler", 8, 3.0, 1.5),
+    Row("adams", 8, 3.0, 1.5),
+    Row("adams", 8, 1.0, 1.5),
+    Row("adams", 6, 1.0, 1.5),
+    Row("adams", 12, 1.0, 1.5),
+    Row("adams", 23, 1.0, 1.5),
+    Row("adams", 8, 1.0, 1.0),
+    Row("adams", 8, 1.0, 2.0),
+)
+
+
+def detail(images: Tensor) -> float:
+    """Deviation of grey values (0..255) from the mean of their 3 x 3 surroundings."""
+    grey = images.float().mean(1, keepdim=True)
+    return (grey - F.avg_pool2d(F.pad(grey, [1] * 4, mode="replicate"), 3, 1)).std().item()
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("recipe")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--ruler", type=Path, required=True)
+    arguments = parser.parse_args()
+    loaded = load_recipe(arguments.recipe, arguments.set, data=arguments.data)
+    tiles = load_tiles(loaded.recipe.data, "validation", base=loaded.base)
+    pipeline, ruler = load_pipeline(arguments.model), Segmentor.from_pretrained(arguments.ruler, schema=tiles.schema)
+    batch_size, every = loaded.recipe.sampling.batch_size, torch.arange(len(tiles))
+    real = random_features(tiles.images)
+    whiten = whitening(real)
+
+    def measured(images: Tensor) -> str:
+        confusion = Confusion.empty(ruler.num_classes)
+        for pixels, masks in zip(images.split(16), tiles.masks.split(16), strict=True):
+            confusion.update(ruler.predict(pixels.float() / 255), masks, tiles.schema.ignore_index)
+        distance = (
+            "–"
+            if images is tiles.images
+            else f"{kid(whiten(real), whiten(random_features(images)), every, every)[0]:.2f}"
+        )
+        return f"{100 * confusion.mean_iou:.1f} | {distance} | {detail(images) / detail(tiles.images):.2f}"
+
+    def uint8(images: Tensor) -> Tensor:
+        return (images.detach() * 255).round().byte()
+
+    print("| solver | steps | shift | guidance | evaluations | agreement | KID | sharpness | tiles/s |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for row in ROWS:
+        begun = time.perf_counter()
+        painted = [
+            pipeline(
+                tiles.masks[rows].long(),
+                seeds=rows.tolist(),
+                num_inference_steps=row.steps,
+                solver=row.solver,
+                shift=row.shift,
+                mask_scale=row.mask_scale,
+                precision="auto",
+                output_type="pt",
+            ).images
+            for rows in every.split(batch_size)
+        ]
+        speed = len(tiles) / (time.perf_counter() - begun)
+        evaluations = row.steps * len(guidance_terms(1.0, row.mask_scale))
+        settings = f"{row.solver} | {row.steps} | {row.shift:g} | {row.mask_scale:g} | {evaluations}"
+        print(f"| {settings} | {measured(uint8(torch.cat(painted)))} | {speed:.1f} |", flush=True)
+    decoded = [pipeline.decode(pipeline.encode_images(images.float() / 255)) for images in tiles.images.split(16)]
+    print(f"| real, reconstructed | | | | | {measured(uint8(torch.cat(decoded)))} | |")
+    print(f"| real | | | | | {measured(tiles.images)} | |")
+
+
+if __name__ == "__main__":
+    main()
