@@ -7,7 +7,7 @@ r"""Which stage loses what painted tiles could teach? The same added tiles, from
 segmentor is trained on the recipe's own tiles with something added, and read on its test tiles:
 
     real only        nothing
-    more, real       the other tiles as they are: what their labels are worth, the most that painting could gain
+    more, real       the other tiles as they are, mixed in as painted ones are: what perfect paintings would gain
     reconstructed    their images after the autoencoder
     painted          their masks, painted by MODEL
     repainted        as many paintings under turned and zoomed masks of the recipe's own tiles: what a study adds
@@ -44,6 +44,7 @@ def painted(pipeline: TODSynthPipeline, model: str, recipe: Recipe, tiles: Tiles
         "model": model,
         "sampling": recipe.sampling.model_dump(mode="json"),
         "masks": tiles.fingerprint(),
+        "caption": pipeline.config.caption,
         "jobs": [[job.seed, job.source, job.view] for job in jobs],
     }
 

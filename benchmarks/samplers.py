@@ -56,6 +56,7 @@ def detail(images: Tensor) -> float:
     return (grey - F.avg_pool2d(F.pad(grey, [1] * 4, mode="replicate"), 3, 1)).std().item()
 
 
+@torch.no_grad()
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -230,6 +230,11 @@ def test_steering_without_a_way_to_images_is_refused():
         )
 
 
+def test_a_solver_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="euler, adams"):
+        sample_flow(lambda x, t: x, torch.zeros(1, 4, 8, 8), FlowMatchEulerDiscreteScheduler(), 2, solver="heun")
+
+
 def test_sampling_keeps_no_graph():
     transformer = tiny_transformer()
     text, pooled = torch.randn(1, 5, 16), torch.randn(1, 12)

@@ -228,7 +228,6 @@ def test_the_training_loss_is_cross_entropy_and_dice_by_hand():
     images, targets = images_and_targets()
     targets[:, :9] = IGNORE
     segmentor = unet()
-    segmentor.config = segmentor.config.model_copy(update={"dice": 0.5})
     share, labelled = segmentor(images).double().softmax(1), targets != IGNORE
     dice = 0.0
     for k in range(segmentor.num_classes):
@@ -237,7 +236,8 @@ def test_the_training_loss_is_cross_entropy_and_dice_by_hand():
         overlap = 2 * (predicted * true).sum() / (predicted.sum() + true.sum())
         dice += (1 - overlap) / segmentor.num_classes if true.any() else 0.0
     expected = segmentor.loss(images, targets).double() + 0.5 * dice
-    torch.testing.assert_close(segmentor.training_loss(images, targets).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(segmentor.training_loss(images, targets, 0.5).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(segmentor.training_loss(images, targets), segmentor.loss(images, targets))
 
 
 def test_another_ignore_index_is_respected():

@@ -301,7 +301,7 @@ def semi_supervised(tiny_recipe, tmp_path_factory):
     recipe = tiny_recipe.model_dump(mode="json")
     recipe["data"] |= {"kind": "folder", "root": str(root), "label_schema": "classes.yaml", **splits}
     recipe["data"]["unlabelled"] = [{"images": "more/*.png", "windows": 1, "scale": [1.0, 1.0]}]
-    recipe["generator"] |= {"pseudo_labels": 0.3}
+    recipe["generator"] |= {"pseudo_labels": 0.18}
     arms = [{"name": "real"}, {"name": "painted", "synthetic": "plain", "ratio": 2}]
     recipe["study"] |= {"layouts": "all", "seeds": [0], "arms": arms, "plateau_check": "none"}
     return Recipe.model_validate(recipe)
@@ -325,21 +325,33 @@ def test_generator_and_layouts_take_what_the_baseline_reads_in_unlabelled_images
     study = Study(semi_supervised, Path(), tmp_path)
     study.run()
     baseline = Segmentor.from_pretrained(study.cell(study.baseline, 0).folder / "segmentor")
-    assert torch.equal(seen[0].masks, baseline.label(study.unlabelled, 0.3))
+    assert torch.equal(seen[0].masks, baseline.label(study.unlabelled, 0.18))
     assert seen[0].captions() == [study.train.schema.caption(mask, study.train.caption) for mask in seen[0].masks]
 
+    unsure = (seen[0].masks == study.train.schema.ignore_index).float().mean()
+    assert 0 < unsure < 1
+
     labels = baseline.label(study.unlabelled)
-    layouts = [study.train.masks[0], labels[0], study.train.masks[1], labels[1], study.train.masks[2], labels[2]]
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(0)).tolist()
+    read = [labels[order[i % 3]] for i in range(4)]
+    layouts = [mask for pair in zip(study.train.masks, read, strict=True) for mask in pair]
     painted = load_synthetic(study.painted("plain", 0).folder / "dataset")
     assert len(painted) == 8
-    for job, mask in zip(plan(8, 6, 0), painted.masks, strict=True):
+    for job, mask in zip(plan(8, 8, 0), painted.masks, strict=True):
         assert torch.equal(mask, view(study.train.images[0], layouts[job.source], job.view)[1])
     page = (tmp_path / "report.html").read_text()
-    assert "with a probability of 0.3 or more" in page
+    assert "with a probability of 0.18 or more" in page
+
+
+def test_unlabelled_images_from_the_test_tiles_are_refused(semi_supervised, tmp_path):
+    values = semi_supervised.model_dump(mode="json")
+    values["data"]["unlabelled"] = [{"images": "images/*/*.png", "windows": 1, "scale": [1.0, 1.0]}]
+    with pytest.raises(TerraSynthError, match="validation or test tiles"):
+        Study(Recipe.model_validate(values), Path(), tmp_path).held_out  # noqa: B018
 
 
 def test_pseudo_labels_without_unlabelled_images_are_refused(tiny_recipe):
-    for section, setting in (("generator", {"pseudo_labels": 0.5}), ("study", {"layouts": "all"})):
+    for section, setting in (("generator", {"pseudo_labels": 0.18}), ("study", {"layouts": "all"})):
         values = tiny_recipe.model_dump(mode="json")
         values[section] |= setting
         with pytest.raises(ValueError, match="needs unlabelled images"):

@@ -135,7 +135,7 @@ def train(
     max_minutes: MaxMinutes = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train the generator of RECIPE on the labelled training tiles, and nothing else.
+    """Train the generator of RECIPE, and nothing that it does not need.
 
     Stopped or killed, the same command goes on from the last checkpoint.
     """

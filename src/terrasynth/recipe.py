@@ -76,7 +76,7 @@ class SourceConfig(_Config):
     scale: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.4, 2.0)
     """Side of a window before it is shrunk to `image_size`, in multiples of it: from, to."""
     caption: str = "a satellite image"
-    """Caption of the windows."""
+    """Caption of the windows; with `generator.pseudo_labels`, `data.caption` takes its place."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SourceConfig:

@@ -1,7 +1,7 @@
 """Images without labels: windows of them, and pseudo-masks to learn the following of masks from.
 
 Two uses: a base model is trained on nothing but such windows and procedural scenes (`kind: unlabelled`); a generator
-that is fitted to a few labelled tiles may see them too, under a wholly unlabelled mask.
+that is fitted to a few labelled tiles may see them too, under a wholly unlabelled mask or one that a segmentor reads.
 """
 
 from __future__ import annotations

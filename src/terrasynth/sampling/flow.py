@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -113,6 +113,8 @@ def sample_flow(
     """
     if steering is not None and decode is None:
         raise ValueError("steering needs `decode`, the way from latents to images")
+    if solver not in get_args(Solver):
+        raise ValueError(f"`solver` is {solver!r}, but there are {', '.join(get_args(Solver))}")
     scheduler.set_timesteps(num_steps, device=latents.device)
     sigmas = scheduler.sigmas.tolist()
     z = latents.float()

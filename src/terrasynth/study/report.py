@@ -472,7 +472,9 @@ def _setup(results: Results) -> list[tuple[str, str]]:
             ("Generator", f"text-image-mask MM-DiT (TODSynth), {origin}; {_training(generator.train)}"),
             (
                 "Sampling",
-                f"{sampling.steps} Euler steps, guidance of the mask {sampling.mask_scale:g}, of the text "
+                f"{sampling.steps} steps ({sampling.solver}"
+                + ("" if sampling.shift is None else f", shift {sampling.shift:g}")
+                + f"), guidance of the mask {sampling.mask_scale:g}, of the text "
                 f"{sampling.text_scale:g}",
             ),
             (

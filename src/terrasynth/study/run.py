@@ -23,6 +23,7 @@ from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
 from terrasynth.recipe import ArmConfig, Recipe, SegmentorConfig
+from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.study.units import Clock, OutOfTime, Unit, do
@@ -66,7 +67,7 @@ class Study:
         self._base = base
         self._settings: dict[str, SegmentorConfig] = {}
 
-    # Splits are read when they are first needed: the generator alone needs no validation and no test tiles.
+    # Splits are read when they are first needed: a generator that is told no pseudo-labels needs no held-out tiles.
 
     @cached_property
     def train(self) -> Tiles:
@@ -86,7 +87,27 @@ class Study:
         validation: Tiles = load_tiles(self.recipe.data, "validation", base=self._base)
         test: Tiles = load_tiles(self.recipe.data, "test", base=self._base)
         check_splits(train=self.train, validation=validation, test=test)
+        self._check_unlabelled(validation=validation, test=test)
         return {"validation": validation, "test": test}
+
+    def _check_unlabelled(self, **held_out: Tiles) -> None:
+        """Refuse unlabelled images that are validation or test tiles."""
+        data = self.recipe.data
+        folders = {"validation": data.validation.folder, "test": data.test.folder}
+        kept = {
+            f"{data.images.format(split=folders[name])}/{id_}" for name, tiles in held_out.items() for id_ in tiles.ids
+        }
+        # As `unlabelled_windows` names them: source-0-images/train/a.png-000
+        windows = () if self.unlabelled is None else self.unlabelled.ids
+        images = {id_.split("-", 2)[2].rpartition(".")[0] for id_ in windows}
+        if shared := sorted(images & kept):
+            raise TerraSynthError(
+                "unlabelled images are validation or test tiles",
+                path=data.root,
+                found=f"{len(shared)} of them, as {shared[0]}",
+                expected="images of the training split, or others",
+                fix="narrow the pattern in data.unlabelled",
+            )
 
     # Units
 
@@ -227,17 +248,18 @@ class Study:
     def layouts(self, seed: int, stored: Path) -> Tiles:
         """The tiles whose masks are painted: the labelled ones or, with `layouts: all`, these and the windows in turn.
 
-        Every window comes once, the labelled tiles again and again between them.
+        The windows come in an order of the seed's own; what there is less of comes again.
         """
         if self.unlabelled is None or self.recipe.study.layouts == "labelled":
             return self.train
         windows = self._read(self.unlabelled, self.cell(self.baseline, seed), 0.0, stored)
-        count = len(windows)
-        known = torch.arange(count) % len(self.train)
+        order = torch.randperm(len(windows), generator=seeded_generator(seed))
+        turns = torch.arange(max(len(windows), len(self.train)))
+        pairs = [(self.train, turns % len(self.train)), (windows, order[turns % len(windows)])]
         return Tiles(
-            tuple(id_ for i in range(count) for id_ in (self.train.ids[known[i]], windows.ids[i])),
-            torch.stack([self.train.images[known], windows.images], 1).flatten(0, 1),
-            torch.stack([self.train.masks[known], windows.masks], 1).flatten(0, 1),
+            tuple(tiles.ids[rows[turn]] for turn in turns for tiles, rows in pairs),
+            torch.stack([tiles.images[rows] for tiles, rows in pairs], 1).flatten(0, 1),
+            torch.stack([tiles.masks[rows] for tiles, rows in pairs], 1).flatten(0, 1),
             self.train.schema,
             self.train.caption,
         )

@@ -211,7 +211,8 @@ def fit_generator(
 ) -> Outcome:
     """Train the generator on labelled tiles; `folder/model` is the finished pipeline.
 
-    `unlabelled` tiles have a share in every batch (`labelled_fraction`): the generator learns their look, no label.
+    `unlabelled` tiles have a share in every batch (`labelled_fraction`): the generator learns their look, and
+    what their masks say, if they say anything.
 
     Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
     """

@@ -186,7 +186,7 @@ class Segmentor(nn.Module):
         """
         return self._reduced(self(images), targets, reduction)
 
-    def training_loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def training_loss(self, images: Tensor, targets: Tensor, dice: float = 0.0) -> Tensor:
         """What `fit` descends, scalar: the mean cross-entropy, and `dice` times the Dice loss of the batch.
 
         Dice (Milletari et al. 2016) is one minus twice the overlap over the sum of what is predicted and what is true,
@@ -194,8 +194,10 @@ class Segmentor(nn.Module):
         """
         logits = self(images)
         loss = self._reduced(logits, targets, "mean")
-        if self.config.dice:
-            loss = loss + self.config.dice * DiceLoss("multiclass", ignore_index=self.ignore_index)(logits, targets)
+        if dice:
+            with torch.autocast(logits.device.type, enabled=False):  # sums over all pixels of a batch
+                overlap = DiceLoss("multiclass", ignore_index=self.ignore_index)
+                loss = loss + dice * overlap(logits.to(loss.dtype), targets)
         return loss
 
     def _reduced(self, logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
@@ -421,7 +423,8 @@ def fit(
         config: its `train` part says how.
         folder: checkpoints and `log.jsonl` (`miou`, `oa` and `macc` of the validation); a run found here goes on.
         seed: of the order of the tiles, their augmentation and everything else random in training.
-        synthetic: painted tiles, added to the real ones; the running statistics of batch norms stay those of real ones.
+        synthetic: painted tiles, added to the real ones. Where a batch has two or more of each kind, the kinds lend
+            each other nothing, and the running statistics of batch norms are those of the real ones.
         real_fraction: share of real tiles in every batch when there are painted ones.
         synthetic_first: instead of mixing them, train on painted tiles alone for the first half of the steps and on
             real ones alone for the second.
@@ -445,8 +448,8 @@ def fit(
             )
     dataset = _Augmented(train) if synthetic is None else _Augmented(train, synthetic)
 
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        images, masks, seeds = batch["image"], batch["mask"], batch["seed"]
+    def mixed_loss(batch: dict[str, Tensor], kept: Tensor) -> Tensor:
+        images, masks, seeds = (batch[name][kept] for name in ("image", "mask", "seed"))
         match mix:
             case "cutmix":
                 images, masks = cutmix(images, masks, seeds)
@@ -454,15 +457,20 @@ def fit(
                 images, masks = classmix(images, masks, seeds, segmentor.ignore_index)
             case "copy-paste":
                 images, masks = copy_paste(images, masks, seeds, segmentor.ignore_index)
+        return segmentor.training_loss(images, masks, config.dice)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
         # Batch norms see each kind by itself, and remember real tiles alone: these are what is read later, and painted
         # ones have other colours and less detail. (One tile has no batch statistics, so it goes with the others.)
         painted = batch["painted"]
         if min(painted.sum(), (~painted).sum()) < 2:
-            return segmentor.training_loss(images, masks)
-        real = segmentor.training_loss(images[~painted], masks[~painted])
+            return mixed_loss(batch, torch.ones_like(painted))
+        real = mixed_loss(batch, ~painted)
         with _statistics_kept(segmentor):
-            synthetic = segmentor.training_loss(images[painted], masks[painted])
-        return torch.lerp(real, synthetic, painted.float().mean())
+            synthetic = mixed_loss(batch, painted)
+        # Every labelled pixel counts alike, whatever a filter has left.
+        labelled = (batch["mask"] != segmentor.ignore_index).flatten(1).sum(1).float()
+        return torch.lerp(real, synthetic, (labelled * painted).sum() / labelled.sum().clamp_min(1))
 
     def evaluate(step: int) -> dict[str, float]:
         confusion = segmentor.evaluate(validation)
