@@ -38,6 +38,7 @@ __all__ = [
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """Latents (B, C, h, w) and timesteps (B,) to velocities (B, C, h, w)."""
 Solver = Literal["euler", "adams"]
+"""The methods of `sample_flow`."""
 Decode = Callable[[Tensor], Tensor]
 """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1], differentiable."""
 

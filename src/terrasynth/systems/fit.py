@@ -286,8 +286,6 @@ def fit_generator(
     if outcome.finished and not (folder / "model").is_dir():
         with atomic_dir(folder / "model") as partial:
             if config.save_precision == "fp16":
-                for part in pipeline.components.values():
-                    if isinstance(part, torch.nn.Module):
-                        part.half()  # to start from, not to compute in
+                pipeline.cast(torch.float16)  # to start from, not to compute in
             pipeline.save_pretrained(partial)
     return outcome

@@ -182,10 +182,7 @@ class TODSynthPipeline(DiffusionPipeline):
                     wanted = {name: kwargs.pop(name, None) for name in names}
             pipeline = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
-                # Text encoders come in the precision of their files. (Part by part: `DiffusionPipeline.to` warns.)
-                for part in pipeline.components.values():
-                    if isinstance(part, torch.nn.Module):
-                        part.float()
+                pipeline.cast(torch.float32)  # text encoders come in the precision of their files
             if wanted:
                 pipeline.adapt(LabelSchema.from_dict(wanted["label_schema"]), wanted["caption"])
                 pipeline.register_to_config(image_size=wanted["image_size"] or pipeline.config.image_size)
@@ -198,6 +195,12 @@ class TODSynthPipeline(DiffusionPipeline):
                 expected="a pipeline that TerraSynth saved, or Stable Diffusion 3 / 3.5 as a folder or hub name",
                 fix="check the folder; for a hub name, the connection, the login and the model's licence",
             ) from error
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring every part to a precision, as `to(dtype)` does, without its warning about modules that are none."""
+        for part in self.components.values():
+            if isinstance(part, torch.nn.Module):
+                torch.nn.Module.to(part, dtype)
 
     def adapt(self, schema: LabelSchema, caption: str | None = None) -> Self:
         """Change the classes, keep everything that was learned, and return self.

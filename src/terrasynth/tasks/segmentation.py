@@ -261,8 +261,8 @@ class Segmentor(nn.Module):
             for images in tiles.images.split(batch_size):
                 images = images.to(self.device).float() / 255
                 turned = [self(dihedral(images, element)).float().softmax(1) for element in range(8)]
-                share = sum(dihedral(read, element, inverse=True) for element, read in enumerate(turned)) / 8
-                most, classes = torch.as_tensor(share).max(1)
+                shares = torch.stack([dihedral(read, element, inverse=True) for element, read in enumerate(turned)])
+                most, classes = shares.mean(0).max(1)
                 masks.append(torch.where(most >= confidence, classes, self.ignore_index).byte().cpu())
         return torch.cat(masks).clone()
 
