@@ -2,7 +2,8 @@
 
     python benchmarks/steering.py MODEL dubai16 --data DIR --segmentor DIR --rulers DIR DIR --out DIR
 
-Every row paints the same masks from the same seeds; only the steering differs. The masks are the validation tiles',
+Every row paints the same masks from the same seeds; only the steering differs from the base: the first half of the
+steps, strength 0.3, decreasing, relative to the velocity. The masks are the validation tiles',
 which the generator never saw. The first ruler, a segmentor trained on all training tiles, reads the paintings: its mIoU
 against the masks is the agreement. It steers nothing, except in the rows that are called oracles, which a second ruler
 reads. Rows that are in OUT already are not painted again.
@@ -34,32 +35,33 @@ from terrasynth.tasks.segmentation import Segmentor
 
 #: Name of the row, who steers ("few" or "oracle"; None nobody), settings over the base.
 Row = tuple[str, str | None, dict[str, Any]]
-BASE: dict[str, Any] = {"steps": 4, "strength": 0.1, "schedule": "decreasing", "normalise": "velocity"}
+BASE: dict[str, Any] = {"strength": 0.3, "schedule": "decreasing", "normalise": "velocity"}
 
 
-def rows() -> list[Row]:
-    """One setting varied at a time around the base, then combinations that the first rows call for."""
+def rows(total: int) -> list[Row]:
+    """One setting varied at a time around the base, which steers the first half of the `total` steps."""
+    half, quarter = total // 2, total // 4
 
-    def vary(**settings: Any) -> Row:
-        return ", ".join(f"{name} {value}" for name, value in settings.items()), "few", settings
+    def vary(who: str = "few", **settings: Any) -> Row:
+        name = ", ".join(f"{name} {value}" for name, value in settings.items()) or "base"
+        return ("oracle: " * (who == "oracle") + name, who, {"steps": half} | settings)
 
     return [
         ("none", None, {}),
-        ("base: K 4, strength 0.1, decreasing, velocity", "few", {}),
-        *(vary(steps=k) for k in (2, 8, 12, 23)),
-        *(vary(strength=a) for a in (0.03, 0.3, 1.0)),
-        *(vary(steps=k, strength=0.3) for k in (8, 12, 23)),
-        *(vary(schedule=s, steps=8, strength=0.3) for s in ("constant", "increasing")),
-        *(vary(normalise=n, steps=8, strength=a) for n, a in (("none", 100.0), ("unit", 10.0), ("x0", 0.1))),
-        vary(steps=4, normalise="unit", strength=0.1, clamp=1.0, blend=True),
-        ("clamp 1 alone", "few", {"strength": 0.0, "clamp": 1.0, "steps": 4}),
-        ("clamp 3 alone", "few", {"strength": 0.0, "clamp": 3.0, "steps": 4}),
-        *(vary(start=s, steps=8, strength=0.3) for s in (4, 8, 15)),
-        *(vary(wrong_pixels_only=False, steps=8, strength=0.3) for _ in (0,)),
-        *(vary(repeats=3, steps=8, strength=0.1) for _ in (0,)),
-        ("oracle, base", "oracle", {}),
-        ("oracle, K 8, strength 0.3", "oracle", {"steps": 8, "strength": 0.3}),
-        ("oracle, steps 9 to 16, strength 0.3", "oracle", {"start": 8, "steps": 8, "strength": 0.3}),
+        vary(),
+        *(vary(steps=k) for k in (quarter, total)),
+        *(vary(strength=a) for a in (0.03, 0.1, 1.0)),
+        *(vary(schedule=s) for s in ("constant", "increasing")),
+        *(vary(normalise=n, strength=a) for n, a in (("none", 100.0), ("unit", 10.0), ("x0", 0.1), ("x0", 0.3))),
+        vary(start=quarter),
+        vary(start=half),
+        vary(wrong_pixels_only=False),
+        vary(repeats=3, strength=0.1),
+        vary(normalise="unit", strength=0.1, clamp=1.0, blend=True),
+        *(vary(strength=0.0, clamp=c) for c in (1.0, 3.0)),
+        vary("oracle"),
+        vary("oracle", steps=total, strength=1.0),
+        vary("oracle", start=half),
     ]
 
 
@@ -127,7 +129,7 @@ def main() -> None:
     path = arguments.out / "steering.json"
     done: dict[str, Any] = read_json(path) if path.is_file() else {}
     plain = paint(pipeline, masks, recipe, None, None)
-    for name, who, settings in rows():
+    for name, who, settings in rows(recipe.sampling.steps):
         if name in done or arguments.only not in name:
             continue
         steering = SteeringConfig(**BASE | settings)

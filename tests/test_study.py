@@ -114,17 +114,18 @@ def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
     Study(tiny_recipe, Path(), finished).run()  # leave results.json as the other tests expect it
 
 
-def test_killed_at_any_time_it_ends_with_the_results_of_an_uninterrupted_run(finished, tiny_recipe, tmp_path):
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_recipe.model_dump(mode="json")))
+def run_and_kill(recipe, folder, waits):
+    """Run a study in another process that is killed after each of `waits` in seconds, and once more to its end."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     code = (
         "import sys; from pathlib import Path; from terrasynth.recipe_io import load_recipe;"
         "from terrasynth.study.run import Study; loaded = load_recipe(sys.argv[1], []);"
         "print('ready', flush=True); Study(loaded.recipe, loaded.base, Path(sys.argv[2])).run()"
     )
-    command = [sys.executable, "-c", code, str(recipe), str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, str(path), str(folder / "out")]
     kills = 0
-    for seconds in (2.0, 5.0, None):
+    for seconds in (*waits, None):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
         assert process.stdout is not None
         process.stdout.readline()
@@ -137,7 +138,11 @@ def test_killed_at_any_time_it_ends_with_the_results_of_an_uninterrupted_run(fin
             kills += 1
         process.wait()
     assert kills, "the study was over before it could be killed"
-    assert scores(tmp_path / "out") == scores(finished)
+    return scores(folder / "out")
+
+
+def test_killed_at_any_time_it_ends_with_the_results_of_an_uninterrupted_run(finished, tiny_recipe, tmp_path):
+    assert run_and_kill(tiny_recipe, tmp_path, (2.0, 5.0)) == scores(finished)
 
 
 def decided(study):
@@ -341,6 +346,11 @@ def test_generator_and_layouts_take_what_the_baseline_reads_in_unlabelled_images
         assert torch.equal(mask, view(study.train.images[0], layouts[job.source], job.view)[1])
     page = (tmp_path / "report.html").read_text()
     assert "with a probability of 0.18 or more" in page
+
+
+def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):
+    Study(semi_supervised, Path(), tmp_path / "whole").run()
+    assert run_and_kill(semi_supervised, tmp_path, (2.0, 3.0, 4.0)) == scores(tmp_path / "whole")
 
 
 def test_unlabelled_images_from_the_test_tiles_are_refused(semi_supervised, tmp_path):
