@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--steps", type=int, nargs="+", default=[23, SamplingConfig().steps, 12])
+    parser.add_argument("--steps", type=int, nargs="+", default=[SamplingConfig().steps, 8, 5])
     parser.add_argument("--scale", type=float, default=1.5, help="guidance of the mask; 1 is off")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=3)

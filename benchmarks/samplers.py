@@ -47,6 +47,9 @@ ROWS = (
     Row("adams", 23, 1.0, 1.5),
     Row("adams", 8, 1.0, 1.0),
     Row("adams", 8, 1.0, 2.0),
+    Row("adams", 6, 1.0, 2.0),
+    Row("adams", 5, 1.0, 2.0),
+    Row("adams", 4, 1.0, 2.0),
 )
 
 
