@@ -6,7 +6,7 @@ First with equal budgets of samples, then with equal budgets of time, by the ste
 
     agreement     mIoU of painted tiles against their masks, as a segmentor reads them that was trained on many other
                   tiles of the same world (it is a ruler here, and trains or steers nothing)
-    KID           kernel distance of painted tiles from those many other tiles, in random convolutional features
+    KID           kernel distance of painted tiles from those many other tiles, in whitened random features
     downstream    mIoU on the world's test tiles of a segmentor trained on the few real tiles and the painted ones
     parameters    of the transformer
     step time     processor time of a training step, relative to unified; the schemes take turns within one run
@@ -34,7 +34,7 @@ from terrasynth.io import write_json
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.recipe import GeneratorConfig, Recipe
 from terrasynth.recipe_io import load_recipe
-from terrasynth.study.quality import kid, random_features
+from terrasynth.study.quality import kid, random_features, whitening
 from terrasynth.systems.fit import build, fit_generator
 from terrasynth.systems.generate import load_pipeline, paint, plan
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -134,11 +134,13 @@ class Benchmark:
             self.known["schemes"] = sizes_and_step_times(self.recipe, self.tiles, rounds=30)
             self.save()
         ruler = self.ruler()
-        real = random_features(self.many.images)
+        features = random_features(self.many.images)
+        whiten = whitening(features)
+        real = whiten(features)
         if "real" not in self.known:
             self.known["real"] = {
                 "agreement": ruler.evaluate(self.validation).mean_iou,
-                "kid": kid(real, random_features(self.test.images))[0],
+                "kid": kid(real, whiten(random_features(self.test.images)))[0],
             }
             self.save()
         for seed in range(seeds):
@@ -149,7 +151,7 @@ class Benchmark:
                     # Unified sets the time.
                     if budget == "samples" or scheme != "unified":
                         name = f"{scheme}-{budget}-{seed}"
-                        self.row(name, lambda a=(name, scheme, budget, seed): self.scheme(ruler, real, *a))
+                        self.row(name, lambda a=(name, scheme, budget, seed): self.scheme(ruler, whiten, real, *a))
 
     def row(self, name: str, compute: Callable[[], dict[str, float]]) -> None:
         """Compute a row that is not known yet."""
@@ -178,7 +180,14 @@ class Benchmark:
         return segmentor
 
     def scheme(
-        self, ruler: Segmentor, real: torch.Tensor, name: str, scheme: str, budget: str, seed: int
+        self,
+        ruler: Segmentor,
+        whiten: Callable[[torch.Tensor], torch.Tensor],
+        real: torch.Tensor,
+        name: str,
+        scheme: str,
+        budget: str,
+        seed: int,
     ) -> dict[str, float]:
         """Train a generator, paint, and measure."""
         steps = self.steps
@@ -203,7 +212,7 @@ class Benchmark:
         painted = load_synthetic(folder / "set")
         # Paintings under one mask are no independent samples.
         sources = torch.arange(len(self.many)), len(self.many) + torch.tensor([job.source for job in jobs])
-        distance, error = kid(real, random_features(painted.images), *sources)
+        distance, error = kid(real, whiten(random_features(painted.images)), *sources)
         return {
             "steps": steps,
             "agreement": ruler.evaluate(painted).mean_iou,
@@ -229,29 +238,29 @@ class Benchmark:
         """What is known, in Markdown: means over the seeds, and each seed."""
         rows = self.known["rows"]
 
-        def cells(prefix: str, value: str, scale: float = 100) -> str:
+        def cells(prefix: str, value: str, scale: int = 100, digits: int = 1) -> str:
             each = [scale * row[value] for name, row in rows.items() if name.startswith(prefix) and value in row]
-            mean = f"{statistics.mean(each):.1f}" if each else "–"
-            return f"{mean} ({', '.join(f'{number:.1f}' for number in each)})"
+            mean = f"{statistics.mean(each):.{digits}f}" if each else "–"
+            return f"{mean} ({', '.join(f'{number:.{digits}f}' for number in each)})"
 
         lines = []
         if "real" in self.known:
-            agreement, distance = 100 * self.known["real"]["agreement"], 1000 * self.known["real"]["kid"]
+            agreement, distance = 100 * self.known["real"]["agreement"], self.known["real"]["kid"]
             downstream = cells("real-", "downstream")
-            lines += [f"Unseen real tiles: agreement {agreement:.1f}, KID {distance:.1f}."]
+            lines += [f"Unseen real tiles: agreement {agreement:.1f}, KID {distance:.2f}."]
             lines += [f"Downstream without painted tiles: {downstream}."]
             lines += [
-                f"Standard error of the KID of one seed, on average: {cells('', 'kid_error', 1000).split()[0]}.",
+                f"Standard error of the KID of one seed, on average: {cells('', 'kid_error', 1, 2).split()[0]}.",
                 "",
             ]
-        lines += ["| control | budget | steps | agreement % | KID x 1000 | downstream mIoU % | million | step time |"]
+        lines += ["| control | budget | steps | agreement % | KID | downstream mIoU % | million | step time |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for budget in BUDGETS:
             for scheme, facts in self.known.get("schemes", {}).items():
                 prefix = f"{scheme}-{budget}-"
                 steps = [row["steps"] for name, row in rows.items() if name.startswith(prefix)]
                 if steps:
-                    values = [cells(prefix, "agreement"), cells(prefix, "kid", 1000), cells(prefix, "downstream")]
+                    values = [cells(prefix, "agreement"), cells(prefix, "kid", 1, 2), cells(prefix, "downstream")]
                     values += [f"{facts['parameters'] / 1e6:.2f}", f"{facts['relative']:.2f}"]
                     lines.append(f"| {scheme} | {budget} | {steps[0]} | {' | '.join(values)} |")
         return "\n".join(lines)
