@@ -14,7 +14,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import SegmentorConfig, TrainConfig
 from terrasynth.tasks.confusion import Confusion
-from terrasynth.tasks.segmentation import Segmentor, fit
+from terrasynth.tasks.segmentation import Segmentor, fit, label
 
 K = 3
 IGNORE = 255
@@ -428,22 +428,25 @@ def test_the_running_statistics_are_those_of_real_tiles_alone(tmp_path):
     torch.testing.assert_close(statistics[0], statistics[1], rtol=1e-4, atol=1e-5)
 
 
-def test_pseudo_masks_turn_with_the_tile_and_leave_out_what_is_unsure(trained):
+@pytest.mark.parametrize("alone", [True, False])
+def test_pseudo_masks_turn_with_the_tile_and_leave_out_what_is_unsure(trained, alone):
     segmentor, tiles = trained[0], made_tiles(3)
-    masks = segmentor.label(tiles)
+    together = [segmentor] if alone else [segmentor, Segmentor.build(UNET, K, seed=9)]
+    masks = label(together, tiles)
     turned = replace(tiles, images=tiles.images.rot90(1, (-2, -1)).flip(-1))
-    assert (segmentor.label(turned) == masks.rot90(1, (-2, -1)).flip(-1)).float().mean() > 0.999
+    assert (label(together, turned) == masks.rot90(1, (-2, -1)).flip(-1)).float().mean() > 0.999
     share = torch.zeros(3, segmentor.num_classes, 32, 32)
     with torch.no_grad():
         for flip in (False, True):
             for turns in range(4):
                 x = (tiles.images.flip(-2) if flip else tiles.images).rot90(turns, (-2, -1)).float() / 255
-                back = segmentor(x).softmax(1).rot90(-turns, (-2, -1))
-                share += (back.flip(-2) if flip else back) / 8
+                for reader in together:
+                    back = reader.eval()(x).softmax(1).rot90(-turns, (-2, -1))
+                    share += (back.flip(-2) if flip else back) / 8 / len(together)
     assert (masks == share.argmax(1)).float().mean() > 0.999
     sure = share.amax(1)
     limit = sure.median().item()
-    kept = segmentor.label(tiles, limit) != IGNORE
+    kept = label(together, tiles, limit) != IGNORE
     assert (kept == (sure >= limit)).float().mean() > 0.99
     assert 0.4 < kept.float().mean() < 0.6
 

@@ -279,7 +279,7 @@ def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
         Study(Recipe.model_validate(recipe), Path(), Path("unused"))
 
 
-# Unlabelled images under what the baseline reads in them
+# Unlabelled images under what the teachers read in them
 
 
 @pytest.fixture(scope="module")
@@ -307,21 +307,23 @@ def semi_supervised(tiny_recipe, tmp_path_factory):
     recipe["data"] |= {"kind": "folder", "root": str(root), "label_schema": "classes.yaml", **splits}
     recipe["data"]["unlabelled"] = [{"images": "more/*.png", "windows": 1, "scale": [1.0, 1.0]}]
     recipe["generator"] |= {"pseudo_labels": 0.18}
-    arms = [{"name": "real"}, {"name": "painted", "synthetic": "plain", "ratio": 2}]
-    recipe["study"] |= {"layouts": "all", "seeds": [0], "arms": arms, "plateau_check": "none"}
+    arms = [
+        {"name": "real"},
+        {"name": "mixed", "mix": "cutmix"},
+        {"name": "painted", "synthetic": "plain", "ratio": 2},
+    ]
+    recipe["study"] |= {"layouts": "all", "seeds": [0, 1], "arms": arms, "plateau_check": "none", "teacher": "mixed"}
     return Recipe.model_validate(recipe)
 
 
-def test_generator_and_layouts_take_what_the_baseline_reads_in_unlabelled_images(
-    semi_supervised, tmp_path, monkeypatch
-):
+def test_generator_and_layouts_take_what_the_teachers_read_in_unlabelled_images(semi_supervised, tmp_path, monkeypatch):
     import torch
 
     from terrasynth.data.augment import view
     from terrasynth.data.folder import load_synthetic
     from terrasynth.study import run
     from terrasynth.systems.generate import plan
-    from terrasynth.tasks.segmentation import Segmentor
+    from terrasynth.tasks.segmentation import Segmentor, label
 
     seen = []
     monkeypatch.setattr(run, "fit_generator", lambda *a, **k: seen.append(k["unlabelled"]) or fit_generator(*a, **k))
@@ -329,14 +331,15 @@ def test_generator_and_layouts_take_what_the_baseline_reads_in_unlabelled_images
 
     study = Study(semi_supervised, Path(), tmp_path)
     study.run()
-    baseline = Segmentor.from_pretrained(study.cell(study.baseline, 0).folder / "segmentor")
-    assert torch.equal(seen[0].masks, baseline.label(study.unlabelled, 0.18))
+    cells = [study.cell(study.recipe.study.arms[1], seed) for seed in (0, 1)]
+    teachers = [Segmentor.from_pretrained(cell.folder / "segmentor") for cell in cells]
+    assert torch.equal(seen[0].masks, label(teachers, study.unlabelled, 0.18))
     assert seen[0].captions() == [study.train.schema.caption(mask, study.train.caption) for mask in seen[0].masks]
 
     unsure = (seen[0].masks == study.train.schema.ignore_index).float().mean()
     assert 0 < unsure < 1
 
-    labels = baseline.label(study.unlabelled)
+    labels = label(teachers, study.unlabelled)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(0)).tolist()
     read = [labels[order[i % 3]] for i in range(4)]
     layouts = [mask for pair in zip(study.train.masks, read, strict=True) for mask in pair]
@@ -345,7 +348,10 @@ def test_generator_and_layouts_take_what_the_baseline_reads_in_unlabelled_images
     for job, mask in zip(plan(8, 8, 0), painted.masks, strict=True):
         assert torch.equal(mask, view(study.train.images[0], layouts[job.source], job.view)[1])
     page = (tmp_path / "report.html").read_text()
-    assert "with a probability of 0.18 or more" in page
+    assert "the segmentors of “mixed”, all seeds together, read in them with a probability of 0.18 or more" in page
+    for seed, cell in enumerate(cells):
+        unit = json.loads((study.painted("plain", seed).folder / "unit.json").read_text())
+        assert unit["inputs"]["segmentor"] == cell.key
 
 
 def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):
@@ -358,6 +364,16 @@ def test_unlabelled_images_from_the_test_tiles_are_refused(semi_supervised, tmp_
     values["data"]["unlabelled"] = [{"images": "images/*/*.png", "windows": 1, "scale": [1.0, 1.0]}]
     with pytest.raises(TerraSynthError, match="validation or test tiles"):
         Study(Recipe.model_validate(values), Path(), tmp_path).held_out  # noqa: B018
+
+
+@pytest.mark.parametrize("teacher", ["painted", "nobody"])
+def test_a_teacher_that_is_no_arm_of_real_tiles_is_refused(semi_supervised, teacher):
+    values = semi_supervised.model_dump(mode="json")
+    values["study"]["teacher"] = teacher
+    with pytest.raises(
+        ValueError, match=f"teacher \\('{teacher}'\\) must be an arm without painted tiles: real, mixed"
+    ):
+        Recipe.model_validate(values)
 
 
 def test_pseudo_labels_without_unlabelled_images_are_refused(tiny_recipe):

@@ -97,8 +97,8 @@ class DataConfig(_Config):
     """Folder of the tiles (`kind: folder` and `unlabelled`). `--data DIR` sets it."""
     unlabelled: tuple[SourceConfig, ...] = ()
     """Unlabelled images. With `kind: folder` the generator sees them beside the labelled tiles, under a wholly
-    unlabelled mask or what the baseline's segmentor reads in them (`generator.pseudo_labels`); no segmentor is trained
-    on them."""
+    unlabelled mask or what the study's teachers read in them (`generator.pseudo_labels`); no segmentor is trained on
+    them."""
     worlds: tuple[WorldConfig, ...] = ()
     """Procedural scenes that a base model learns from (`kind: unlabelled`); the `train` scenes of each."""
     clusters: Annotated[int, Field(ge=2, le=64)] = 8
@@ -241,8 +241,8 @@ class GeneratorConfig(_Config):
     labelled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of labelled tiles in each batch where `data.unlabelled` names more images."""
     pseudo_labels: Fraction | None = None
-    """Give the windows of `data.unlabelled` the classes that the baseline's segmentor of the first seed reads in them
-    with at least this probability (after You et al. 2023, "DPT"); null leaves them unlabelled."""
+    """Give the windows of `data.unlabelled` the classes that the teachers (`study.teacher`) read in them with at least
+    this probability (after You et al. 2023, "DPT"); null leaves them unlabelled."""
     save_precision: Literal["fp32", "fp16"] = "fp32"
     """Precision of the saved weights; `fp16` halves the files and is enough to start from."""
     seed: NonNegative = 0
@@ -341,7 +341,7 @@ class ArmConfig(_Config):
     """Instead of mixing them in every batch, train on painted tiles alone for the first half of the steps and on real
     ones alone for the second."""
     filter: bool = False
-    """Pixels of painted tiles whose loss under the baseline's segmentor is above 1.25 times its class's mean on the
+    """Pixels of painted tiles whose loss under the teacher of the seed is above 1.25 times its class's mean on the
     real tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
 
     @model_validator(mode="after")
@@ -375,9 +375,12 @@ class StudyConfig(_Config):
     """The first arm is the baseline."""
     ratio: Positive = 3
     """Painted tiles per real tile."""
+    teacher: str | None = None
+    """The arm, one without painted tiles, whose segmentors teach: those of all seeds together read unlabelled images,
+    that of the same seed steers and filters. Null is the baseline."""
     layouts: Literal["labelled", "all"] = "labelled"
-    """Masks to paint: those of the labelled tiles, or in turn one of these and one that the baseline's segmentor of the
-    seed reads in a window of `data.unlabelled`."""
+    """Masks to paint: those of the labelled tiles, or in turn one of these and one that the teachers read in a window
+    of `data.unlabelled`."""
     real_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of real tiles in each training batch of an arm with painted tiles."""
     search: SearchConfig | None = None
@@ -390,6 +393,9 @@ class StudyConfig(_Config):
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) != len(names):
             raise ValueError("arms need distinct names, and there must be at least one")
+        real = [arm.name for arm in self.arms if arm.synthetic == "none"]
+        if self.teacher is not None and self.teacher not in real:
+            raise ValueError(f"teacher ({self.teacher!r}) must be an arm without painted tiles: {', '.join(real)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must be distinct, and there must be at least one")
         return self

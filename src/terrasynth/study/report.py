@@ -500,7 +500,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                 -2,
                 (
                     "Filter",
-                    "painted pixels whose loss under the baseline's segmentor is above 1.25 times their class's mean "
+                    "painted pixels whose loss under the teaching segmentor is above 1.25 times their class's mean "
                     f"on the training tiles are left unlabelled (FreeMask). {drops}",
                 ),
             )
@@ -517,6 +517,7 @@ def _by_class(shares: dict[str, float | None]) -> str:
 
 def _touched(results: Results) -> list[tuple[str, str]]:
     """Which tiles did what: the statement that no test tile leaked."""
+    teacher = f"“{results.recipe.study.teacher or results.arms[0].name}”"
     rows = [
         ("Training tiles", "train every segmentor"),
         ("Validation tiles", "choose the checkpoint of a segmentor, nothing else"),
@@ -540,24 +541,30 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             (
                 "Unlabelled images",
                 f"{results.data.unlabelled} windows of them train the generator beside the training tiles, under "
-                f"{_unlabelled_masks(results.recipe)}; no segmentor is trained on them",
+                f"{_unlabelled_masks(results.recipe, teacher)}; no segmentor is trained on them",
             ),
         )
     if "steered" in results.synthetic:
-        rows.append(("Steering", "the segmentor that steers the painting under a seed is the baseline's of that seed"))
+        rows.append(
+            ("Steering", f"the segmentor that steers the painting under a seed is that of {teacher}, same seed")
+        )
     if results.filtered:
-        rows.append(("Filter", "the segmentor that filters painted tiles under a seed is the baseline's of that seed"))
+        rows.append(
+            ("Filter", f"the segmentor that filters painted tiles under a seed is that of {teacher}, same seed")
+        )
     return rows
 
 
-def _unlabelled_masks(recipe: Recipe) -> str:
+def _unlabelled_masks(recipe: Recipe, teacher: str) -> str:
     confidence = recipe.generator.pseudo_labels
     masks = (
         "a wholly unlabelled mask"
         if confidence is None
-        else f"the classes that the baseline's segmentor reads in them with a probability of {confidence:g} or more"
+        else f"the classes that the segmentors of {teacher}, all seeds together, read in them with a probability of "
+        f"{confidence:g} or more"
     )
-    return masks if recipe.study.layouts == "labelled" else f"{masks}; the layouts that it reads are painted as well"
+    layouts = f"; the layouts that the segmentors of {teacher} read are painted as well"
+    return masks if recipe.study.layouts == "labelled" else masks + layouts
 
 
 def _steered(steering: SteeringConfig) -> str:

@@ -29,7 +29,7 @@ from terrasynth.study.statistics import compare, summarise
 from terrasynth.study.units import Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
-from terrasynth.tasks.segmentation import Segmentor, fit
+from terrasynth.tasks.segmentation import Segmentor, fit, label
 
 __all__ = ["Study"]
 
@@ -61,9 +61,10 @@ class Study:
             raise TerraSynthError(
                 "the baseline is an arm with synthetic data",
                 found=f"study.arms[0] = {self.baseline.name!r} with synthetic: {self.baseline.synthetic}",
-                expected="an arm with synthetic: none; its segmentors also steer",
+                expected="an arm with synthetic: none",
                 fix="put the real-only arm first",
             )
+        self.teacher = next((arm for arm in recipe.study.arms if arm.name == recipe.study.teacher), self.baseline)
         self._base = base
         self._settings: dict[str, SegmentorConfig] = {}
 
@@ -115,7 +116,7 @@ class Study:
     def generator(self) -> Unit:
         """The generator, trained on the training tiles; one for all seeds."""
         recipe = self.recipe
-        inputs = {
+        inputs: dict[str, Any] = {
             "generator": recipe.generator.model_dump(mode="json"),
             "caption": recipe.data.caption,
             "train": self.train.fingerprint(),
@@ -123,15 +124,13 @@ class Study:
         }
         # Only named where it is asked for: other generators depend on no segmentor.
         confidence = recipe.generator.pseudo_labels
-        reader = None if confidence is None else self.cell(self.baseline, recipe.study.seeds[0])
-        if reader is not None:
-            inputs["pseudo-labels"] = reader.key
+        if confidence is not None:
+            inputs["pseudo-labels"] = [teacher.key for teacher in self.teachers]
 
         def work(folder: Path) -> None:
             unlabelled = self.unlabelled
-            if unlabelled is not None and reader is not None and confidence is not None:
-                stored = folder / "pseudo" / "masks.safetensors"
-                unlabelled = self._read(unlabelled, reader, confidence, stored)
+            if unlabelled is not None and confidence is not None:
+                unlabelled = self._read(unlabelled, confidence, folder / "pseudo" / "masks.safetensors")
             outcome = fit_generator(
                 self.train,
                 recipe.generator,
@@ -146,6 +145,11 @@ class Study:
 
         made = {"products": ("model",), "scratch": ("checkpoints", "cache", "pseudo", "autoencoder/checkpoints")}
         return do(self.out, "generator", inputs, self.clock, work, **made)
+
+    @property
+    def teachers(self) -> list[Unit]:
+        """The segmentors that read unlabelled images together: those of the teaching arm, of all seeds."""
+        return [self.cell(self.teacher, seed) for seed in self.recipe.study.seeds]
 
     def cell(self, arm: ArmConfig, seed: int, *, times: int = 1) -> Unit:
         """The segmentor of one arm and seed, trained for `times` the arm's steps, and its metrics on test."""
@@ -180,7 +184,7 @@ class Study:
         study = self.recipe.study
         painted = None if arm.synthetic == "none" else self.painted(arm.synthetic, seed)
         count = (arm.ratio or study.ratio) * len(self.train)
-        judge = self.cell(self.baseline, seed) if arm.filter else None
+        judge = self.cell(self.teacher, seed) if arm.filter else None
         inputs = {
             "segmentor": config.model_dump(mode="json"),
             # The held-out tiles first: where there are none, that is said before the others are read.
@@ -237,13 +241,13 @@ class Study:
         made = {"products": ("segmentor",), "scratch": ("training/checkpoints", "filtered")}
         return do(self.out / "cells", name, inputs, self.clock, work, **made)
 
-    def _read(self, tiles: Tiles, reader: Unit, confidence: float, stored: Path) -> Tiles:
-        """Unlabelled tiles under the masks that a segmentor reads in them, kept in `stored` for the next sittings."""
+    def _read(self, tiles: Tiles, confidence: float, stored: Path) -> Tiles:
+        """Unlabelled tiles under the masks that the teachers read in them, kept in `stored` for the next sittings."""
 
-        def masks(segmentor: Segmentor) -> Tensor:
-            return segmentor.label(tiles, confidence)
+        def masks() -> Tensor:
+            return label([_segmentor(teacher) for teacher in self.teachers], tiles, confidence)
 
-        return replace(tiles, masks=_stored(reader, stored, masks), caption=self.train.caption)
+        return replace(tiles, masks=_stored(stored, masks), caption=self.train.caption)
 
     def layouts(self, seed: int, stored: Path) -> Tiles:
         """The tiles whose masks are painted: the labelled ones or, with `layouts: all`, these and the windows in turn.
@@ -252,7 +256,7 @@ class Study:
         """
         if self.unlabelled is None or self.recipe.study.layouts == "labelled":
             return self.train
-        windows = self._read(self.unlabelled, self.cell(self.baseline, seed), 0.0, stored)
+        windows = self._read(self.unlabelled, 0.0, stored)
         order = torch.randperm(len(windows), generator=seeded_generator(seed))
         turns = torch.arange(max(len(windows), len(self.train)))
         pairs = [(self.train, turns % len(self.train)), (windows, order[turns % len(windows)])]
@@ -265,23 +269,25 @@ class Study:
         )
 
     def painted(self, kind: str, seed: int) -> Unit:
-        """The synthetic dataset of one seed, `plain` or `steered` by the baseline's segmentor of the same seed."""
-        steers = self.cell(self.baseline, seed)
+        """The synthetic dataset of one seed, `plain` or `steered` by the teacher of the same seed."""
+        steers = self.cell(self.teacher, seed)
         study = self.recipe.study
         count = len(self.train) * max(arm.ratio or study.ratio for arm in study.arms if arm.synthetic == kind)
         steered = kind == "steered"
-        inputs = {
+        inputs: dict[str, Any] = {
             "generator": self.generator.key,
             "sampling": self.recipe.sampling.model_dump(mode="json"),
             "steering": self.recipe.steering.model_dump(mode="json") if steered else None,
             "segmentor": steers.key,
             "count": count,
             "seed": seed,
-            "layouts": None if study.layouts == "labelled" else self.unlabelled and self.unlabelled.fingerprint(),
+            "layouts": None,
         }
+        if self.unlabelled is not None and study.layouts == "all":
+            inputs["layouts"] = [self.unlabelled.fingerprint(), *(teacher.key for teacher in self.teachers)]
 
         def work(folder: Path) -> dict[str, Any]:
-            segmentor = Segmentor.from_pretrained(steers.folder / "segmentor").to(_DEVICE)
+            segmentor = _segmentor(steers)
             layouts = self.layouts(seed, folder / "layouts.safetensors")
             paint(
                 load_pipeline(self.generator.folder / "model").to(_DEVICE),
@@ -315,8 +321,9 @@ class Study:
     def run(self, command: str = "") -> Path:
         """Do every unit that is not done, write `results.json` and return the path of `report.html`."""
         study = self.recipe.study
-        for seed in study.seeds:
-            self.cell(self.baseline, seed)
+        for arm in dict.fromkeys((self.baseline, self.teacher)):
+            for seed in study.seeds:
+                self.cell(arm, seed)
         kinds = [kind for kind in ("plain", "steered") if kind in {arm.synthetic for arm in study.arms}]
         painted = {kind: [self.painted(kind, seed) for seed in study.seeds] for kind in kinds}
         cells = {arm.name: [self.cell(arm, seed) for seed in study.seeds] for arm in study.arms}
@@ -442,24 +449,29 @@ def _tiles(painted: Unit) -> Tiles:
 
 
 def _filtered(painted: Tiles, real: Tiles, judge: Unit, stored: Path) -> Tiles:
-    """The painted tiles without the labels that the judge, the baseline's segmentor, finds implausible."""
+    """The painted tiles without the labels that the judge, a teacher, finds implausible."""
 
-    def masks(segmentor: Segmentor) -> Tensor:
-        ignore = real.schema.ignore_index
+    def masks() -> Tensor:
+        segmentor, ignore = _segmentor(judge), real.schema.ignore_index
         means = class_mean_losses(segmentor.pixel_losses(real), real.masks, real.schema.num_classes, ignore)
         return filter_pixels(painted.masks, segmentor.pixel_losses(painted), means, ignore_index=ignore)
 
-    return replace(painted, masks=_stored(judge, stored, masks))
+    return replace(painted, masks=_stored(stored, masks))
 
 
-def _stored(reader: Unit, path: Path, masks: Callable[[Segmentor], Tensor]) -> Tensor:
-    """The masks that a finished segmentor makes, kept in a file for the next sittings.
+def _segmentor(cell: Unit) -> Segmentor:
+    """The segmentor of a finished cell."""
+    return Segmentor.from_pretrained(cell.folder / "segmentor").to(_DEVICE)
+
+
+def _stored(path: Path, masks: Callable[[], Tensor]) -> Tensor:
+    """The masks that finished segmentors make, kept in a file for the next sittings.
 
     Where the rounding is another, a pixel near the limit may fall on its other side, and the work would no longer be
     the one that began.
     """
     if not path.is_file():
-        made = masks(Segmentor.from_pretrained(reader.folder / "segmentor").to(_DEVICE))
+        made = masks()
         with atomic_write(path) as partial:
             save_file({"masks": made}, partial)
     return load_file(path)["masks"]

@@ -32,7 +32,7 @@ from terrasynth.tasks.confusion import Confusion
 from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys, sequenced_keys
 from terrasynth.training.loop import train as train_loop
 
-__all__ = ["Segmentor", "fit"]
+__all__ = ["Segmentor", "fit", "label"]
 
 Reduction = Literal["mean", "image", "wrong", "none"]
 
@@ -245,26 +245,18 @@ class Segmentor(nn.Module):
             confusion.update(prediction, masks.to(self.device), self.ignore_index)
         return confusion
 
-    def label(self, tiles: Tiles, confidence: float = 0.0, batch_size: int = 16) -> Tensor:
-        """Pseudo-masks: what the segmentor reads in `tiles`, averaged over the eight flips and turns of the square.
+    def probabilities(self, images: Tensor) -> Tensor:
+        """The probability of every class in every pixel, averaged over the eight flips and turns of the square.
 
         Args:
-            tiles: their images alone are looked at.
-            confidence: pixels whose likeliest class is less probable than this are left unlabelled.
-            batch_size: tiles computed together.
+            images: float (B, 3, S, S) in [0, 1].
 
         Returns:
-            uint8 masks (N, S, S) on the CPU.
+            float32 (B, K, S, S), summing to 1 over the classes.
         """
-        masks = []
         with self._evaluating():
-            for images in tiles.images.split(batch_size):
-                images = images.to(self.device).float() / 255
-                turned = [self(dihedral(images, element)).float().softmax(1) for element in range(8)]
-                shares = torch.stack([dihedral(read, element, inverse=True) for element, read in enumerate(turned)])
-                most, classes = shares.mean(0).max(1)
-                masks.append(torch.where(most >= confidence, classes, self.ignore_index).byte().cpu())
-        return torch.cat(masks).clone()
+            turned = [self(dihedral(images, element)).float().softmax(1) for element in range(8)]
+            return torch.stack([dihedral(p, element, inverse=True) for element, p in enumerate(turned)]).mean(0)
 
     def pixel_losses(self, tiles: Tiles, batch_size: int = 16) -> Tensor:
         """The cross-entropy of every pixel of `tiles`, float32 (N, S, S) on the CPU, 0 where unlabelled.
@@ -366,6 +358,27 @@ class Segmentor(nn.Module):
         if schema is not None:
             segmentor.check_schema(schema)
         return segmentor.eval()
+
+
+def label(segmentors: Sequence[Segmentor], tiles: Tiles, confidence: float = 0.0, batch_size: int = 16) -> Tensor:
+    """Pseudo-masks: what segmentors of the same classes read in `tiles` together, by their mean probabilities.
+
+    Args:
+        segmentors: one or more; all count alike.
+        tiles: their images alone are looked at.
+        confidence: pixels whose likeliest class is less probable than this are left unlabelled.
+        batch_size: tiles computed together.
+
+    Returns:
+        uint8 masks (N, S, S) on the CPU.
+    """
+    masks = []
+    for images in tiles.images.split(batch_size):
+        pixels = images.to(segmentors[0].device).float() / 255
+        shares = torch.stack([segmentor.probabilities(pixels) for segmentor in segmentors]).mean(0)
+        most, classes = shares.max(1)
+        masks.append(torch.where(most >= confidence, classes, segmentors[0].ignore_index).byte().cpu())
+    return torch.cat(masks).clone()
 
 
 class _Augmented:
