@@ -11,7 +11,7 @@ First with equal budgets of samples, then with equal budgets of time, by the ste
     parameters    of the transformer
     step time     processor time of a training step, relative to unified; the schemes take turns within one run
 
-    python benchmarks/control.py --out control.json --seeds 2 --steps 600
+    python benchmarks/control.py --out control.json --seeds 2 --steps 400
 
 Rows are written to --out as they are finished, work in progress goes to a folder beside it, and --minutes ends a
 sitting: the same command goes on.
@@ -270,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("control.json"), help="rows are kept here")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the generator with equal samples")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the generator with equal samples")
     parser.add_argument("--count", type=int, default=64, help="painted tiles per scheme and seed")
     parser.add_argument("--minutes", type=float, help="end the sitting after about this long")
     arguments = parser.parse_args()
