@@ -98,7 +98,7 @@ def main() -> None:
     with track(len(sets) * len(SIGMAS), "measuring", unit="noise levels") as progress:
         for name, (images, masks, captions) in sets.items():
             latents = torch.cat([pipeline.encode_images(part.float() / 255) for part in images.split(16)])
-            decoded = torch.cat([pipeline.decode(part) for part in latents.split(16)]).mul(255).round().byte()
+            decoded = pipeline.reconstruct(images)
             cells = [f"{psnr(decoded, images).mean():.1f}", f"{ssim(decoded, images).mean():.3f}"]
             for sigma in SIGMAS:
                 errors = [
@@ -128,7 +128,7 @@ def main() -> None:
     real = dubai[torch.arange(12) * len(dubai) // 12]
     rows = {
         "unseen": real,
-        "reconstructed": (pipeline.decode(pipeline.encode_images(real.float() / 255)) * 255).round().byte(),
+        "reconstructed": pipeline.reconstruct(real),
         "painted": painted(shown, captions, 2.0),
         "prompts alone": painted(empty(12), prompts, 1.0),
     }

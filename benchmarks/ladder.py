@@ -114,15 +114,11 @@ def main() -> None:
     if pipeline.schema.names != more.schema.names:
         pipeline.adapt(more.schema, recipe.data.caption)
     model = arguments.model if arguments.model in PACKAGED else file_digest(folder)
-    decoded = [
-        (pipeline.decode(pipeline.encode_images(batch.to(DEVICE).float() / 255)) * 255).round().byte().cpu()
-        for batch in more.images.split(16)
-    ]
     one_each = [Job(f"{index:06d}", index, index, 0) for index in range(len(more))]
     rungs: dict[str, Tiles | None] = {
         "real only": None,
         "more, real": more,
-        "reconstructed": replace(more, images=torch.cat(decoded)),
+        "reconstructed": replace(more, images=pipeline.reconstruct(more.images)),
         "painted": painted(pipeline, model, recipe, more, one_each, arguments.out),
         "repainted": painted(
             pipeline, model, recipe, splits["train"], plan(len(more), len(splits["train"]), 0), arguments.out

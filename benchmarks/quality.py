@@ -113,16 +113,6 @@ def painted_unit(
     return do(out, name, inputs, Clock(), work, products=("dataset/metadata.jsonl",))
 
 
-@torch.no_grad()
-def reconstruct(pipeline: TODSynthPipeline, images: Tensor) -> Tensor:
-    """Images uint8 (N, 3, H, W) through the autoencoder and back."""
-    decoded = [
-        pipeline.decode(pipeline.encode_images(batch.to(DEVICE).float() / 255)).mul(255).round().byte().cpu()
-        for batch in images.split(16)
-    ]
-    return torch.cat(decoded)
-
-
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +247,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for kind, by in kinds.items()
     }
     # One tensor a seed.
-    images = {"reconstructed": [reconstruct(pipeline, tiles.images)]}
+    images = {"reconstructed": [pipeline.reconstruct(tiles.images)]}
     images |= {kind: [load_synthetic(unit.folder / "dataset").images for unit in made] for kind, made in units.items()}
 
     real, everything = features_of(unseen.images), torch.arange(len(unseen))

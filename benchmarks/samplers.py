@@ -87,9 +87,6 @@ def main() -> None:
         )
         return f"{100 * confusion.mean_iou:.1f} | {distance} | {detail(images) / detail(tiles.images):.2f}"
 
-    def uint8(images: Tensor) -> Tensor:
-        return (images.detach() * 255).round().byte()
-
     print("| solver | steps | shift | guidance | evaluations | agreement | KID | sharpness | tiles/s |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for row in ROWS:
@@ -110,9 +107,8 @@ def main() -> None:
         speed = len(tiles) / (time.perf_counter() - begun)
         evaluations = row.steps * len(guidance_terms(1.0, row.mask_scale))
         settings = f"{row.solver} | {row.steps} | {row.shift:g} | {row.mask_scale:g} | {evaluations}"
-        print(f"| {settings} | {measured(uint8(torch.cat(painted)))} | {speed:.1f} |", flush=True)
-    decoded = [pipeline.decode(pipeline.encode_images(images.float() / 255)) for images in tiles.images.split(16)]
-    print(f"| real, reconstructed | | | | | {measured(uint8(torch.cat(decoded)))} | |")
+        print(f"| {settings} | {measured((torch.cat(painted) * 255).round().byte())} | {speed:.1f} |", flush=True)
+    print(f"| real, reconstructed | | | | | {measured(pipeline.reconstruct(tiles.images))} | |")
     print(f"| real | | | | | {measured(tiles.images)} | |")
 
 

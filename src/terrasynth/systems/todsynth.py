@@ -158,6 +158,12 @@ class TODSynthPipeline(DiffusionPipeline):
         z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, batch_size: int = 16) -> Tensor:
+        """Images uint8 (B, 3, H, W) through the autoencoder and back: uint8 on the CPU, the best a painting can be."""
+        parts = (part.to(self.device).float() / 255 for part in images.split(batch_size))
+        return torch.cat([(self.decode(self.encode_images(part)) * 255).round().byte().cpu() for part in parts])
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read.
