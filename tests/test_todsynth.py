@@ -202,6 +202,18 @@ def test_the_shift_of_a_painting_is_that_of_a_scheduler_with_it_and_leaves_the_m
     assert torch.equal(pipeline(masks, **options).images, shifted)
 
 
+def test_a_reconstruction_is_each_image_by_itself_through_the_autoencoder_whatever_the_batch(sd3_folder):
+    pipeline = TODSynthPipeline.from_pretrained(sd3_folder, label_schema=SCHEMA.to_dict())
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    found = pipeline.reconstruct(images, batch_size=2)
+    assert (found.dtype, found.shape) == (torch.uint8, images.shape)
+    for image, decoded in zip(images, found, strict=True):
+        with torch.no_grad():
+            latents = pipeline.vae.encode(image[None] / 127.5 - 1).latent_dist.mode()
+            expected = (pipeline.vae.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1) * 255
+        assert (decoded.float() - expected).abs().max() <= 0.51
+
+
 def test_a_base_model_without_classes_is_refused(sd3_folder):
     with pytest.raises(TerraSynthError, match="label_schema="):
         TODSynthPipeline.from_pretrained(sd3_folder)
