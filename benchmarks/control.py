@@ -139,7 +139,7 @@ class Benchmark:
         real = whiten(features)
         if "real" not in self.known:
             self.known["real"] = {
-                "agreement": ruler.evaluate(self.validation).mean_iou,
+                "agreement": ruler.evaluate(self.test).mean_iou,
                 "kid": kid(real, whiten(random_features(self.test.images)))[0],
             }
             self.save()

@@ -1,7 +1,6 @@
 r"""Which stage loses what painted tiles could teach? The same added tiles, from real ones to painted ones.
 
-    python benchmarks/ladder.py MODEL demo --out runs/ladder --more data.world.train=192 --more data.world.seed=4242 \
-        --set data.world.region=tropical
+    python benchmarks/ladder.py MODEL demo --out runs/ladder --more data.world.train=192 --more data.world.seed=4242
 
 `--more` names other labelled tiles: settings of the recipe under which its training split is these. On every rung the
 segmentor is trained on the recipe's own tiles with something added, and read on its test tiles:
@@ -29,10 +28,9 @@ import torch
 from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_tiles
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
-from terrasynth.study.generate import file_digest
 from terrasynth.study.units import Clock, Unit, do
-from terrasynth.systems.generate import Job, load_pipeline, paint, plan
-from terrasynth.systems.todsynth import PACKAGED, TODSynthPipeline
+from terrasynth.systems.generate import Job, load_pipeline, model_digest, paint, plan
+from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor, fit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,11 +107,10 @@ def main() -> None:
     more = replace(more, ids=tuple(more.ids[i] for i in fresh), images=more.images[fresh], masks=more.masks[fresh])
     check_splits(more=more, validation=splits["validation"], test=splits["test"])
 
-    folder = Path(arguments.model)
-    pipeline = (TODSynthPipeline.from_pretrained if arguments.model in PACKAGED else load_pipeline)(folder).to(DEVICE)
+    pipeline = load_pipeline(arguments.model).to(DEVICE)
     if pipeline.schema.names != more.schema.names:
         pipeline.adapt(more.schema, recipe.data.caption)
-    model = arguments.model if arguments.model in PACKAGED else file_digest(folder)
+    model = model_digest(arguments.model)
     one_each = [Job(f"{index:06d}", index, index, 0) for index in range(len(more))]
     rungs: dict[str, Tiles | None] = {
         "real only": None,

@@ -36,7 +36,6 @@ from terrasynth.io import atomic_write, write_json
 from terrasynth.progress import track
 from terrasynth.recipe import Recipe, SegmentorConfig
 from terrasynth.recipe_io import load_recipe
-from terrasynth.study.generate import file_digest
 from terrasynth.study.quality import (
     edge_ratio,
     kid,
@@ -50,7 +49,7 @@ from terrasynth.study.quality import (
     whitening,
 )
 from terrasynth.study.units import Clock, Unit, do
-from terrasynth.systems.generate import Job, load_pipeline, paint, steering_for
+from terrasynth.systems.generate import Job, load_pipeline, model_digest, paint, steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.confusion import Confusion
 from terrasynth.tasks.segmentation import Segmentor, fit
@@ -93,7 +92,7 @@ def painted_unit(
         "model": model,
         "sampling": recipe.sampling.model_dump(mode="json"),
         "steering": None if steering is None else recipe.steering.model_dump(mode="json"),
-        "segmentor": None if steering is None else file_digest(steering),
+        "segmentor": None if steering is None else model_digest(steering),
         "masks": tiles.fingerprint(),
         "seed": seed,
     }
@@ -238,7 +237,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = torch.arange(count) * len(unseen) // count
     tiles = picked(unseen, chosen)
 
-    pipeline, model = load_pipeline(arguments.model).to(DEVICE), file_digest(arguments.model)
+    pipeline, model = load_pipeline(arguments.model).to(DEVICE), model_digest(arguments.model)
     fitted = ruler_unit(of_ruler.recipe.segmentor, labelled, validation, out)
     ruler = Segmentor.from_pretrained(fitted.folder / "segmentor", schema=pipeline.schema).to(DEVICE)
     kinds = {"painted": None} if arguments.steering is None else {"painted": None, "steered": arguments.steering}
@@ -307,7 +306,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "training_views": len(copies.names),
         "model": model,
-        "steering": None if arguments.steering is None else file_digest(arguments.steering),
+        "steering": None if arguments.steering is None else model_digest(arguments.steering),
         "recipe": recipe.model_dump(mode="json"),
         "seconds": {
             "ruler": fitted.seconds,

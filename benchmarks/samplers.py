@@ -71,7 +71,9 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = load_recipe(arguments.recipe, arguments.set, data=arguments.data)
     tiles = load_tiles(loaded.recipe.data, "validation", base=loaded.base)
-    pipeline, ruler = load_pipeline(arguments.model), Segmentor.from_pretrained(arguments.ruler, schema=tiles.schema)
+    ruler = Segmentor.from_pretrained(arguments.ruler, schema=tiles.schema)
+    pipeline = load_pipeline(arguments.model)
+    ruler.check_schema(pipeline.schema)
     batch_size, every = loaded.recipe.sampling.batch_size, torch.arange(len(tiles))
     real = random_features(tiles.images)
     whiten = whitening(real)
@@ -80,11 +82,8 @@ def main() -> None:
         confusion = Confusion.empty(ruler.num_classes)
         for pixels, masks in zip(images.split(16), tiles.masks.split(16), strict=True):
             confusion.update(ruler.predict(pixels.float() / 255), masks, tiles.schema.ignore_index)
-        distance = (
-            "–"
-            if images is tiles.images
-            else f"{kid(whiten(real), whiten(random_features(images)), every, every)[0]:.2f}"
-        )
+        value, error = kid(whiten(real), whiten(random_features(images)), every, every)
+        distance = "–" if images is tiles.images else f"{value:.2f} ± {error:.2f}"
         return f"{100 * confusion.mean_iou:.1f} | {distance} | {detail(images) / detail(tiles.images):.2f}"
 
     print("| solver | steps | shift | guidance | evaluations | agreement | KID | sharpness | tiles/s |")

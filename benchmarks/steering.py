@@ -6,7 +6,7 @@ Every row paints the same masks from the same seeds; only the steering differs f
 steps, strength 0.3, decreasing, relative to the velocity. The masks are the validation tiles',
 which the generator never saw. The first ruler, a segmentor trained on all training tiles, reads the paintings: its mIoU
 against the masks is the agreement. It steers nothing, except in the rows that are called oracles, which a second ruler
-reads. Rows that are in OUT already are not painted again.
+reads. Rows that are in OUT already, made of the same things, are not painted again.
 
 Columns: agreement, mIoU %; KID to the real validation tiles (whitened random features); how far the pixels move from
 the unsteered painting (mean absolute difference, of 255); diversity of five paintings of one mask, relative to
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from terrasynth.data.folder import Tiles, load_tiles
-from terrasynth.io import read_json, write_json
+from terrasynth.io import digest, read_json, write_json
 from terrasynth.recipe import Recipe, SteeringConfig
 from terrasynth.recipe_io import load_recipe
 from terrasynth.study.quality import kid, random_features, whitening
-from terrasynth.systems.generate import load_pipeline, steering_for
+from terrasynth.systems.generate import load_pipeline, model_digest, sampling_arguments, steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor
 
@@ -77,14 +77,9 @@ def paint(
             pipeline(
                 batch,
                 seeds=list(range(start, start + len(batch))),
-                num_inference_steps=recipe.sampling.steps,
-                solver=recipe.sampling.solver,
-                shift=recipe.sampling.shift,
-                text_scale=recipe.sampling.text_scale,
-                mask_scale=recipe.sampling.mask_scale,
                 steering=None if steer is None else steer(batch),
-                precision=recipe.sampling.precision,
                 output_type="pt",
+                **sampling_arguments(recipe.sampling),
             ).images
         )
     return (torch.cat(images) * 255).round().byte()
@@ -108,7 +103,7 @@ def main() -> None:
     parser.add_argument("--rulers", type=Path, nargs=2, required=True, help="two segmentors trained on all tiles")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=64, help="masks")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name contains this, and none")
     arguments = parser.parse_args()
 
     loaded = load_recipe(arguments.recipe, arguments.set, data=arguments.data)
@@ -126,11 +121,18 @@ def main() -> None:
         painted = Tiles(tuple(map(str, range(len(images)))), images, masks, tiles.schema)
         return 100 * reader.evaluate(painted).mean_iou
 
-    path = arguments.out / "steering.json"
+    for reader in (few, ruler, second):
+        reader.check_schema(pipeline.schema)
+        reader.check_schema(tiles.schema)
+    made_of = digest(
+        *map(model_digest, (arguments.model, arguments.segmentor, *arguments.rulers)),
+        *(tiles.fingerprint(), shown.tolist(), recipe.sampling.model_dump(mode="json")),
+    )
+    path = arguments.out / f"steering-{made_of[:8]}.json"
     done: dict[str, Any] = read_json(path) if path.is_file() else {}
     plain = paint(pipeline, masks, recipe, None, None)
     for name, who, settings in rows(recipe.sampling.steps):
-        if name in done or arguments.only not in name:
+        if name in done or (name != "none" and arguments.only not in name):
             continue
         steering = SteeringConfig(**BASE | settings)
         by = {"few": few, "oracle": ruler, None: None}[who]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import open_image
-from terrasynth.recipe import ArmConfig, Recipe
+from terrasynth.recipe import ArmConfig, Recipe, SearchConfig
+from terrasynth.study.report import read_results, verdict
 from terrasynth.study.run import Study
 from terrasynth.study.units import Clock, OutOfTime, do
 
@@ -67,7 +68,7 @@ def test_every_arm_and_seed_trains_as_many_steps_on_the_same_real_tiles(finished
     assert len(logs) == 2 * len(tiny_recipe.study.arms) + 2
     for log in logs:
         last = json.loads(log.read_text().splitlines()[-1])
-        twice = "-x2-" in log.parent.parent.name
+        twice = "-8-steps-" in log.parent.parent.name
         assert last["step"] == tiny_recipe.segmentor.train.steps * (2 if twice else 1)
 
 
@@ -75,7 +76,7 @@ def test_the_test_tiles_change_nothing_but_the_scores(finished, tiny_recipe, tmp
     world = tiny_recipe.data.world.model_copy(update={"test": 3})
     other = tiny_recipe.model_copy(update={"data": tiny_recipe.data.model_copy(update={"world": world})})
     study = Study(other, Path(), tmp_path)
-    assert study.held_out["test"].fingerprint() != Study(tiny_recipe, Path(), tmp_path).held_out["test"].fingerprint()
+    assert study.test.fingerprint() != Study(tiny_recipe, Path(), tmp_path).test.fingerprint()
     study.painted("steered", 0)
     made = [
         "cells/real-seed-0-*/segmentor",
@@ -84,7 +85,7 @@ def test_the_test_tiles_change_nothing_but_the_scores(finished, tiny_recipe, tmp
     ]
     for pattern in made:
         (before,), (after,) = (
-            [f for f in folder.glob(pattern) if "-x2-" not in str(f)] for folder in (finished, tmp_path)
+            [f for f in folder.glob(pattern) if "-steps-" not in str(f)] for folder in (finished, tmp_path)
         )
         for file in after.rglob("*.safetensors"):
             assert file.read_bytes() == (before / file.relative_to(after)).read_bytes()
@@ -109,7 +110,8 @@ def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
     new = {name.rsplit("-", 1)[0] for name in after.keys() - before.keys()}
     assert new == {
         *(f"synthetic/steered-seed-{seed}" for seed in (0, 1)),
-        *(f"cells/real-synthetic-crfm-seed-{seed}" for seed in (0, 1)),
+        *(f"{place}/real-synthetic-crfm-seed-{seed}" for place in ("cells", "scores") for seed in (0, 1)),
+        *(f"scores/agreement-steered-seed-{seed}" for seed in (0, 1)),
     }
     Study(tiny_recipe, Path(), finished).run()  # leave results.json as the other tests expect it
 
@@ -166,7 +168,7 @@ def test_a_filtered_arm_trains_on_painted_tiles_without_their_implausible_labels
     Study(recipe, Path(), tmp_path / "study").run()
 
     made = {name.rsplit("-", 1)[0] for name in stamps(tmp_path / "study").keys() - stamps(finished).keys()}
-    assert made == {"cells/filtered-seed-0", "cells/filtered-seed-1"}
+    assert made == {f"{place}/filtered-seed-{seed}" for place in ("cells", "scores") for seed in (0, 1)}
     shares = []
     for seed in (0, 1):
         (judge,) = (tmp_path / "study").glob(f"cells/real-seed-{seed}-????????/segmentor")
@@ -221,7 +223,7 @@ def test_an_arm_that_filters_nothing_is_refused():
 
 def test_the_report_is_there_and_answers(finished):
     page = (finished / "report.html").read_text()
-    assert "mIoU" in page
+    assert verdict(read_results(finished)).headline.split(".")[0] in page
     assert "<script" not in page
 
 
@@ -272,11 +274,102 @@ def test_a_piece_missing_from_a_painted_dataset_is_named_with_the_way_out(finish
     assert scores(tmp_path / "copy") == scores(finished)
 
 
+def test_more_painted_tiles_continue_the_set_and_change_no_arm_that_takes_fewer(finished, tiny_recipe, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    before = stamps(tmp_path / "study")
+    (dataset,) = (tmp_path / "study").glob("synthetic/plain-seed-0-*/dataset")
+    first = (dataset / "images" / "000003.png").read_bytes()
+    arms = (tiny_recipe.study.arms[0], tiny_recipe.study.arms[2], ArmConfig(name="more", synthetic="plain", ratio=2))
+    study = tiny_recipe.study.model_copy(update={"arms": arms, "plateau_check": "none"})
+    Study(tiny_recipe.model_copy(update={"study": study}), Path(), tmp_path / "study").run()
+    assert len(list((dataset / "images").iterdir())) == 8
+    assert (dataset / "images" / "000003.png").read_bytes() == first
+    after = stamps(tmp_path / "study")
+    changed = {name.rsplit("-", 1)[0] for name, stamp in after.items() if before.get(name) != stamp}
+    assert changed == {
+        f"{place}-seed-{seed}"
+        for place in ("synthetic/plain", "cells/more", "scores/more", "scores/agreement-plain")
+        for seed in (0, 1)
+    }
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "“real + synthetic” has the first 4 of them" in page
+
+
+def test_the_search_gives_every_arm_its_best_settings_and_trains_no_cell_twice(finished, tiny_recipe, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    usual = tiny_recipe.segmentor.train
+    update = {
+        "arms": tiny_recipe.study.arms[:2],
+        "plateau_check": "none",
+        "search": SearchConfig(learning_rates=(usual.learning_rate, 1e-6), steps=(usual.steps, 5)),
+    }
+    recipe = tiny_recipe.model_copy(update={"study": tiny_recipe.study.model_copy(update=update)})
+    study = Study(recipe, Path(), tmp_path / "study")
+    study.run()
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    trained = 0
+    for arm, settings in zip(recipe.study.arms, results["settings"], strict=True):
+        slug = arm.name.replace(" + ", "-").lower()
+        cells = (tmp_path / "study" / "cells").glob(f"{slug}-seed-0*/unit.json")
+        units = [unit for unit in map(json.loads, (c.read_text() for c in cells)) if "8 steps" not in unit["name"]]
+        assert len(units) == 4
+        best = max(max(unit["result"]["curve"]["miou"]) for unit in units)
+        chosen = [
+            unit
+            for unit in units
+            if all(unit["inputs"]["segmentor"]["train"][key] == settings[key] for key in ("learning_rate", "steps"))
+        ]
+        assert len(chosen) == 1
+        assert max(chosen[0]["result"]["curve"]["miou"]) == best
+        trained += sum(unit["seconds"] for unit in units)
+    assert results["total_seconds"] > trained
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "learning rate and steps" in page
+
+
 def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
     recipe = tiny_recipe.model_dump()
     recipe["study"]["arms"] = recipe["study"]["arms"][::-1]
-    with pytest.raises(TerraSynthError, match="baseline"):
-        Study(Recipe.model_validate(recipe), Path(), Path("unused"))
+    with pytest.raises(ValueError, match="is the baseline, so its synthetic must be none"):
+        Recipe.model_validate(recipe)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("study", {"real_fraction": 0.01}, "leaves no place for real ones"),
+        ("study", {"real_fraction": 1.0}, "leaves no place for painted ones"),
+        (
+            "study",
+            {"search": {"learning_rates": [1e-3], "steps": [4, 1]}},
+            r"less than each of study.search.steps \(1\)",
+        ),
+        ("steering", {"start": 3}, r"steering.start \(3\) must be less than sampling.steps \(3\)"),
+    ],
+)
+def test_a_recipe_that_can_only_fail_late_or_mean_something_else_is_refused(tiny_recipe, section, settings, message):
+    recipe = tiny_recipe.model_dump()
+    recipe[section] |= settings
+    with pytest.raises(ValueError, match=message):
+        Recipe.model_validate(recipe)
+
+
+def test_another_base_model_under_the_same_name_trains_another_generator(tiny_recipe, finished, tmp_path):
+    (model,) = finished.glob("generator-*/model")
+    shutil.copytree(model, tmp_path / "base")
+    generator = tiny_recipe.generator.model_copy(update={"base": str(tmp_path / "base")})
+    recipe = tiny_recipe.model_copy(update={"generator": generator})
+    first = Study(recipe, Path(), tmp_path / "out").generator
+    assert Study(recipe, Path(), tmp_path / "out").generator == first
+    file = next((tmp_path / "base" / "transformer").glob("*.safetensors"))
+    save_file({name: 0 * value for name, value in load_file(file).items()}, file)
+    assert Study(recipe, Path(), tmp_path / "out").generator.key != first.key
+
+
+def test_a_mistyped_base_model_is_named_before_anything_is_trained(tiny_recipe, tmp_path):
+    generator = tiny_recipe.generator.model_copy(update={"base": "terrasynth-tinny"})
+    with pytest.raises(TerraSynthError, match="did you mean `terrasynth-tiny`"):
+        Study(tiny_recipe.model_copy(update={"generator": generator}), Path(), tmp_path)
 
 
 # Unlabelled images under what the teachers read in them
@@ -349,9 +442,18 @@ def test_generator_and_layouts_take_what_the_teachers_read_in_unlabelled_images(
         assert torch.equal(mask, view(study.train.images[0], layouts[job.source], job.view)[1])
     page = (tmp_path / "report.html").read_text()
     assert "the segmentors of “mixed”, all seeds together, read in them with a probability of 0.18 or more" in page
-    for seed, cell in enumerate(cells):
-        unit = json.loads((study.painted("plain", seed).folder / "unit.json").read_text())
-        assert unit["inputs"]["segmentor"] == cell.key
+    assert "Mask, as teachers read it" in page
+    assert len(list((tmp_path / "readings").glob("*/unit.json"))) == 2
+
+
+def test_damaged_readings_are_named_with_the_way_out(semi_supervised, tmp_path):
+    study = Study(semi_supervised, Path(), tmp_path)
+    masks = study.reading(0.0).folder / "masks.safetensors"
+    masks.write_bytes(masks.read_bytes()[:20])
+    with pytest.raises(TerraSynthError, match="delete this file"):
+        study.layouts(0)
+    masks.unlink()
+    assert len(study.layouts(0)) == 8
 
 
 def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):
@@ -359,11 +461,27 @@ def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_res
     assert run_and_kill(semi_supervised, tmp_path, (2.0, 3.0, 4.0)) == scores(tmp_path / "whole")
 
 
-def test_unlabelled_images_from_the_test_tiles_are_refused(semi_supervised, tmp_path):
+@pytest.mark.parametrize(
+    ("pattern", "data"),
+    [
+        ("images/*/*.png", {}),
+        ("images/test/*.png", {"images": "./images/{split}/"}),
+        ("images/train/../test/*.png", {}),
+        ("images/validation/*.png", {"validation": {"folder": "./validation", "list": None}}),
+        ("link/*.png", {}),
+    ],
+)
+@pytest.mark.parametrize("pseudo_labels", [None, 0.18])
+def test_no_generator_sees_validation_or_test_tiles(semi_supervised, tmp_path, pattern, data, pseudo_labels):
+    shutil.copytree(semi_supervised.data.root, tmp_path / "tiles")
+    (tmp_path / "tiles" / "link").symlink_to(tmp_path / "tiles" / "images" / "test")
     values = semi_supervised.model_dump(mode="json")
-    values["data"]["unlabelled"] = [{"images": "images/*/*.png", "windows": 1, "scale": [1.0, 1.0]}]
+    values["data"] |= {"root": str(tmp_path / "tiles"), **data}
+    values["data"]["unlabelled"] = [{"images": pattern, "windows": 1, "scale": [1.0, 1.0]}]
+    values["generator"]["pseudo_labels"] = pseudo_labels
+    values["study"]["layouts"] = "labelled"
     with pytest.raises(TerraSynthError, match="validation or test tiles"):
-        Study(Recipe.model_validate(values), Path(), tmp_path).held_out  # noqa: B018
+        Study(Recipe.model_validate(values), Path(), tmp_path / "out").generator  # noqa: B018
 
 
 @pytest.mark.parametrize("teacher", ["painted", "nobody"])

@@ -394,6 +394,11 @@ class StudyConfig(_Config):
         if not names or len(set(names)) != len(names):
             raise ValueError("arms need distinct names, and there must be at least one")
         real = [arm.name for arm in self.arms if arm.synthetic == "none"]
+        if self.arms[0].name not in real:
+            raise ValueError(
+                f"the first arm ({names[0]!r}) is the baseline, so its synthetic must be none, not "
+                f"{self.arms[0].synthetic}"
+            )
         if self.teacher is not None and self.teacher not in real:
             raise ValueError(f"teacher ({self.teacher!r}) must be an arm without painted tiles: {', '.join(real)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -432,6 +437,33 @@ class Recipe(_Config):
             for section, train in trainings.items()
             if train is not None and train.warmup_steps >= train.steps
         ]
+        study, batch = self.study, self.segmentor.train.batch_size * self.segmentor.train.accumulate
+        faults += [
+            f"segmentor.train.warmup_steps ({self.segmentor.train.warmup_steps}) must be less than each of "
+            f"study.search.steps ({steps})"
+            for steps in (study.search.steps if study.search else ())
+            if self.segmentor.train.warmup_steps >= steps
+        ]
+        # A kind of tiles that never enters a batch would make an arm another one under its name.
+        mixed = [arm.name for arm in study.arms if arm.synthetic != "none" and not arm.synthetic_first]
+        if mixed and not 0 < round(study.real_fraction * batch) < batch:
+            faults.append(
+                f"study.real_fraction ({study.real_fraction:g}) of the {batch} tiles of a batch leaves no place for "
+                f"{'painted' if round(study.real_fraction * batch) else 'real'} ones in the arm {mixed[0]!r}"
+            )
+        seen = self.generator.train.batch_size * self.generator.train.accumulate
+        share = self.generator.labelled_fraction
+        if self.data.kind == "folder" and self.data.unlabelled and not 0 < round(share * seen) < seen:
+            faults.append(
+                f"generator.labelled_fraction ({share:g}) of the {seen} tiles of a batch leaves no place for "
+                f"{'unlabelled' if round(share * seen) else 'labelled'} ones"
+            )
+        late = self.steering.start >= self.sampling.steps
+        if late and any(arm.synthetic == "steered" for arm in study.arms):
+            faults.append(
+                f"steering.start ({self.steering.start}) must be less than sampling.steps ({self.sampling.steps}), or "
+                "nothing is steered"
+            )
         if self.data.unlabelled and self.data.kind == "world":
             faults.append("data.unlabelled names images, but data.kind is world, which reads none")
         faults += [

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from terrasynth.data.read import common_coding, read_image, read_mask
 from terrasynth.data.schema import LabelSchema
-from terrasynth.data.unlabelled import cut_windows, merged_schema, pseudo_masks
+from terrasynth.data.unlabelled import cut_windows, find_images, merged_schema, pseudo_masks
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
@@ -351,11 +351,12 @@ def unlabelled_windows(config: DataConfig, schema: LabelSchema) -> Tiles | None:
     """The windows of `data.unlabelled` under wholly unlabelled masks; None if there are none.
 
     Raises:
-        TerraSynthError: as `cut_windows`.
+        TerraSynthError: as `cut_windows`; or an image is a validation or test tile, by whatever path.
     """
     if not config.unlabelled:
         return None
     root = _root(config)
+    _refuse_held_out(config, root)
     ids: list[str] = []
     images, captions = [], []
     for number, source in enumerate(config.unlabelled):
@@ -366,6 +367,28 @@ def unlabelled_windows(config: DataConfig, schema: LabelSchema) -> Tiles | None:
     joined = torch.cat(images)
     masks = torch.full((len(joined), *joined.shape[2:]), schema.ignore_index, dtype=torch.uint8)
     return Tiles(tuple(ids), joined, masks, schema, tuple(captions))
+
+
+def _refuse_held_out(config: DataConfig, root: Path) -> None:
+    """Refuse unlabelled images that are validation or test tiles; files are compared, not the spelling of paths."""
+    held_out: set[Path] = set()
+    for split in ("validation", "test"):
+        where: SplitConfig = getattr(config, split)
+        folder = root / config.images.replace("{split}", where.folder)
+        if not folder.is_dir() or (where.list is not None and not (root / where.list).is_file()):
+            continue  # a generator may be trained before there is such a split
+        images = _by_stem(folder, f"data.images and data.{split}.folder")
+        names = images if where.list is None else _read_list(root / where.list, split, images)
+        held_out |= {path.resolve() for name in names for path in images.get(name, ())}
+    unlabelled = {path.resolve(): path for source in config.unlabelled for path in find_images(root, source)}
+    if shared := sorted(unlabelled[path] for path in held_out & unlabelled.keys()):
+        raise TerraSynthError(
+            "unlabelled images are validation or test tiles",
+            path=root,
+            found=f"{len(shared)} of them, as {shared[0]}",
+            expected="images of the training split, or others",
+            fix="narrow the pattern in data.unlabelled",
+        )
 
 
 def _load_unlabelled(config: DataConfig, split: Split, root: Path) -> Tiles:

@@ -24,13 +24,34 @@ from terrasynth.io import IMAGE_SUFFIXES, digest
 from terrasynth.progress import track
 from terrasynth.recipe import SourceConfig
 
-__all__ = ["cut_windows", "merged_schema", "pseudo_masks"]
+__all__ = ["cut_windows", "find_images", "merged_schema", "pseudo_masks"]
 
 _SMOOTH = 7
 #: Features that vary less than this (of 1) are not stretched to unit deviation: that would be rounding.
 _LEAST_DEVIATION = 0.01
 _SAMPLED_PIXELS = 100_000
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+
+
+def find_images(root: Path, source: SourceConfig) -> list[Path]:
+    """The image files of a source, sorted.
+
+    Raises:
+        TerraSynthError: there are none.
+    """
+    try:
+        found = sorted(root.glob(source.images))
+    except (ValueError, NotImplementedError):  # as Python refuses "/x/*" and "a**"
+        found = []
+    paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    if not paths:
+        raise TerraSynthError(
+            "no such images",
+            path=root / source.images,
+            expected="a pattern under the data folder, as `images/train/*.jpg`",
+            fix="correct data.unlabelled, or --data",
+        )
+    return paths
 
 
 def cut_windows(root: Path, source: SourceConfig, size: int) -> tuple[list[str], Tensor]:
@@ -50,18 +71,7 @@ def cut_windows(root: Path, source: SourceConfig, size: int) -> tuple[list[str],
     Raises:
         TerraSynthError: there are no such images, or one can not be read or is too small.
     """
-    try:
-        found = sorted(root.glob(source.images))
-    except (ValueError, NotImplementedError):  # as Python refuses "/x/*" and "a**"
-        found = []
-    paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
-    if not paths:
-        raise TerraSynthError(
-            "no such images",
-            path=root / source.images,
-            expected="a pattern under the data folder, as `images/train/*.jpg`",
-            fix="correct data.unlabelled, or --data",
-        )
+    paths = find_images(root, source)
     names, windows = [], []
     with track(len(paths), f"cutting {source.images}", unit="images") as progress:
         for path in paths:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from terrasynth.data.folder import Tiles, load_masks
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import digest
 from terrasynth.recipe import SamplingConfig, SteeringConfig
-from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
+from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.tasks.segmentation import Segmentor
 
 __all__ = ["generate"]
@@ -66,19 +64,10 @@ def generate(
         folder,
         provenance={
             "run_seed": seed,
-            "model": file_digest(model),
+            "model": model_digest(model),
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
             "steering": None if segmentor is None else steering.model_dump(mode="json"),
-            "segmentor": None if segmentor is None else file_digest(segmentor),
+            "segmentor": None if segmentor is None else model_digest(segmentor),
         },
         steering=steer,
     )
-
-
-def file_digest(folder: Path) -> str:
-    """Digest of the safetensors files of a model's folder: what made a sample, whatever the folder is called."""
-    hashes = []
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
-    return digest(hashes)

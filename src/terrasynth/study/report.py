@@ -421,8 +421,19 @@ def _gallery(folder: Path) -> dict[str, Any] | None:
     if not (folder / "gallery.json").is_file():
         return None
     entries = read_json(folder / "gallery.json")
-    titles = {"mask": "Mask", "real": "Real tile", "plain": "Painted", "steered": "Painted, CRFM"}
+    titles = {
+        "mask": "Mask",
+        "read": "Mask, as teachers read it",
+        "real": "Real tile",
+        "plain": "Painted",
+        "steered": "Painted, CRFM",
+    }
+    # A mask that segmentors read is often wrong about the tile beside it; it must not pass for a label.
+    for entry in entries:
+        if not entry.get("labelled", True):
+            entry["read"] = entry.pop("mask")
     kinds = [kind for kind in titles if any(entry.get(kind) for entry in entries)]
+    columns = len(kinds) - ({"mask", "read"} <= set(kinds))
     rows = [
         {
             "caption": entry["caption"],
@@ -430,7 +441,7 @@ def _gallery(folder: Path) -> dict[str, Any] | None:
         }
         for entry in entries
     ]
-    return {"columns": len(kinds), "rows": rows} if rows else None
+    return {"columns": columns, "rows": rows} if rows else None
 
 
 def _data_uri(folder: Path, name: str) -> str:
@@ -456,7 +467,8 @@ def _setup(results: Results) -> list[tuple[str, str]]:
         (
             "Data",
             f"{data.train} training, {data.validation} validation and {data.test} test tiles of {data.image_size} × "
-            f"{data.image_size} pixels ({data.source}); {len(results.classes)} classes",
+            f"{data.image_size} pixels ({data.source}); {len(results.classes)} classes"
+            + (f"; {data.unlabelled} windows of unlabelled images" if data.unlabelled else ""),
         ),
         ("Segmentor", f"{segmentor.architecture}, {segmentor.encoder}, {weights}; {_segmentor_training(results)}"),
         (
@@ -479,7 +491,8 @@ def _setup(results: Results) -> list[tuple[str, str]]:
             ),
             (
                 "Painted tiles",
-                f"per seed {counts}; {100 * study.real_fraction:g} % of each training batch stays real",
+                f"per seed {counts}; {100 * study.real_fraction:g} % of each training batch stays real"
+                + "".join(f"; {exception}" for exception in _exceptions(results)),
             ),
         ]
         if "steered" in results.synthetic:
@@ -487,7 +500,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                 3,
                 (
                     "Steering",
-                    f"control-rectify flow matching (CRFM) in {_steered(steering)}, strength "
+                    f"control-rectify flow matching (CRFM) in {_steered(steering, sampling.steps)}, strength "
                     f"{steering.strength:g}, {steering.schedule}, normalisation: {steering.normalise}",
                 ),
             )
@@ -507,6 +520,23 @@ def _setup(results: Results) -> list[tuple[str, str]]:
     return rows
 
 
+def _exceptions(results: Results) -> list[str]:
+    """How single arms use painted tiles otherwise than the others."""
+    arms = [arm for arm in results.recipe.study.arms if arm.synthetic != "none"]
+    fewer = [
+        f"“{arm.name}” has the first {count} of them"
+        for arm in arms
+        if (count := (arm.ratio or results.recipe.study.ratio) * results.data.train)
+        < results.synthetic[arm.synthetic].count
+    ]
+    first = [
+        f"“{arm.name}” trains on painted tiles alone for the first half of its steps and on real ones for the second"
+        for arm in arms
+        if arm.synthetic_first
+    ]
+    return fewer + first
+
+
 def _by_class(shares: dict[str, float | None]) -> str:
     return ", ".join(
         f"{name.removeprefix('dropped/')} {points(share, signed=False)}"
@@ -520,13 +550,18 @@ def _touched(results: Results) -> list[tuple[str, str]]:
     teacher = f"“{results.recipe.study.teacher or results.arms[0].name}”"
     rows = [
         ("Training tiles", "train every segmentor"),
-        ("Validation tiles", "choose the checkpoint of a segmentor, nothing else"),
+        (
+            "Validation tiles",
+            "choose the checkpoint of a segmentor"
+            + (", and every arm's learning rate and steps," if results.recipe.study.search else ",")
+            + " nothing else",
+        ),
         ("Test tiles", "score finished segmentors, once, and nothing else: no training, no selection"),
     ]
     if results.painted_arms:
         rows[0] = (
             "Training tiles",
-            "train every segmentor and the generator; their masks are the ones that are painted",
+            "train every segmentor and the generator; their masks are painted",
         )
         rows.insert(
             1, ("Painted tiles", "train the segmentors of the arms with synthetic data, beside the training tiles")
@@ -567,10 +602,11 @@ def _unlabelled_masks(recipe: Recipe, teacher: str) -> str:
     return masks if recipe.study.layouts == "labelled" else masks + layouts
 
 
-def _steered(steering: SteeringConfig) -> str:
-    if steering.start == 0:
-        return f"the first {steering.steps} steps"
-    return f"steps {steering.start + 1} to {steering.start + steering.steps}"
+def _steered(steering: SteeringConfig, total: int) -> str:
+    last = min(steering.start + steering.steps, total)
+    if last - steering.start == 1:
+        return "the first step" if last == 1 else f"step {last}"
+    return f"the first {last} steps" if steering.start == 0 else f"steps {steering.start + 1} to {last}"
 
 
 def _training(train: TrainConfig) -> str:
@@ -606,6 +642,11 @@ def _limitations(results: Results) -> list[str]:
         limits.append(
             "One generator painted for all seeds. The intervals contain what varies from seed to seed (the painted "
             "tiles and the training of the segmentor), not what another training of the generator would change."
+        )
+    if results.painted_arms and (recipe.study.layouts == "all" or recipe.generator.pseudo_labels is not None):
+        limits.append(
+            "The segmentors of all seeds read the unlabelled images together, so the arms with synthetic data share "
+            "them: their scores vary less from seed to seed than those of studies that are independent throughout."
         )
     limits.append(
         f"All seeds share the same {data.train} training and {data.test} test tiles. The intervals do not say how the "

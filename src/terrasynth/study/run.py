@@ -5,34 +5,37 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import terrasynth
 from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
-from terrasynth.data.augment import view
-from terrasynth.data.folder import Split, Tiles, check_splits, load_synthetic, load_tiles, unlabelled_windows
-from terrasynth.data.sheet import contact_sheet
+from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_tiles, unlabelled_windows
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
 from terrasynth.recipe import ArmConfig, Recipe, SegmentorConfig
 from terrasynth.sampling.flow import seeded_generator
+from terrasynth.study.gallery import write_gallery
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.study.units import Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
-from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
+from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
+from terrasynth.systems.todsynth import packaged_or
 from terrasynth.tasks.segmentation import Segmentor, fit, label
 
 __all__ = ["Study"]
 
+_MASKS = "masks.safetensors"
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -57,18 +60,15 @@ class Study:
         self.out = out
         self.clock = Clock(max_minutes)
         self.baseline = recipe.study.arms[0]
-        if self.baseline.synthetic != "none":
-            raise TerraSynthError(
-                "the baseline is an arm with synthetic data",
-                found=f"study.arms[0] = {self.baseline.name!r} with synthetic: {self.baseline.synthetic}",
-                expected="an arm with synthetic: none",
-                fix="put the real-only arm first",
-            )
         self.teacher = next((arm for arm in recipe.study.arms if arm.name == recipe.study.teacher), self.baseline)
+        if recipe.generator.base is not None:
+            packaged_or(recipe.generator.base)  # a mistyped name shows before anything is trained
         self._base = base
         self._settings: dict[str, SegmentorConfig] = {}
+        self._used: dict[Path, tuple[str, Unit]] = {}
 
-    # Splits are read when they are first needed: a generator that is told no pseudo-labels needs no held-out tiles.
+    # Splits are read when they are first needed: a generator that is told no pseudo-labels needs no held-out tiles,
+    # and no unit but the scores needs the test tiles.
 
     @cached_property
     def train(self) -> Tiles:
@@ -83,34 +83,28 @@ class Study:
         return unlabelled_windows(self.recipe.data, self.train.schema)
 
     @cached_property
-    def held_out(self) -> dict[Split, Tiles]:
-        """The validation and test tiles, after a check that no tile is in two splits."""
-        validation: Tiles = load_tiles(self.recipe.data, "validation", base=self._base)
-        test: Tiles = load_tiles(self.recipe.data, "test", base=self._base)
-        check_splits(train=self.train, validation=validation, test=test)
-        self._check_unlabelled(validation=validation, test=test)
-        return {"validation": validation, "test": test}
+    def validation(self) -> Tiles:
+        """The validation tiles, after a check that none is a training tile."""
+        tiles: Tiles = load_tiles(self.recipe.data, "validation", base=self._base)
+        check_splits(train=self.train, validation=tiles)
+        return tiles
 
-    def _check_unlabelled(self, **held_out: Tiles) -> None:
-        """Refuse unlabelled images that are validation or test tiles."""
-        data = self.recipe.data
-        folders = {"validation": data.validation.folder, "test": data.test.folder}
-        kept = {
-            f"{data.images.format(split=folders[name])}/{id_}" for name, tiles in held_out.items() for id_ in tiles.ids
-        }
-        # As `unlabelled_windows` names them: source-0-images/train/a.png-000
-        windows = () if self.unlabelled is None else self.unlabelled.ids
-        images = {id_.split("-", 2)[2].rpartition(".")[0] for id_ in windows}
-        if shared := sorted(images & kept):
-            raise TerraSynthError(
-                "unlabelled images are validation or test tiles",
-                path=data.root,
-                found=f"{len(shared)} of them, as {shared[0]}",
-                expected="images of the training split, or others",
-                fix="narrow the pattern in data.unlabelled",
-            )
+    @cached_property
+    def test(self) -> Tiles:
+        """The test tiles, after a check that none is in another split."""
+        tiles: Tiles = load_tiles(self.recipe.data, "test", base=self._base)
+        check_splits(train=self.train, validation=self.validation, test=tiles)
+        return tiles
 
     # Units
+
+    def _do(
+        self, group: str, place: str, name: str, inputs: Mapping[str, Any], work: Callable[[Path], Any], **made: Any
+    ) -> Unit:
+        """A unit under `out/place`, whose time is counted under `group`."""
+        unit = do(self.out / place, name, inputs, self.clock, work, **made)
+        self._used[unit.folder] = (group, unit)
+        return unit
 
     @cached_property
     def generator(self) -> Unit:
@@ -118,6 +112,7 @@ class Study:
         recipe = self.recipe
         inputs: dict[str, Any] = {
             "generator": recipe.generator.model_dump(mode="json"),
+            "base": None if recipe.generator.base is None else model_digest(recipe.generator.base),
             "caption": recipe.data.caption,
             "train": self.train.fingerprint(),
             "unlabelled": None if self.unlabelled is None else self.unlabelled.fingerprint(),
@@ -125,36 +120,74 @@ class Study:
         # Only named where it is asked for: other generators depend on no segmentor.
         confidence = recipe.generator.pseudo_labels
         if confidence is not None:
-            inputs["pseudo-labels"] = [teacher.key for teacher in self.teachers]
+            inputs["pseudo-labels"] = self.reading(confidence).key
 
         def work(folder: Path) -> None:
-            unlabelled = self.unlabelled
-            if unlabelled is not None and confidence is not None:
-                unlabelled = self._read(unlabelled, confidence, folder / "pseudo" / "masks.safetensors")
             outcome = fit_generator(
                 self.train,
                 recipe.generator,
                 recipe.data,
                 recipe.sampling,
                 folder,
-                unlabelled=unlabelled,
+                unlabelled=self.unlabelled if confidence is None else self.read(confidence),
                 max_minutes=self.clock.left(),
             )
             if not outcome.finished:
                 raise OutOfTime
 
-        made = {"products": ("model",), "scratch": ("checkpoints", "cache", "pseudo", "autoencoder/checkpoints")}
-        return do(self.out, "generator", inputs, self.clock, work, **made)
+        made = {"products": ("model",), "scratch": ("checkpoints", "cache", "autoencoder/checkpoints")}
+        return self._do("train the generator", "", "generator", inputs, work, **made)
 
     @property
     def teachers(self) -> list[Unit]:
         """The segmentors that read unlabelled images together: those of the teaching arm, of all seeds."""
         return [self.cell(self.teacher, seed) for seed in self.recipe.study.seeds]
 
+    def reading(self, confidence: float) -> Unit:
+        """What the teachers read in the unlabelled images together: one mask a window.
+
+        Pixels that they read with less than this probability are left unlabelled.
+        """
+        windows, teachers = self._windows, self.teachers
+        inputs = {
+            "windows": windows.fingerprint(),
+            "teachers": [teacher.key for teacher in teachers],
+            "confidence": confidence,
+        }
+
+        def work(folder: Path) -> None:
+            _store(folder / _MASKS, label([_segmentor(teacher) for teacher in teachers], windows, confidence))
+
+        group, name = "read unlabelled images", f"at least {confidence:g}"
+        return self._do(group, "readings", name, inputs, work, products=(_MASKS,))
+
+    def read(self, confidence: float) -> Tiles:
+        """The unlabelled images under what the teachers read in them."""
+        masks = _stored(self.reading(confidence).folder / _MASKS)
+        return replace(self._windows, masks=masks, caption=self.train.caption)
+
+    @property
+    def _windows(self) -> Tiles:
+        assert self.unlabelled is not None, "the recipe was checked"
+        return self.unlabelled
+
     def cell(self, arm: ArmConfig, seed: int, *, times: int = 1) -> Unit:
-        """The segmentor of one arm and seed, trained for `times` the arm's steps, and its metrics on test."""
+        """The segmentor of one arm and seed, trained for `times` the arm's steps."""
         config = self.settings(arm)
-        return self._cell(arm, seed, _with(config, steps=times * config.train.steps), f" x{times}" if times > 1 else "")
+        group = f"train: {arm.name}" if times == 1 else "plateau check"
+        return self._cell(arm, seed, _with(config, steps=times * config.train.steps), group)
+
+    def metrics(self, cell: Unit) -> dict[str, float]:
+        """The scores of a finished cell's segmentor on the test tiles."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            confusion = _segmentor(cell).evaluate(self.test)
+            return {"metrics": confusion.metrics(self.test.schema.names), "confusion": confusion.matrix.tolist()}
+
+        inputs = {"segmentor": cell.key, "test": self.test.fingerprint()}
+        name = cell.folder.name.rpartition("-")[0]
+        metrics: dict[str, float] = self._do("test", "scores", name, inputs, work).result["metrics"]
+        return metrics
 
     def settings(self, arm: ArmConfig) -> SegmentorConfig:
         """The recipe's segmentor, with the learning rate and steps of the arm where they are searched for.
@@ -170,26 +203,21 @@ class Study:
                 for rate in search.learning_rates
                 for steps in search.steps
             ]
-            tried = [
-                self._cell(
-                    arm, self.recipe.study.seeds[0], config, f" {config.train.learning_rate:g} {config.train.steps}"
-                )
-                for config in candidates
-            ]
+            first = self.recipe.study.seeds[0]
+            tried = [self._cell(arm, first, config, "search") for config in candidates]
             best = [max(unit.result["curve"]["miou"]) for unit in tried]
             self._settings[arm.name] = candidates[best.index(max(best))]
         return self._settings[arm.name]
 
-    def _cell(self, arm: ArmConfig, seed: int, config: SegmentorConfig, suffix: str) -> Unit:
+    def _cell(self, arm: ArmConfig, seed: int, config: SegmentorConfig, group: str) -> Unit:
         study = self.recipe.study
         painted = None if arm.synthetic == "none" else self.painted(arm.synthetic, seed)
         count = (arm.ratio or study.ratio) * len(self.train)
         judge = self.cell(self.teacher, seed) if arm.filter else None
         inputs = {
             "segmentor": config.model_dump(mode="json"),
-            # The held-out tiles first: where there are none, that is said before the others are read.
-            "validation": self.held_out["validation"].fingerprint(),
-            "test": self.held_out["test"].fingerprint(),
+            # First: where there are none, that is said before others are read.
+            "validation": self.validation.fingerprint(),
             "train": self.train.fingerprint(),
             "mix": arm.mix,
             "synthetic": None if painted is None else [painted.key, count, study.real_fraction, arm.synthetic_first],
@@ -197,13 +225,18 @@ class Study:
             "seed": seed,
         }
 
+        differs = config.train.learning_rate != self.recipe.segmentor.train.learning_rate
+        suffix = f" at {config.train.learning_rate:g}" if differs else ""
+        if config.train.steps != self.recipe.segmentor.train.steps:
+            suffix += f" {config.train.steps} steps"
+
         def work(folder: Path) -> dict[str, Any]:
             schema = self.train.schema
             synthetic = None if painted is None else _tiles(painted).first(count)
             shares = None
             if synthetic is not None and judge is not None:
                 labels = synthetic.masks
-                synthetic = _filtered(synthetic, self.train, judge, folder / "filtered" / "masks.safetensors")
+                synthetic = _filtered(synthetic, self.train, judge, folder / "filtered" / _MASKS)
                 shares = dropped(labels, synthetic.masks, schema.names, schema.ignore_index)
             segmentor = Segmentor.build(
                 config,
@@ -215,7 +248,7 @@ class Study:
             outcome = fit(
                 segmentor,
                 self.train,
-                self.held_out["validation"],
+                self.validation,
                 config,
                 folder / "training",
                 seed=seed,
@@ -229,34 +262,20 @@ class Study:
             if not outcome.finished:
                 raise OutOfTime
             segmentor.save_pretrained(folder / "segmentor")
-            confusion = segmentor.evaluate(self.held_out["test"])
-            return {
-                "metrics": confusion.metrics(schema.names),
-                "confusion": confusion.matrix.tolist(),
-                "curve": _curve(folder / "training" / "log.jsonl"),
-                "filter": shares,
-            }
+            return {"curve": _curve(folder / "training" / "log.jsonl"), "filter": shares}
 
         name = f"{arm.name} seed {seed}{suffix}"
         made = {"products": ("segmentor",), "scratch": ("training/checkpoints", "filtered")}
-        return do(self.out / "cells", name, inputs, self.clock, work, **made)
+        return self._do(group, "cells", name, inputs, work, **made)
 
-    def _read(self, tiles: Tiles, confidence: float, stored: Path) -> Tiles:
-        """Unlabelled tiles under the masks that the teachers read in them, kept in `stored` for the next sittings."""
-
-        def masks() -> Tensor:
-            return label([_segmentor(teacher) for teacher in self.teachers], tiles, confidence)
-
-        return replace(tiles, masks=_stored(stored, masks), caption=self.train.caption)
-
-    def layouts(self, seed: int, stored: Path) -> Tiles:
+    def layouts(self, seed: int) -> Tiles:
         """The tiles whose masks are painted: the labelled ones or, with `layouts: all`, these and the windows in turn.
 
         The windows come in an order of the seed's own; what there is less of comes again.
         """
-        if self.unlabelled is None or self.recipe.study.layouts == "labelled":
+        if self.recipe.study.layouts == "labelled":
             return self.train
-        windows = self._read(self.unlabelled, 0.0, stored)
+        windows = self.read(0.0)
         order = torch.randperm(len(windows), generator=seeded_generator(seed))
         turns = torch.arange(max(len(windows), len(self.train)))
         pairs = [(self.train, turns % len(self.train)), (windows, order[turns % len(windows)])]
@@ -269,26 +288,23 @@ class Study:
         )
 
     def painted(self, kind: str, seed: int) -> Unit:
-        """The synthetic dataset of one seed, `plain` or `steered` by the teacher of the same seed."""
-        steers = self.cell(self.teacher, seed)
-        study = self.recipe.study
-        count = len(self.train) * max(arm.ratio or study.ratio for arm in study.arms if arm.synthetic == kind)
-        steered = kind == "steered"
+        """The synthetic dataset of one seed, `plain` or `steered` by the teacher of the same seed.
+
+        How many are painted is not among its inputs: when more are asked for, the dataset is continued.
+        """
+        study, count = self.recipe.study, self.count(kind)
+        steers = self.cell(self.teacher, seed) if kind == "steered" else None
         inputs: dict[str, Any] = {
             "generator": self.generator.key,
             "sampling": self.recipe.sampling.model_dump(mode="json"),
-            "steering": self.recipe.steering.model_dump(mode="json") if steered else None,
-            "segmentor": steers.key,
-            "count": count,
+            "steering": None if steers is None else self.recipe.steering.model_dump(mode="json"),
+            "segmentor": None if steers is None else steers.key,
             "seed": seed,
-            "layouts": None,
+            "layouts": self.reading(0.0).key if study.layouts == "all" else None,
         }
-        if self.unlabelled is not None and study.layouts == "all":
-            inputs["layouts"] = [self.unlabelled.fingerprint(), *(teacher.key for teacher in self.teachers)]
 
-        def work(folder: Path) -> dict[str, Any]:
-            segmentor = _segmentor(steers)
-            layouts = self.layouts(seed, folder / "layouts.safetensors")
+        def work(folder: Path) -> None:
+            layouts = self.layouts(seed)
             paint(
                 load_pipeline(self.generator.folder / "model").to(_DEVICE),
                 layouts.masks,
@@ -303,14 +319,28 @@ class Study:
                     **{name: inputs[name] for name in ("generator", "segmentor", "sampling", "steering")},
                 },
                 between=self._check_clock,
-                steering=steering_for(self.recipe.steering, segmentor.loss) if steered else None,
+                steering=None if steers is None else steering_for(self.recipe.steering, _segmentor(steers).loss),
                 label=f"painting {kind}, seed {seed}",
             )
-            painted = load_synthetic(folder / "dataset")
-            return {"agreement": segmentor.evaluate(painted).mean_iou, "count": len(painted)}
 
-        name = f"{kind} seed {seed}"
-        return do(self.out / "synthetic", name, inputs, self.clock, work, products=("dataset/metadata.jsonl",))
+        products = ("dataset/metadata.jsonl", f"dataset/images/{count - 1:06d}.png")
+        return self._do(f"paint ({kind})", "synthetic", f"{kind} seed {seed}", inputs, work, products=products)
+
+    def count(self, kind: str) -> int:
+        """How many tiles are painted per seed: as many as the arm that wants most."""
+        study = self.recipe.study
+        return len(self.train) * max(arm.ratio or study.ratio for arm in study.arms if arm.synthetic == kind)
+
+    def agreement(self, kind: str, seed: int) -> float:
+        """The mIoU at which the teacher of a seed finds the masks in what was painted under them."""
+        painted, teacher, count = self.painted(kind, seed), self.cell(self.teacher, seed), self.count(kind)
+
+        def work(folder: Path) -> float:
+            return _segmentor(teacher).evaluate(_tiles(painted).first(count)).mean_iou
+
+        inputs = {"painted": painted.key, "count": count, "segmentor": teacher.key}
+        agreement: float = self._do("test", "scores", f"agreement {kind} seed {seed}", inputs, work).result
+        return agreement
 
     def _check_clock(self) -> None:
         if self.clock.left() == 0:
@@ -320,8 +350,9 @@ class Study:
 
     def run(self, command: str = "") -> Path:
         """Do every unit that is not done, write `results.json` and return the path of `report.html`."""
-        study = self.recipe.study
-        for arm in dict.fromkeys((self.baseline, self.teacher)):
+        study, schema = self.recipe.study, self.train.schema
+        tiles = {"train": self.train, "validation": self.validation, "test": self.test}
+        for arm in dict.fromkeys((study.arms[0], self.teacher)):
             for seed in study.seeds:
                 self.cell(arm, seed)
         kinds = [kind for kind in ("plain", "steered") if kind in {arm.synthetic for arm in study.arms}]
@@ -330,16 +361,19 @@ class Study:
         checked = {"none": (), "baseline": study.arms[:1], "all": study.arms}[study.plateau_check]
         twice = {arm.name: [self.cell(arm, seed, times=2) for seed in study.seeds] for arm in checked}
 
-        timing = {"train the generator": [self.generator]} if kinds else {}
-        timing |= {f"paint ({kind})": units for kind, units in painted.items()}
-        timing |= {f"train: {name}": units for name, units in cells.items()}
-        timing |= {"plateau check": [unit for units in twice.values() for unit in units]} if twice else {}
-        seconds = {name: sum(unit.seconds for unit in units) for name, units in timing.items()}
-        schema = self.train.schema
+        metrics, metrics_twice = (
+            {arm: [self.metrics(unit) for unit in units] for arm, units in trained.items()}
+            for trained in (cells, twice)
+        )
+        agreement = {kind: [self.agreement(kind, seed) for seed in study.seeds] for kind in kinds}
+        seconds: dict[str, float] = {}
+        for group, unit in self._used.values():
+            seconds[group] = seconds.get(group, 0.0) + unit.seconds
         if kinds:
-            shown: dict[str, Unit] = {kind: units[0] for kind, units in painted.items()}
-            stored = painted[kinds[0]][0].folder / "layouts.safetensors"
-            _gallery(self.out, self.layouts(study.seeds[0], stored), study.seeds[0], shown)
+            shown: dict[str, Tiles] = {
+                kind: _tiles(units[0]).first(self.count(kind)) for kind, units in painted.items()
+            }
+            write_gallery(self.out, self.train, self.layouts(study.seeds[0]), study.seeds[0], shown)
         else:
             (self.out / "gallery.json").unlink(missing_ok=True)
         write_json(
@@ -353,14 +387,12 @@ class Study:
                     for name, color in zip(schema.names, schema.colors, strict=True)
                 ],
                 "data": {
-                    "train": len(self.train),
-                    "validation": len(self.held_out["validation"]),
-                    "test": len(self.held_out["test"]),
+                    **{name: len(split) for name, split in tiles.items()},
                     "unlabelled": 0 if self.unlabelled is None or not kinds else len(self.unlabelled),
                     "image_size": self.recipe.data.image_size,
                     "source": "procedural world" if self.recipe.data.kind == "world" else "image and mask folders",
                 },
-                **_statistics(cells, self.baseline.name),
+                **_statistics(metrics, study.arms[0].name),
                 "curves": {
                     name: [
                         {"seed": seed, **unit.result["curve"]} for seed, unit in zip(study.seeds, units, strict=True)
@@ -368,7 +400,7 @@ class Study:
                     for name, units in cells.items()
                 },
                 "plateaus": [
-                    _plateau(arm.name, cells[arm.name], twice[arm.name], self.settings(arm).train.steps)
+                    _plateau(arm.name, metrics[arm.name], metrics_twice[arm.name], self.settings(arm).train.steps)
                     for arm in checked
                 ],
                 "settings": [
@@ -382,11 +414,8 @@ class Study:
                 "timing": [{"name": name, "seconds": value} for name, value in seconds.items()],
                 "total_seconds": sum(seconds.values()),
                 "synthetic": {
-                    kind: {
-                        "count": units[0].result["count"],
-                        "agreement": sum(unit.result["agreement"] for unit in units) / len(units),
-                    }
-                    for kind, units in painted.items()
+                    kind: {"count": self.count(kind), "agreement": sum(values) / len(values)}
+                    for kind, values in agreement.items()
                 },
                 "filtered": {arm.name: _mean_shares(cells[arm.name]) for arm in study.arms if arm.filter},
                 "environment": {
@@ -401,29 +430,26 @@ class Study:
         return write_report(self.out)
 
 
-def _statistics(cells: Mapping[str, list[Unit]], baseline: str) -> dict[str, Any]:
+def _statistics(metrics: Mapping[str, list[dict[str, float]]], baseline: str) -> dict[str, Any]:
     """Mean and interval of every metric of every arm, and every arm's paired difference to the baseline."""
-    values = {
-        arm: {name: [unit.result["metrics"][name] for unit in units] for name in units[0].result["metrics"]}
-        for arm, units in cells.items()
-    }
+    values = {arm: {name: [one[name] for one in seeds] for name in seeds[0]} for arm, seeds in metrics.items()}
     return {
         "arms": [
-            {"name": arm, "metrics": {name: summarise(v).to_dict() for name, v in metrics.items()}}
-            for arm, metrics in values.items()
+            {"name": arm, "metrics": {name: summarise(v).to_dict() for name, v in scores.items()}}
+            for arm, scores in values.items()
         ],
         "comparisons": [
             {"arm": arm, "baseline": baseline, "metric": name, **compare(v, values[baseline][name]).to_dict()}
-            for arm, metrics in values.items()
+            for arm, scores in values.items()
             if arm != baseline
-            for name, v in metrics.items()
+            for name, v in scores.items()
         ],
     }
 
 
-def _plateau(arm: str, once: list[Unit], twice: list[Unit], steps: int) -> dict[str, Any]:
+def _plateau(arm: str, once: list[dict[str, float]], twice: list[dict[str, float]], steps: int) -> dict[str, Any]:
     """How much twice the steps move an arm."""
-    before, after = ([unit.result["metrics"]["miou"] for unit in units] for units in (once, twice))
+    before, after = ([metrics["miou"] for metrics in seeds] for seeds in (once, twice))
     return {"arm": arm, "steps": steps, "twice": 2 * steps, **compare(after, before).to_dict()}
 
 
@@ -441,11 +467,8 @@ def _curve(log: Path) -> dict[str, list[float]]:
 
 def _tiles(painted: Unit) -> Tiles:
     """The dataset of a finished unit."""
-    try:
+    with _remade(painted):
         return load_synthetic(painted.folder / "dataset")
-    except TerraSynthError as error:
-        again = f"delete {painted.folder / 'unit.json'} and run the same command: what is missing is painted again"
-        raise TerraSynthError(error.problem, path=error.path, found=error.found, fix=again) from error
 
 
 def _filtered(painted: Tiles, real: Tiles, judge: Unit, stored: Path) -> Tiles:
@@ -456,25 +479,44 @@ def _filtered(painted: Tiles, real: Tiles, judge: Unit, stored: Path) -> Tiles:
         means = class_mean_losses(segmentor.pixel_losses(real), real.masks, real.schema.num_classes, ignore)
         return filter_pixels(painted.masks, segmentor.pixel_losses(painted), means, ignore_index=ignore)
 
-    return replace(painted, masks=_stored(stored, masks))
+    # Kept for the next sittings: where the rounding is another, a pixel near the limit may fall on its other side, and
+    # the work would no longer be the one that began.
+    if not stored.is_file():
+        _store(stored, masks())
+    return replace(painted, masks=_stored(stored))
 
 
 def _segmentor(cell: Unit) -> Segmentor:
     """The segmentor of a finished cell."""
-    return Segmentor.from_pretrained(cell.folder / "segmentor").to(_DEVICE)
+    with _remade(cell):
+        return Segmentor.from_pretrained(cell.folder / "segmentor").to(_DEVICE)
 
 
-def _stored(path: Path, masks: Callable[[], Tensor]) -> Tensor:
-    """The masks that finished segmentors make, kept in a file for the next sittings.
+@contextmanager
+def _remade(unit: Unit) -> Iterator[None]:
+    """Where a product of a unit is damaged, say how to have it made again."""
+    try:
+        yield
+    except TerraSynthError as error:
+        again = f"delete {unit.folder / 'unit.json'} and what is damaged, then run the same command: it is made again"
+        raise TerraSynthError(error.problem, path=error.path, found=error.found, fix=again) from error
 
-    Where the rounding is another, a pixel near the limit may fall on its other side, and the work would no longer be
-    the one that began.
-    """
-    if not path.is_file():
-        made = masks()
-        with atomic_write(path) as partial:
-            save_file({"masks": made}, partial)
-    return load_file(path)["masks"]
+
+def _store(path: Path, masks: Tensor) -> None:
+    with atomic_write(path) as partial:
+        save_file({"masks": masks}, partial)
+
+
+def _stored(path: Path) -> Tensor:
+    try:
+        return load_file(path)["masks"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise TerraSynthError(
+            "the masks that segmentors read can not be loaded",
+            path=path,
+            found=str(error),
+            fix="delete this file and run the same command: it is made again",
+        ) from error
 
 
 def _mean_shares(units: list[Unit]) -> dict[str, float | None]:
@@ -482,32 +524,3 @@ def _mean_shares(units: list[Unit]) -> dict[str, float | None]:
     # A class may be absent from the paintings of one seed.
     names = dict.fromkeys(name for unit in units for name in unit.result["filter"])
     return {name: summarise([unit.result["filter"].get(name) for unit in units]).mean for name in names}
-
-
-def _gallery(out: Path, tiles: Tiles, seed: int, painted: Mapping[str, Unit], count: int = 6) -> None:
-    """Masks, the real tiles under them, and their paintings with and without steering, for report and README."""
-    from PIL import Image
-
-    sets = {kind: _tiles(unit) for kind, unit in painted.items()}
-    total = len(next(iter(sets.values())))
-    shown = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
-    jobs = [plan(total, len(tiles), seed)[index] for index in shown]
-    views = [view(tiles.images[job.source], tiles.masks[job.source], job.view) for job in jobs]
-    masks = torch.stack([mask for _, mask in views])
-    pictures = {"real": torch.stack([image for image, _ in views])}
-    pictures |= {kind: dataset.images[shown] for kind, dataset in sets.items()}
-    zoom = max(1, 128 // masks.shape[-1])
-    sheet = contact_sheet(pictures, masks, tiles.schema, columns=count, zoom=zoom, legend=True)
-    with atomic_write(out / "paintings.png") as partial:
-        sheet.save(partial)
-    entries = []
-    for row, index in enumerate(shown):
-        entry = {"caption": tiles.schema.caption(masks[row])}
-        colors = {"mask": tiles.schema.to_color(masks[row])}
-        for kind, pixels in (colors | {k: p[row].movedim(0, -1).numpy() for k, p in pictures.items()}).items():
-            path = out / "gallery" / f"{index:06d}-{kind}.png"
-            with atomic_write(path) as partial:
-                Image.fromarray(pixels).save(partial)
-            entry[kind] = path.relative_to(out).as_posix()
-        entries.append(entry)
-    write_json(out / "gallery.json", entries)

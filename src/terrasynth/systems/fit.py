@@ -22,6 +22,7 @@ from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.text import PromptCache
 from terrasynth.progress import say, track
 from terrasynth.systems.autoencode import fit_refiner
+from terrasynth.systems.generate import sampling_arguments
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key, mixed_keys
 from terrasynth.training.loop import Outcome, global_batch, train
@@ -253,13 +254,8 @@ def fit_generator(
         images = pipeline(
             tiles.masks[shown],
             seeds=list(range(len(shown))),
-            num_inference_steps=sampling.steps,
-            solver=sampling.solver,
-            shift=sampling.shift,
-            text_scale=sampling.text_scale,
-            mask_scale=sampling.mask_scale,
-            precision=sampling.precision,
             output_type="pt",
+            **sampling_arguments(sampling),
         ).images
         sheet = contact_sheet({"real": tiles.images[shown], "painted": images}, tiles.masks[shown], tiles.schema)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:

@@ -19,9 +19,9 @@ from terrasynth.progress import track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
-from terrasynth.systems.todsynth import TODSynthPipeline
+from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or
 
-__all__ = ["Job", "load_pipeline", "paint", "plan", "steering_for"]
+__all__ = ["Job", "load_pipeline", "model_digest", "paint", "plan", "sampling_arguments", "steering_for"]
 
 #: Views 0...7 are the tile itself, flipped and turned; from here on each is another zoom.
 _FIRST_ZOOM = 8
@@ -68,6 +68,12 @@ def steering_for(
         )
 
     return steering
+
+
+def sampling_arguments(sampling: SamplingConfig) -> dict[str, Any]:
+    """A recipe's sampling as arguments of the pipeline's call."""
+    arguments = sampling.model_dump(exclude={"batch_size"})
+    return {"num_inference_steps": arguments.pop("steps"), **arguments}
 
 
 def paint(
@@ -120,14 +126,9 @@ def paint(
                 targets.long().to(device),
                 prompts,
                 seeds=[job.seed for job in batch],
-                num_inference_steps=sampling.steps,
-                solver=sampling.solver,
-                shift=sampling.shift,
-                text_scale=sampling.text_scale,
-                mask_scale=sampling.mask_scale,
                 steering=None if steering is None else steering(targets.long().to(device)),
-                precision=sampling.precision,
                 output_type="pt",
+                **sampling_arguments(sampling),
             ).images
             if not images.isfinite().all():
                 raise TerraSynthError(
@@ -148,8 +149,13 @@ def view_mask(mask: Tensor, index: int) -> Tensor:
     return view(mask.expand(3, -1, -1), mask, index)[1]
 
 
-def load_pipeline(folder: Path) -> TODSynthPipeline:
-    """Load what `terrasynth train` made, with an error that helps where the folder is something else."""
+def load_pipeline(model: str | Path) -> TODSynthPipeline:
+    """Load what `terrasynth train` made, or a model that comes with the package, by its name.
+
+    Raises:
+        TerraSynthError: the folder is something else, or damaged.
+    """
+    folder = Path(packaged_or(model))
     if not (folder / "model_index.json").is_file():
         raise TerraSynthError(
             "not the folder of a model",
@@ -159,3 +165,18 @@ def load_pipeline(folder: Path) -> TODSynthPipeline:
             fix="give the folder called `model` that `terrasynth train` printed",
         )
     return TODSynthPipeline.from_pretrained(folder)
+
+
+def model_digest(model: str | Path) -> str:
+    """Digest of the safetensors files of a model's folder or packaged name: what made a sample, wherever it is.
+
+    Of a name on the hub, whose files may not be here, the name.
+    """
+    folder = Path(packaged_or(model))
+    if not folder.is_dir():
+        return digest(str(model))
+    hashes = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(hashes)

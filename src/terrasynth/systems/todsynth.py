@@ -6,6 +6,7 @@ Reads like the method section: the conditions, the flow-matching loss, guided an
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -41,12 +42,32 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import GeneratorConfig, Precision
 
-__all__ = ["PACKAGED", "TODSynthPipeline"]
+__all__ = ["PACKAGED", "TODSynthPipeline", "packaged_or"]
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 #: Base models that come with the package, loaded by name.
 PACKAGED = ("terrasynth-tiny",)
+
+
+def packaged_or(model: str | Path) -> str | Path:
+    """The folder of a model that comes with the package; anything else as it is.
+
+    Raises:
+        TerraSynthError: a bare name, neither packaged nor a folder here: what hubs have is called OWNER/NAME.
+    """
+    name = str(model)
+    if name in PACKAGED:
+        return _WEIGHTS / name
+    if "/" not in name and not Path(name).exists():
+        near = difflib.get_close_matches(name, PACKAGED, n=1)
+        raise TerraSynthError(
+            "no such model",
+            path=name,
+            expected=f"{', '.join(PACKAGED)}, a folder, or OWNER/NAME on the hub",
+            fix=f"did you mean `{near[0]}`?" if near else "correct the name",
+        )
+    return model
 
 
 class TODSynthPipeline(DiffusionPipeline):
@@ -176,8 +197,7 @@ class TODSynthPipeline(DiffusionPipeline):
         Raises:
             TerraSynthError: there is no such model, a part of it is missing or damaged, or it knows no classes.
         """
-        if str(pretrained_model_name_or_path) in PACKAGED:
-            pretrained_model_name_or_path = _WEIGHTS / str(pretrained_model_name_or_path)
+        pretrained_model_name_or_path = packaged_or(pretrained_model_name_or_path)
         try:
             wanted: dict[str, Any] = {}
             if "label_schema" in kwargs:

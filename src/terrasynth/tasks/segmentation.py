@@ -27,6 +27,7 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, read_json, write_json
+from terrasynth.progress import track
 from terrasynth.recipe import Mix, SegmentorConfig
 from terrasynth.tasks.confusion import Confusion
 from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys, sequenced_keys
@@ -373,11 +374,13 @@ def label(segmentors: Sequence[Segmentor], tiles: Tiles, confidence: float = 0.0
         uint8 masks (N, S, S) on the CPU.
     """
     masks = []
-    for images in tiles.images.split(batch_size):
-        pixels = images.to(segmentors[0].device).float() / 255
-        shares = torch.stack([segmentor.probabilities(pixels) for segmentor in segmentors]).mean(0)
-        most, classes = shares.max(1)
-        masks.append(torch.where(most >= confidence, classes, segmentors[0].ignore_index).byte().cpu())
+    with track(len(tiles), "reading unlabelled images", unit="images") as progress:
+        for images in tiles.images.split(batch_size):
+            pixels = images.to(segmentors[0].device).float() / 255
+            shares = torch.stack([segmentor.probabilities(pixels) for segmentor in segmentors]).mean(0)
+            most, classes = shares.max(1)
+            masks.append(torch.where(most >= confidence, classes, segmentors[0].ignore_index).byte().cpu())
+            progress.advance(len(images))
     return torch.cat(masks).clone()
 
 

@@ -1,0 +1,58 @@
+"""Pictures of what a study painted: a sheet, and single files for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from terrasynth.data.augment import view
+from terrasynth.data.folder import Tiles
+from terrasynth.data.sheet import contact_sheet
+from terrasynth.io import atomic_write, write_json
+from terrasynth.systems.generate import plan
+
+__all__ = ["write_gallery"]
+
+
+def write_gallery(
+    out: Path, labelled: Tiles, layouts: Tiles, seed: int, painted: Mapping[str, Tiles], count: int = 6
+) -> None:
+    """Masks, the real tiles under them, and their paintings with and without steering, for report and README.
+
+    Args:
+        out: of the study; gets `paintings.png`, `gallery/` and `gallery.json`.
+        labelled: the training tiles; all other masks are what segmentors read.
+        layouts: the tiles whose masks were painted.
+        seed: of the paintings.
+        painted: the sets by kind, as long as each other.
+        count: rows.
+    """
+    total = min(map(len, painted.values()))
+    shown = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
+    jobs = [plan(total, len(layouts), seed)[index] for index in shown]
+    views = [view(layouts.images[job.source], layouts.masks[job.source], job.view) for job in jobs]
+    masks = torch.stack([mask for _, mask in views])
+    pictures = {"real": torch.stack([image for image, _ in views])}
+    pictures |= {kind: dataset.images[shown] for kind, dataset in painted.items()}
+    zoom = max(1, 128 // masks.shape[-1])
+    sheet = contact_sheet(pictures, masks, layouts.schema, columns=count, zoom=zoom, legend=True)
+    with atomic_write(out / "paintings.png") as partial:
+        sheet.save(partial)
+    entries = []
+    for row, index in enumerate(shown):
+        entry: dict[str, Any] = {
+            "caption": layouts.schema.caption(masks[row]),
+            "labelled": layouts.ids[jobs[row].source] in labelled.ids,
+        }
+        colors = {"mask": layouts.schema.to_color(masks[row])}
+        for kind, pixels in (colors | {k: p[row].movedim(0, -1).numpy() for k, p in pictures.items()}).items():
+            path = out / "gallery" / f"{index:06d}-{kind}.png"
+            with atomic_write(path) as partial:
+                Image.fromarray(pixels).save(partial)
+            entry[kind] = path.relative_to(out).as_posix()
+        entries.append(entry)
+    write_json(out / "gallery.json", entries)
