@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=96, help="unseen images of each kind")
     arguments = parser.parse_args()
+    if arguments.count < 4:
+        parser.error("--count: the picture shows 4 scenes of each kind, so it must be at least 4")
     pipeline = TODSynthPipeline.from_pretrained(arguments.model)
     size, ignore = pipeline.config.image_size, pipeline.schema.ignore_index
 

@@ -305,8 +305,10 @@ class Study:
 
         def work(folder: Path) -> None:
             layouts = self.layouts(seed)
+            with _remade(self.generator):
+                pipeline = load_pipeline(self.generator.folder / "model").to(_DEVICE)
             paint(
-                load_pipeline(self.generator.folder / "model").to(_DEVICE),
+                pipeline,
                 layouts.masks,
                 layouts.ids,
                 plan(count, len(layouts), seed),

@@ -146,7 +146,7 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
             torch.manual_seed(config.seed)  # what the base does not have starts at random
             pipeline = TODSynthPipeline.from_pretrained(
                 config.base,
-                torch_dtype={"transformer": torch.float32, "vae": torch.float32, "default": text},
+                dtype={"transformer": torch.float32, "vae": torch.float32, "default": text},
                 label_schema=tiles.schema.to_dict(),
                 mask_coding=config.mask_coding,
                 mask_init=config.mask_init,

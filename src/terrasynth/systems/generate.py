@@ -15,7 +15,7 @@ from terrasynth.data.augment import view
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest
-from terrasynth.progress import track
+from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
@@ -110,6 +110,8 @@ def paint(
         plan={**provenance, "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest()[:16]},
     )
     done = writer.done()
+    if len(done) > len(jobs):
+        say(f"{folder} has {len(done)} images already, more than the {len(jobs)} asked for: it is left as it is")
     device = pipeline.transformer.device
     with track(len(jobs), label, unit="images", done=len(done)) as progress:
         # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
