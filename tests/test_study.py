@@ -1,9 +1,11 @@
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from terrasynth.recipe import ArmConfig, Recipe, SearchConfig
 from terrasynth.study.report import read_results, verdict
 from terrasynth.study.run import Study
 from terrasynth.study.units import Clock, OutOfTime, do
+from terrasynth.study.workers import workers
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +119,15 @@ def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
     Study(tiny_recipe, Path(), finished).run()  # leave results.json as the other tests expect it
 
 
-def run_and_kill(recipe, folder, waits):
+def run_and_kill(recipe, folder, waits, jobs=1):
     """Run a study in another process that is killed after each of `waits` in seconds, and once more to its end."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     code = (
         "import sys; from pathlib import Path; from terrasynth.recipe_io import load_recipe;"
-        "from terrasynth.study.run import Study; loaded = load_recipe(sys.argv[1], []);"
-        "print('ready', flush=True); Study(loaded.recipe, loaded.base, Path(sys.argv[2])).run()"
+        "from terrasynth.study.run import Study; from terrasynth.study.workers import workers\n"
+        "loaded = load_recipe(sys.argv[1], []); what = loaded.recipe, loaded.base, Path(sys.argv[2])\n"
+        f"with workers({jobs - 1}, *what): print('ready', flush=True); Study(*what).run()"
     )
     command = [sys.executable, "-c", code, str(path), str(folder / "out")]
     kills = 0
@@ -225,6 +229,41 @@ def test_the_report_is_there_and_answers(finished):
     page = (finished / "report.html").read_text()
     assert verdict(read_results(finished)).headline.split(".")[0] in page
     assert "<script" not in page
+
+
+def test_another_process_does_the_units_and_what_it_is_at_is_waited_for(finished, tiny_recipe, tmp_path):
+    with workers(1, tiny_recipe, Path(), tmp_path):
+        for _ in range(1200):
+            if stamps(tmp_path):
+                break
+            time.sleep(0.1)
+        assert stamps(tmp_path)
+        Study(tiny_recipe, Path(), tmp_path).run()
+    assert scores(tmp_path) == scores(finished)
+    assert stamps(tmp_path).keys() == stamps(finished).keys()
+
+
+def test_a_process_that_starts_beside_another_takes_other_units(tiny_recipe, tmp_path):
+    real, mixed = tiny_recipe.study.arms[:2]
+    update = {"arms": (real, mixed), "plateau_check": "none"}
+    recipe = tiny_recipe.model_copy(update={"study": tiny_recipe.study.model_copy(update=update)})
+    first = Study(recipe, Path(), tmp_path).cell(real, 0).folder
+    (first / "unit.json").unlink()
+    done = []
+    thread = threading.Thread(target=lambda: done.append(Study(recipe, Path(), tmp_path).run()))
+    with (first / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        for _ in range(1200):
+            if len(stamps(tmp_path)) == 6:
+                break
+            time.sleep(0.1)
+        # Three other cells and their scores; the last is still somebody else's.
+        assert len(stamps(tmp_path)) == 6
+        assert not done
+    thread.join(120)
+    assert done
+    assert len(stamps(tmp_path)) == 8
 
 
 def test_out_of_time_stops_and_the_same_call_goes_on(tiny_recipe, tmp_path):
@@ -458,7 +497,7 @@ def test_damaged_readings_are_named_with_the_way_out(semi_supervised, tmp_path):
 
 def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):
     Study(semi_supervised, Path(), tmp_path / "whole").run()
-    assert run_and_kill(semi_supervised, tmp_path, (2.0, 3.0, 4.0)) == scores(tmp_path / "whole")
+    assert run_and_kill(semi_supervised, tmp_path, (4.0, 6.0, 8.0), jobs=2) == scores(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,15 @@ MaxMinutes = Annotated[
         help="Stop in good order after M minutes, with exit code 75; the same command goes on.",
     ),
 ]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Processes that share the work. On processors, as many as there are cores is fastest for small networks; "
+        "each needs memory of its own.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
@@ -124,7 +133,7 @@ def demo(out: Out = None) -> None:
     Paints procedural scenes, trains a generator on 16 labelled tiles, paints more with it, trains a segmentor with
     and without them, and writes a report. Repeating the command shows the finished report.
     """
-    _study("demo", None, out, None, None)
+    _study("demo", None, out, None, None, jobs=None)
 
 
 @app.command(epilog=_example("terrasynth train dubai16 --data tiles/dubai --set generator.train.steps=2000"))
@@ -254,6 +263,7 @@ def study(
     data: Data = None,
     out: Out = None,
     max_minutes: MaxMinutes = None,
+    jobs: Jobs = 1,
     overrides: Overrides = None,
 ) -> None:
     """Answer the question for RECIPE: would synthetic data help this task, by how much, and how sure is that?
@@ -261,7 +271,7 @@ def study(
     Trains the generator, paints, trains the segmentor once per arm and seed, and writes report.html. Stopped or
     killed, the same command goes on from what is finished.
     """
-    _study(recipe, data, out, max_minutes, overrides)
+    _study(recipe, data, out, max_minutes, overrides, jobs)
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))
@@ -305,10 +315,23 @@ def doctor() -> None:
 
 
 def _study(
-    name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: list[str] | None
+    name: str,
+    data: Path | None,
+    out: Path | None,
+    max_minutes: float | None,
+    overrides: list[str] | None,
+    jobs: int | None,
 ) -> None:
-    with _time_limit():
-        page = _open(name, data, out, max_minutes, overrides).run(shlex.join(["terrasynth", *sys.argv[1:]]))
+    """`jobs: None` takes one process for each of the cores, up to four."""
+    study = _open(name, data, out, max_minutes, overrides)
+
+    import torch
+
+    from terrasynth.study.workers import workers
+
+    jobs = jobs or min(4, torch.get_num_threads())
+    with _time_limit(), workers(jobs - 1, study.recipe, study.base, study.out, max_minutes):
+        page = study.run(shlex.join(["terrasynth", *sys.argv[1:]]))
 
     from terrasynth.study.report import read_results, verdict
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.gallery import write_gallery
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
-from terrasynth.study.units import Clock, OutOfTime, Unit, do
+from terrasynth.study.units import Busy, Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.systems.todsynth import packaged_or
@@ -63,7 +64,7 @@ class Study:
         self.teacher = next((arm for arm in recipe.study.arms if arm.name == recipe.study.teacher), self.baseline)
         if recipe.generator.base is not None:
             packaged_or(recipe.generator.base)  # a mistyped name shows before anything is trained
-        self._base = base
+        self.base = base
         self._settings: dict[str, SegmentorConfig] = {}
         self._used: dict[Path, tuple[str, Unit]] = {}
 
@@ -73,7 +74,7 @@ class Study:
     @cached_property
     def train(self) -> Tiles:
         """The labelled training tiles."""
-        return load_tiles(self.recipe.data, "train", base=self._base)
+        return load_tiles(self.recipe.data, "train", base=self.base)
 
     @cached_property
     def unlabelled(self) -> Tiles | None:
@@ -85,14 +86,14 @@ class Study:
     @cached_property
     def validation(self) -> Tiles:
         """The validation tiles, after a check that none is a training tile."""
-        tiles: Tiles = load_tiles(self.recipe.data, "validation", base=self._base)
+        tiles: Tiles = load_tiles(self.recipe.data, "validation", base=self.base)
         check_splits(train=self.train, validation=tiles)
         return tiles
 
     @cached_property
     def test(self) -> Tiles:
         """The test tiles, after a check that none is in another split."""
-        tiles: Tiles = load_tiles(self.recipe.data, "test", base=self._base)
+        tiles: Tiles = load_tiles(self.recipe.data, "test", base=self.base)
         check_splits(train=self.train, validation=self.validation, test=tiles)
         return tiles
 
@@ -177,8 +178,9 @@ class Study:
         group = f"train: {arm.name}" if times == 1 else "plateau check"
         return self._cell(arm, seed, _with(config, steps=times * config.train.steps), group)
 
-    def metrics(self, cell: Unit) -> dict[str, float]:
-        """The scores of a finished cell's segmentor on the test tiles."""
+    def metrics(self, arm: ArmConfig, seed: int, *, times: int = 1) -> dict[str, float]:
+        """The scores of a cell's segmentor on the test tiles."""
+        cell = self.cell(arm, seed, times=times)
 
         def work(folder: Path) -> dict[str, Any]:
             confusion = _segmentor(cell).evaluate(self.test)
@@ -350,23 +352,53 @@ class Study:
 
     # The whole
 
+    def work(self) -> None:
+        """Do every unit that is not done. What another process is at is left to it: several share the work."""
+        study = self.recipe.study
+        self.test  # noqa: B018 (before anything is trained: no tile is in two splits)
+        tasks: list[Callable[[], object]] = [
+            partial(self.cell, arm, seed)
+            for arm in dict.fromkeys((study.arms[0], self.teacher))
+            for seed in study.seeds
+        ]
+        if self._kinds:
+            tasks.append(lambda: self.generator)
+        tasks += [partial(self.painted, kind, seed) for kind in self._kinds for seed in study.seeds]
+        tasks += [partial(self.metrics, arm, seed) for arm in study.arms for seed in study.seeds]
+        tasks += [partial(self.metrics, arm, seed, times=2) for arm in self._checked for seed in study.seeds]
+        tasks += [partial(self.agreement, kind, seed) for kind in self._kinds for seed in study.seeds]
+        while tasks:
+            left: list[tuple[Callable[[], object], Busy]] = []
+            for task in tasks:
+                try:
+                    task()
+                except Busy as busy:
+                    left.append((task, busy))
+            while len(left) == len(tasks) and not any(busy.over() for _, busy in left):
+                self._check_clock()
+                time.sleep(0.5)
+            tasks = [task for task, _ in left]
+
+    @property
+    def _kinds(self) -> list[str]:
+        asked = {arm.synthetic for arm in self.recipe.study.arms}
+        return [kind for kind in ("plain", "steered") if kind in asked]
+
+    @property
+    def _checked(self) -> tuple[ArmConfig, ...]:
+        """The arms that are trained for twice the steps as well."""
+        study = self.recipe.study
+        return {"none": (), "baseline": study.arms[:1], "all": study.arms}[study.plateau_check]
+
     def run(self, command: str = "") -> Path:
         """Do every unit that is not done, write `results.json` and return the path of `report.html`."""
-        study, schema = self.recipe.study, self.train.schema
+        self.work()
+        study, schema, kinds = self.recipe.study, self.train.schema, self._kinds
         tiles = {"train": self.train, "validation": self.validation, "test": self.test}
-        for arm in dict.fromkeys((study.arms[0], self.teacher)):
-            for seed in study.seeds:
-                self.cell(arm, seed)
-        kinds = [kind for kind in ("plain", "steered") if kind in {arm.synthetic for arm in study.arms}]
         painted = {kind: [self.painted(kind, seed) for seed in study.seeds] for kind in kinds}
         cells = {arm.name: [self.cell(arm, seed) for seed in study.seeds] for arm in study.arms}
-        checked = {"none": (), "baseline": study.arms[:1], "all": study.arms}[study.plateau_check]
-        twice = {arm.name: [self.cell(arm, seed, times=2) for seed in study.seeds] for arm in checked}
-
-        metrics, metrics_twice = (
-            {arm: [self.metrics(unit) for unit in units] for arm, units in trained.items()}
-            for trained in (cells, twice)
-        )
+        metrics = {arm.name: [self.metrics(arm, seed) for seed in study.seeds] for arm in study.arms}
+        twice = {arm.name: [self.metrics(arm, seed, times=2) for seed in study.seeds] for arm in self._checked}
         agreement = {kind: [self.agreement(kind, seed) for seed in study.seeds] for kind in kinds}
         seconds: dict[str, float] = {}
         for group, unit in self._used.values():
@@ -402,8 +434,8 @@ class Study:
                     for name, units in cells.items()
                 },
                 "plateaus": [
-                    _plateau(arm.name, metrics[arm.name], metrics_twice[arm.name], self.settings(arm).train.steps)
-                    for arm in checked
+                    _plateau(arm.name, metrics[arm.name], twice[arm.name], self.settings(arm).train.steps)
+                    for arm in self._checked
                 ],
                 "settings": [
                     {

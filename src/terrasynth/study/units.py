@@ -19,7 +19,7 @@ from terrasynth.io import digest, read_json, remove_incomplete, write_json
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Clock", "OutOfTime", "Unit", "do"]
+__all__ = ["Busy", "Clock", "OutOfTime", "Unit", "do"]
 
 #: To be raised with every change of the code that gives other results for the same inputs: no finished unit may pass
 #: for one of today's.
@@ -28,6 +28,24 @@ _RESULTS = 2
 
 class OutOfTime(Exception):
     """The minutes allowed are over; everything done so far is kept."""
+
+
+class Busy(TerraSynthError):
+    """Another process works at this unit."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            "another run is working here", path=folder, fix="wait until it is over, or choose another --out"
+        )
+        self.folder = folder
+
+    def over(self) -> bool:
+        """Whether the other process has left it, finished or not."""
+        try:
+            with _alone(self.folder):
+                return True
+        except Busy:
+            return False
 
 
 @dataclass
@@ -88,7 +106,8 @@ def do(
 
     Raises:
         OutOfTime: no time is left to begin.
-        TerraSynthError: another process works in the folder, or what it says of the unit is damaged.
+        Busy: another process works in the folder.
+        TerraSynthError: what the folder says of the unit is damaged.
     """
     key = digest(_RESULTS, inputs)
     folder = root / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}-{key[:8]}"
@@ -142,9 +161,7 @@ def _alone(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise TerraSynthError(
-                    "another run is working here", path=folder, fix="wait until it is over, or choose another --out"
-                ) from error
+                raise Busy(folder) from error
             except OSError as error:
                 warnings.warn(
                     f"{folder} can not be locked ({error.strerror}): start no second run with this --out", stacklevel=2
