@@ -486,5 +486,5 @@ class Recipe(_Config):
             if getattr(self.sampling, scale) != 1 and getattr(self.generator, dropout) == 0
         ]
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError("\n".join(faults))
         return self

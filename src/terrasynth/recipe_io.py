@@ -258,7 +258,7 @@ def _validate(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_fault(details)}" for details in error.errors()]
+        lines = [f"  {line}" for details in error.errors() for line in _fault(details).splitlines()]
         count = "one fault" if len(lines) == 1 else f"{len(lines)} faults"
         raise TerraSynthError(
             "\n".join([f"{where}: {count} in the recipe", *lines]),
