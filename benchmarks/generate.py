@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, nargs="+", default=[SamplingConfig().steps, 8, 5])
     parser.add_argument("--scale", type=float, default=1.5, help="guidance of the mask; 1 is off")
+    parser.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), help="noise levels that are guided")
+    parser.add_argument("--shift", type=float, help="of the timesteps (default: the model's)")
+    parser.add_argument("--solver", choices=("euler", "adams"), default="euler")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer first")
     parser.add_argument("--rounds", type=int, default=3)
@@ -64,7 +67,10 @@ def main() -> None:
             masks,
             seeds=range(args.batch),
             num_inference_steps=steps,
+            solver=args.solver,
+            shift=args.shift,
             mask_scale=args.scale,
+            guidance_interval=tuple(args.interval),
             steering=steer,
             precision=args.precision,
             output_type="pt",
@@ -91,6 +97,16 @@ def main() -> None:
         with autocast(device, args.precision):
             square @ square
 
+    seen: list[int] = []  # rows of every evaluation
+    handle = transformer.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(len(inputs["hidden_states"])), with_kwargs=True
+    )
+    evaluated = {}
+    for steps in dict.fromkeys(args.steps):
+        seen.clear()
+        paint(steps, None)
+        evaluated[steps] = sum(seen)
+    handle.remove()
     if args.compile:
         transformer.compile()
     first = seconds(lambda: paint(1, steering))  # it allocates and compiles
@@ -103,14 +119,17 @@ def main() -> None:
         best = {name: min(value, best.get(name, value)) for name, value in taken.items()}
 
     peak = 2 * 2048**3 / best["product"]
-    print(f"{args.threads} thread(s), batch {args.batch}, {args.size} px, guidance {args.scale:g}, {args.precision}")
+    print(
+        f"{args.threads} thread(s), batch {args.batch}, {args.size} px, {args.solver}, guidance {args.scale:g} for noise "
+        f"levels above {args.interval[0]:g} up to {args.interval[1]:g}, {args.precision}"
+    )
     print(f"first painting: {first:.0f} s", end="; ")
     print(f"matrix products: {peak / 1e9:.0f} GFLOP/s; network: {rows / best['network']:.1f} rows/s\n")
     print("| steps | tiles/s | share in the network | CRFM, tiles/s | CRFM costs |\n|---|--:|--:|--:|--:|")
     for steps in dict.fromkeys(args.steps):
         plain, steered = best[f"{steps}"], best[f"{steps}, CRFM"]
         print(
-            f"| {steps} | {args.batch / plain:.2f} | {steps * best['network'] / plain:.2f} "
+            f"| {steps} | {args.batch / plain:.2f} | {evaluated[steps] / rows * best['network'] / plain:.2f} "
             f"| {args.batch / steered:.2f} | {steered / plain:.2f} |"
         )
 

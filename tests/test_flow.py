@@ -294,6 +294,20 @@ def test_guidance_evaluates_no_more_than_it_needs(text_scale, mask_scale, evalua
     assert sum(term.coefficient for term in terms) == pytest.approx(1)
 
 
+def test_guidance_is_left_out_outside_its_interval():
+    latents, calls = torch.randn(2, 4, 6, 6), []
+
+    def predict(x, t, use_text, use_mask):
+        calls.append(len(x))
+        return x * (1 + use_mask.float().view(-1, 1, 1, 1)) + use_text.float().view(-1, 1, 1, 1)
+
+    velocity = guided_velocity(predict, guidance_terms(1, 3), (0.2, 0.8))
+    plain, guided = 2 * latents + 1, 4 * latents + 1
+    for timestep, expected, images in ((801, plain, 2), (800, guided, 4), (201, guided, 4), (200, plain, 2)):
+        torch.testing.assert_close(velocity(latents, torch.full((2,), float(timestep))), expected)
+        assert calls.pop() == images
+
+
 def test_without_guidance_the_velocity_is_the_model_itself():
     v = torch.randn(2, 4, 6, 6)
     velocity = guided_velocity(lambda x, t, use_text, use_mask: v, guidance_terms(1, 1))

@@ -487,7 +487,12 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                 f"{sampling.steps} steps ({sampling.solver}"
                 + ("" if sampling.shift is None else f", shift {sampling.shift:g}")
                 + f"), guidance of the mask {sampling.mask_scale:g}, of the text "
-                f"{sampling.text_scale:g}",
+                f"{sampling.text_scale:g}"
+                + (
+                    ""
+                    if sampling.guidance_interval == (0, 1)
+                    else ", between the noise levels {:g} and {:g}".format(*sampling.guidance_interval)
+                ),
             ),
             (
                 "Painted tiles",

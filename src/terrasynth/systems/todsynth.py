@@ -308,6 +308,7 @@ class TODSynthPipeline(DiffusionPipeline):
         shift: float | None = None,
         text_scale: float = 1.0,
         mask_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         steering: Steering | None = None,
         callback: Callable[[FlowStep, Tensor], None] | None = None,
         precision: Precision = "fp32",
@@ -324,6 +325,7 @@ class TODSynthPipeline(DiffusionPipeline):
             shift: timestep shift of the sampling, if other than the scheduler's.
             text_scale: guidance scale of the prompt against the empty one; 1 is off.
             mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
+            guidance_interval: noise levels above the first and up to the second are guided.
             steering: changes the velocity in each step, as `ControlRectify`.
             callback: told each step and its estimate of the clean latents.
             precision: `bf16` or `auto` evaluate float32 weights in bfloat16; the latents stay in float32.
@@ -341,16 +343,17 @@ class TODSynthPipeline(DiffusionPipeline):
         null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
         mask_latents, null_mask = self.encode_masks(masks), self._null_mask_latents(masks[:1])
 
-        conditions: dict[str, Tensor] = {}
+        known: dict[tuple[bool, ...], dict[str, Tensor]] = {}
 
         def predict(z: Tensor, timestep: Tensor, use_text: Tensor, use_mask: Tensor) -> Tensor:
-            if not conditions:  # they are the same in every step
-                conditions.update(
-                    encoder_hidden_states=condition_or_null(use_text, embeds, null_embeds),
-                    pooled_projections=condition_or_null(use_text, pooled, null_pooled),
-                    mask_latents=condition_or_null(use_mask, mask_latents, null_mask),
-                )
-            return self.transformer(hidden_states=z.to(dtype), timestep=timestep, **conditions, return_dict=False)[0]
+            used = tuple(torch.cat([use_text, use_mask]).tolist())
+            if used not in known:  # they are the same in every step with and in every one without guidance
+                known[used] = {
+                    "encoder_hidden_states": condition_or_null(use_text, embeds, null_embeds),
+                    "pooled_projections": condition_or_null(use_text, pooled, null_pooled),
+                    "mask_latents": condition_or_null(use_mask, mask_latents, null_mask),
+                }
+            return self.transformer(hidden_states=z.to(dtype), timestep=timestep, **known[used], return_dict=False)[0]
 
         shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
         scheduler = self.scheduler
@@ -358,7 +361,7 @@ class TODSynthPipeline(DiffusionPipeline):
             scheduler = type(scheduler).from_config(scheduler.config, shift=shift)
         with autocast(device, precision):
             latents = sample_flow(
-                guided_velocity(predict, guidance_terms(text_scale, mask_scale)),
+                guided_velocity(predict, guidance_terms(text_scale, mask_scale), guidance_interval),
                 seeded_noise(seeds, shape).to(device),
                 scheduler,
                 num_inference_steps,
