@@ -120,8 +120,8 @@ def main() -> None:
 
     peak = 2 * 2048**3 / best["product"]
     print(
-        f"{args.threads} thread(s), batch {args.batch}, {args.size} px, {args.solver}, guidance {args.scale:g} for noise "
-        f"levels above {args.interval[0]:g} up to {args.interval[1]:g}, {args.precision}"
+        f"{args.threads} thread(s), batch {args.batch}, {args.size} px, {args.solver}, guidance {args.scale:g} for "
+        f"noise levels above {args.interval[0]:g} up to {args.interval[1]:g}, {args.precision}"
     )
     print(f"first painting: {first:.0f} s", end="; ")
     print(f"matrix products: {peak / 1e9:.0f} GFLOP/s; network: {rows / best['network']:.1f} rows/s\n")
