@@ -32,7 +32,8 @@ def write_gallery(
         count: rows.
     """
     total = min(map(len, painted.values()))
-    shown = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
+    # By the golden ratio: evenly spread, and never in step with the number of layouts.
+    shown = sorted({int(i * 0.618034 % 1 * total) for i in range(count)})
     jobs = [plan(total, len(layouts), seed)[index] for index in shown]
     views = [view(layouts.images[job.source], layouts.masks[job.source], job.view) for job in jobs]
     masks = torch.stack([mask for _, mask in views])
