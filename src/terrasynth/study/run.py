@@ -93,8 +93,9 @@ class Study:
     @cached_property
     def test(self) -> Tiles:
         """The test tiles, after a check that none is in another split."""
+        others = {"train": self.train, "validation": self.validation}
         tiles: Tiles = load_tiles(self.recipe.data, "test", base=self.base)
-        check_splits(train=self.train, validation=self.validation, test=tiles)
+        check_splits(**others, test=tiles)
         return tiles
 
     # Units
