@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -109,8 +110,13 @@ class Tiles:
     def fingerprint(self) -> str:
         """SHA-256 of names, pixels and classes, as 64 hex digits: equal for equal content, however it was stored.
 
-        Captions of single tiles are content; one template for all is a setting.
+        Captions of single tiles are content; one template for all is a setting. Computed once: a study asks for it with
+        every unit.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         own = [] if isinstance(self.caption, str) else [self.caption]
         state = hashlib.sha256(json.dumps([self.ids, self.schema.to_dict(), self.images.shape, *own]).encode())
         for tensor in (self.images, self.masks):
