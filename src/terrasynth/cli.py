@@ -322,15 +322,40 @@ def recipe(
         typer.echo(f"{packaged_name:<{width}}  {description}")
 
 
-@app.command(epilog=_example("terrasynth doctor"))
-def doctor() -> None:
+@app.command(epilog=_example("terrasynth doctor --plan sd35 --memory 24 --set generator.trainable=mask"))
+def doctor(
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Tell instead what RECIPE needs of a card: parameters, memory of every stage, operations, time. Nothing "
+            "is downloaded or trained.",
+        ),
+    ] = None,
+    memory: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="GIB",
+            min=1,
+            help="With --plan: memory of the card; repeatable. (default: this machine's, or 24, 80 and 141)",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
     """Check this machine: Python, torch, the device, memory, disk, dependencies, extras, the hub.
 
-    Exit code 1 if something that TerraSynth can not do without is missing or broken.
+    Exit code 1 if something that TerraSynth can not do without is missing or broken. With --plan, tell beforehand
+    whether a recipe fits a card.
     """
-    from terrasynth.doctor import run
+    from terrasynth import doctor as machine
 
-    raise typer.Exit(0 if run() else 1)
+    if plan is not None:
+        _silence_libraries()
+        machine.plan(plan, memory, overrides or ())
+        return
+    if memory or overrides:
+        raise typer.BadParameter("these belong to a plan", param_hint="--memory, --set")
+    raise typer.Exit(0 if machine.run() else 1)
 
 
 def _study(

@@ -1,4 +1,4 @@
-"""What of this machine and of the installation works."""
+"""What of this machine and of the installation works, and whether a recipe would fit it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Check", "check_hub", "check_package", "checks", "run"]
+__all__ = ["Check", "check_hub", "check_package", "checks", "plan", "run"]
 
 # Where the name to import is not the name to install with underscores.
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
@@ -149,12 +149,44 @@ def _gpu(index: int) -> Check:
     return Check(f"GPU {index}", "ok", f"{about}, {bf16} bfloat16, {speed:,.0f} GFLOP/s in float32")
 
 
-def _gflops(device: str, seconds: float = 1.0) -> float:
-    """Speed of float32 matrix products over about `seconds`."""
+def plan(
+    name: str, memory: Sequence[float] | None, overrides: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """Print what a recipe needs of a card.
+
+    Args:
+        name: of the recipe, or its file.
+        memory: sizes of cards in GiB; by default those of this machine, or common ones.
+        overrides: `KEY=VALUE` of the recipe.
+        console: where to; by default standard output.
+
+    Raises:
+        TerraSynthError: the recipe has faults, or the configuration of its base model is not here.
+    """
+    from terrasynth.recipe_io import load_recipe
+
+    loaded = load_recipe(name, overrides)
+
+    import torch
+
+    from terrasynth.plan import CARDS, make_plan, show_plan
+
+    cards = range(torch.cuda.device_count())
+    sizes = {torch.cuda.get_device_properties(card).total_memory / _GIB for card in cards}
+    precision = "float32" if loaded.recipe.generator.train.precision == "fp32" or not sizes else "bfloat16"
+    where = torch.cuda.get_device_name() if sizes else f"this processor, {torch.get_num_threads()} threads"
+    speed = _gflops("cuda" if sizes else "cpu", dtype=precision) * 1e9
+    planned = make_plan(loaded.recipe, loaded.base)
+    shown = list(memory or sorted(sizes) or CARDS)
+    show_plan(loaded.recipe, planned, shown, (f"{where}, {precision}", speed), console or Console())
+
+
+def _gflops(device: str, seconds: float = 1.0, dtype: str = "float32") -> float:
+    """Speed of matrix products over about `seconds`."""
     import torch
 
     size = 1024 if device == "cpu" else 4096
-    matrix = torch.ones(size, size, device=device)
+    matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
     # The first product pays for starting threads and kernels; reading one value waits for the device.
     (matrix @ matrix)[0, 0].item()
     products, begun = 0, time.perf_counter()
