@@ -328,8 +328,8 @@ def doctor(
         str | None,
         typer.Option(
             metavar="RECIPE",
-            help="Tell instead what RECIPE needs of a card: parameters, memory of every stage, operations, time. Nothing "
-            "is downloaded or trained.",
+            help="Tell instead what RECIPE needs of a card: parameters, memory of every stage, operations, time. "
+            "Nothing is downloaded or trained.",
         ),
     ] = None,
     memory: Annotated[

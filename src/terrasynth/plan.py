@@ -8,8 +8,9 @@ with its optimiser and average, the sampler's network, the decoder and the segme
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -24,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.world import WORLD_SCHEMA
 from terrasynth.errors import TerraSynthError
-from terrasynth.footprint import Needs, checkpoint, count, enter, flops_by_module, nbytes, pretend
+from terrasynth.footprint import checkpoint, count, enter, flops_by_module, nbytes, pretend
 from terrasynth.io import read_json
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.control import CONTROL_SCHEMES
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
     from terrasynth.recipe import Precision, Recipe
 
-__all__ = ["CARDS", "Plan", "Stage", "make_plan", "show_plan"]
+__all__ = ["CARDS", "Plan", "Stage", "Stages", "Work", "make_plan", "show_plan"]
 
 #: Memory of common cards, in GiB.
 CARDS = (24.0, 80.0, 141.0)
@@ -72,7 +73,7 @@ class Stage:
     Attributes:
         name: what happens.
         weights: everything that lies on the card, trained or not.
-        gradients: of the trained parameters, which they have at the peak or soon.
+        gradients: of the trained parameters.
         optimizer: its state.
         average: the moving average.
         activations: the rest: what the computation itself holds at the peak.
@@ -105,14 +106,14 @@ class Plan:
         parameters: of every part: how many, and how many of them are trained.
         stages: in the order of a run.
         choices: the training step under other settings than the recipe's.
-        work: operations of one evaluation of the network by its parts.
+        parts: operations of one evaluation of the network by its parts.
         notes: what was assumed.
     """
 
     parameters: dict[str, tuple[int, int]]
     stages: list[Stage]
     choices: list[Stage]
-    work: dict[str, int]
+    parts: dict[str, int]
     notes: list[str]
 
 
@@ -127,48 +128,94 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
     Raises:
         TerraSynthError: the base model's configuration is not here.
     """
-    return _Planner(recipe, base, gpu).plan()
+    config, train = recipe.generator, recipe.generator.train
+    others = [which for which in get_args(Trainable) if which != config.trainable]
+    stages = Stages(recipe, base, gpu=gpu)
+    with pretend(gpu=gpu), track(6 + len(others), "planning", unit="stages") as progress:
+
+        def counted(name: str, stage: Work) -> Stage:
+            progress.advance()
+            return stage.count(name)
+
+        pipeline = _pretended(stages, config.trainable)
+        parameters = _parameters(pipeline)
+        run = [counted("encode tiles and prompts", stages.encode(pipeline))]
+        step = counted("training step", stages.train(pipeline, checkpointing=train.gradient_checkpointing))
+        preview = counted("preview", stages.paint(pipeline, _PREVIEWS, text=False))
+        run += [step, replace(preview, optimizer=step.optimizer, average=step.average)]
+        other = stages.train(pipeline, checkpointing=not train.gradient_checkpointing)
+        without = "without" if train.gradient_checkpointing else "with"
+        choices = [counted(f"{without} gradient checkpointing", other)]
+        for which in others:
+            other = stages.train(_pretended(stages, which), checkpointing=True)
+            choices.append(counted(f"trainable: {which}, with gradient checkpointing", other))
+        pipeline = _pretended(stages, None)
+        parts = flops_by_module(lambda: stages.evaluate(pipeline, 1), _part_of)
+        images = recipe.sampling.batch_size
+        run.append(counted(f"paint {images}", stages.paint(pipeline, images)))
+        if recipe.steering.steps:
+            with unset_fake_temporarily(), torch.device("meta"):
+                segmentor = stages.segmentor()
+            enter(segmentor)
+            run.append(counted(f"paint {images}, steered", stages.paint(pipeline, images, segmentor)))
+        return Plan(parameters, run, choices, parts, stages.notes)
 
 
-class _Planner:
-    """The pretended parts of a recipe, and its stages on them."""
+def _pretended(stages: Stages, trainable: Trainable | None) -> TODSynthPipeline:
+    with unset_fake_temporarily(), torch.device("meta"):
+        pipeline = stages.build(trainable)
+    for part in _modules(pipeline):
+        enter(part)
+    return pipeline
 
-    def __init__(self, recipe: Recipe, base: Path, gpu: bool) -> None:
+
+@dataclass(frozen=True)
+class Work:
+    """Something that a stage does, and what lies in memory meanwhile.
+
+    Attributes:
+        do: does it, as often as it is called.
+        weights: of everything on the card.
+        gradients: of trained parameters.
+        optimizer: its state.
+        average: the moving average.
+        others: more tensors that are held.
+        repeats: how often the operations of `do` are done in the stage, and those of `once` in addition.
+    """
+
+    do: Callable[[], object]
+    weights: Sequence[Tensor]
+    gradients: int = 0
+    optimizer: Sequence[Tensor] = ()
+    average: Sequence[Tensor] = ()
+    others: Sequence[Tensor] = ()
+    repeats: int = 1
+    once: Sequence[tuple[Callable[[], object], int]] = ()
+
+    def count(self, name: str) -> Stage:
+        """Do it, and count."""
+        held = [*self.weights, *self.optimizer, *self.average, *self.others]
+        peak = flops = 0
+        for function, times in ((self.do, self.repeats), *self.once):
+            with count(held) as needs:
+                function()
+            peak, flops = max(peak, needs.peak), flops + times * needs.flops
+        known = {"gradients": self.gradients, "optimizer": nbytes(self.optimizer), "average": nbytes(self.average)}
+        weights = nbytes(self.weights)
+        return Stage(name, weights, **known, activations=peak - weights - sum(known.values()), flops=flops)
+
+
+class Stages:
+    """A recipe's parts without their weights, and what its stages do with them.
+
+    Parts are built on the default device; the stages compute where the parts are.
+    """
+
+    def __init__(self, recipe: Recipe, base: Path, *, gpu: bool) -> None:
         self.recipe, self.gpu = recipe, gpu
         self.notes: list[str] = []
         self.schema = self._schema(base)
         self.size = recipe.data.image_size
-
-    def plan(self) -> Plan:
-        config, train = self.recipe.generator, self.recipe.generator.train
-        others = [which for which in get_args(Trainable) if which != config.trainable]
-        steers = self.recipe.steering.steps > 0
-        with pretend(gpu=self.gpu), track(5 + len(others) + steers, "planning", unit="stages") as progress:
-
-            def done(stage: Stage, **changes: Any) -> Stage:
-                progress.advance()
-                return replace(stage, **changes)
-
-            pipeline = self._pipeline(config.trainable)
-            parameters = _parameters(pipeline)
-            encode = done(self._encode(pipeline))
-            step = self._train(pipeline, checkpointing=train.gradient_checkpointing)
-            stages = [encode, done(step), done(self._preview(pipeline, step))]
-            other = self._train(pipeline, checkpointing=not train.gradient_checkpointing)
-            without = "without" if train.gradient_checkpointing else "with"
-            choices = [done(other, name=f"{without} gradient checkpointing")]
-            for which in others:
-                pipeline = self._pipeline(which)
-                other = self._train(pipeline, checkpointing=True)
-                choices.append(done(other, name=f"trainable: {which}, with gradient checkpointing"))
-            pipeline = self._pipeline(None)
-            work = flops_by_module(lambda: self._network(pipeline, 1), _part_of)
-            stages.append(done(self._paint(pipeline)))
-            if steers:
-                stages.append(done(self._steer(pipeline)))
-        return Plan(parameters, stages, choices, work, self.notes)
-
-    # Parts
 
     def _schema(self, base: Path) -> LabelSchema:
         data = self.recipe.data
@@ -177,21 +224,12 @@ class _Planner:
                 if (folder / data.label_schema).is_file():
                     return LabelSchema.from_yaml(folder / data.label_schema)
         if data.kind == "folder":
-            self.notes.append(f"the classes are not known: {WORLD_SCHEMA.num_classes} were assumed")
+            self.notes.append(f"the classes are not known, {WORLD_SCHEMA.num_classes} were assumed")
         return WORLD_SCHEMA
 
-    def _pipeline(self, trainable: Trainable | None) -> TODSynthPipeline:
-        """The recipe's pipeline for a training, or (None) as it is loaded for painting."""
-        with unset_fake_temporarily(), torch.device("meta"):
-            pipeline = self._build(trainable)
-        for part in _modules(pipeline):
-            enter(part)
-        pipeline.prompts = self._prompts(pipeline)
-        return pipeline
-
-    def _build(self, trainable: Trainable | None) -> TODSynthPipeline:
+    def build(self, trainable: Trainable | None) -> TODSynthPipeline:
+        """The recipe's pipeline as it is trained, or (None) as it is loaded for painting."""
         config = self.recipe.generator
-        parts: dict[str, Any] = {}
         options: dict[str, Any] = {
             "label_schema": self.schema.to_dict(),
             "mask_coding": config.mask_coding,
@@ -207,237 +245,235 @@ class _Planner:
                 mask_channels=mask_channels(self.schema, config.mask_coding, vae),
                 latent_std=[1.0] * config.autoencoder.channels,
             )
-            parts = {"transformer": transformer, "vae": vae, "text_encoder": text}
+            parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder": text}
         else:
             known = _configurations(config.base)
             if known.get("label_schema") is not None:
                 options |= {name: known[name] for name in ("label_schema", "mask_coding")}
-            for name in _PARTS:
-                parts[name] = _build(name, known[name]) if name in known else None
-        pipeline = TODSynthPipeline(
-            **parts, tokenizer=None, scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift), **options
-        )
+            parts = {name: _build(name, known[name]) if name in known else None for name in _PARTS}
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
+        pipeline = TODSynthPipeline(**parts, tokenizer=None, scheduler=scheduler, **options)
         if pipeline.config.mask_coding == "onehot":
             pipeline.adapt(self.schema)
-        if trainable is None:
-            return pipeline
-        pipeline.transformer.set_trainable(trainable, lora_rank=config.lora_rank)
-        for name in _PARTS[2:]:
-            part = getattr(pipeline, name)
-            if part is not None and config.base is not None and config.train.precision == "bf16":
-                part.to(torch.bfloat16)
+        pipeline.prompts = partial(_prompts, pipeline)
+        if trainable is not None:
+            pipeline.transformer.set_trainable(trainable, lora_rank=config.lora_rank)
+            for name in _PARTS[2:]:
+                part = getattr(pipeline, name)
+                if part is not None and config.base is not None and config.train.precision == "bf16":
+                    part.to(torch.bfloat16)
         return pipeline
 
-    def _prompts(self, pipeline: TODSynthPipeline) -> Any:
-        sizes = pipeline.transformer.config
-        tokens = pipeline.text_encoder.config.max_position_embeddings
-        tokens += _T5_TOKENS if pipeline.text_encoder_3 is not None else 0
+    def segmentor(self) -> Segmentor:
+        """The recipe's segmentor, untrained."""
+        config = self.recipe.segmentor.model_copy(update={"weights": None})
+        return Segmentor.build(config, self.schema.num_classes).requires_grad_(False)
 
-        def prompts(texts: list[str]) -> tuple[Tensor, Tensor]:
-            embeds = torch.zeros(len(texts), tokens, sizes.joint_attention_dim)
-            return embeds, torch.zeros(len(texts), sizes.pooled_projection_dim)
-
-        return prompts
-
-    def _precision(self, precision: Precision) -> torch.autocast:
+    def _autocast(self, pipeline: TODSynthPipeline, precision: Precision) -> torch.autocast:
         automatic = precision == "auto" and self.gpu  # today's cards all have bfloat16
-        return autocast(torch.device("cpu"), "bf16" if automatic else precision)
-
-    # Stages
+        return autocast(pipeline.transformer.device, "bf16" if automatic else precision)
 
     def _masks(self, batch: int) -> Tensor:
         return torch.zeros(batch, self.size, self.size, dtype=torch.long)
 
-    @torch.no_grad()
-    def _encode(self, pipeline: TODSynthPipeline) -> Stage:
-        """Tiles and prompts, once."""
-        held = _tensors(*_modules(pipeline))
-        batch = max(1, 2**20 // self.size**2)
-        with count(held) as needs:
-            pipeline.encode_images(torch.zeros(batch, 3, self.size, self.size))
-            if pipeline.config.mask_coding == "grey":
-                pipeline.encode_masks(self._masks(batch))
-            for name in _PARTS[2:]:
-                encoder = getattr(pipeline, name)
-                if encoder is not None:
-                    length = _T5_TOKENS if name == "text_encoder_3" else encoder.config.max_position_embeddings
-                    encoder(torch.zeros(_PROMPTS, length, dtype=torch.long))
-        return _stage("encode tiles and prompts, once", needs, held)
+    def _latents(self, pipeline: TODSynthPipeline, batch: int) -> Tensor:
+        side = self.size // pipeline.factor
+        return torch.zeros(batch, pipeline.transformer.config.in_channels, side, side)
 
-    def _train(self, pipeline: TODSynthPipeline, *, checkpointing: bool) -> Stage:
-        """One step of the training loop."""
+    def encode(self, pipeline: TODSynthPipeline) -> Work:
+        """Tiles and prompts, once, with everything on the card."""
+        batch = max(1, 2**20 // self.size**2)
+        images, masks = torch.zeros(batch, 3, self.size, self.size), self._masks(batch)
+        texts = [
+            (encoder, torch.zeros(_PROMPTS, _length(encoder), dtype=torch.long))
+            for name in _PARTS[2:]
+            if (encoder := getattr(pipeline, name)) is not None
+        ]
+
+        @torch.no_grad()
+        def encode() -> None:
+            pipeline.encode_images(images)
+            if pipeline.config.mask_coding == "grey":
+                pipeline.encode_masks(masks)
+            for encoder, tokens in texts:
+                encoder(tokens)
+
+        return Work(encode, _tensors(*_modules(pipeline)), others=[images, masks, *(tokens for _, tokens in texts)])
+
+    def train(self, pipeline: TODSynthPipeline, *, checkpointing: bool) -> Work:
+        """A step of the training, as `training.loop` takes it."""
         config, model = self.recipe.generator.train, pipeline.transformer
         if checkpointing:
             model.enable_gradient_checkpointing(checkpoint)
         else:
             model.disable_gradient_checkpointing()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer, average = make_optimizer(model, config), Average(model, config.ema_decay)
+        optimizer = make_optimizer(model, config)
+        average = Average(model, config.ema_decay) if config.ema_decay else None
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        gradients = nbytes(parameter.grad for parameter in trained if parameter.grad is not None)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         optimizer.step()  # its state is there from the second step on
-        if config.accumulate == 1:
+        kept = gradients if config.accumulate > 1 else []  # of the micro-batches before
+        if not kept:
             optimizer.zero_grad()
         batch = self._batch(pipeline, config.batch_size)
-        pipeline.training_loss(batch)  # encodes the null mask
-        resident = _tensors(model, pipeline.vae)
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        averages = list(average.values.values()) if config.ema_decay else []
-        grads = [parameter.grad for parameter in trained if parameter.grad is not None]
-        with count([*resident, *states, *averages, *grads, *batch.values()]) as needs:
-            with self._precision(config.precision):
+
+        def micro_batch() -> None:
+            with self._autocast(pipeline, config.precision):
                 loss = pipeline.training_loss(batch) / config.accumulate
             loss.backward()
+
+        def step() -> None:
+            micro_batch()
             nn.utils.clip_grad_norm_(trained, config.clip_norm or 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if averages:
+            if average is not None:
                 average.update(0)
-        stage = _stage(
-            "training step", needs, resident, gradients=gradients, optimizer=nbytes(states), average=nbytes(averages)
+
+        return Work(
+            step,
+            _tensors(model, pipeline.vae),
+            gradients=nbytes(gradients),
+            optimizer=[value for state in optimizer.state.values() for value in state.values()],
+            average=[] if average is None else list(average.values.values()),
+            others=[*kept, *batch.values()],
+            repeats=config.accumulate,
         )
-        return replace(stage, flops=config.accumulate * stage.flops)
 
     def _batch(self, pipeline: TODSynthPipeline, size: int) -> dict[str, Tensor]:
         masks = self._masks(size)
         embeds, pooled = pipeline.prompts([""] * size)
         with unset_fake_temporarily():
             seeds = torch.arange(size)  # real, because they are read
-        batch = {
-            "latents": self._latents(pipeline, size),
-            "mask": masks.byte(),
-            "prompt_embeds": embeds,
-            "pooled": pooled,
-            "seed": seeds,
-        }
+        batch = {"latents": self._latents(pipeline, size), "mask": masks.byte(), "seed": seeds}
         if pipeline.config.mask_coding == "grey":
             batch["mask_latents"] = pipeline.encode_masks(masks)
-        return batch
+            pipeline.null_mask_latents(masks[:1])
+        return {**batch, "prompt_embeds": embeds, "pooled": pooled}
 
-    def _latents(self, pipeline: TODSynthPipeline, batch: int) -> Tensor:
-        side = self.size // pipeline.factor
-        return torch.zeros(batch, pipeline.transformer.config.in_channels, side, side)
-
-    @torch.no_grad()
-    def _network(self, pipeline: TODSynthPipeline, batch: int) -> None:
-        """One evaluation of the velocity, as the sampler asks for it."""
+    def evaluate(self, pipeline: TODSynthPipeline, images: int) -> None:
+        """The velocity, as the sampler asks for it in one step."""
         sampling = self.recipe.sampling
-        rows = batch * len(guidance_terms(sampling.text_scale, sampling.mask_scale))
+        rows = images * len(guidance_terms(sampling.text_scale, sampling.mask_scale))
         embeds, pooled = pipeline.prompts([""] * rows)
-        with self._precision(sampling.precision):
+        mask_latents = pipeline.null_mask_latents(self._masks(1)).repeat(rows, 1, 1, 1)
+        with torch.no_grad(), self._autocast(pipeline, sampling.precision):
             pipeline.transformer(
                 hidden_states=self._latents(pipeline, rows),
                 timestep=torch.zeros(rows),
                 encoder_hidden_states=embeds,
                 pooled_projections=pooled,
-                mask_latents=pipeline.encode_masks(self._masks(rows)),
+                mask_latents=mask_latents,
             )
 
-    @torch.no_grad()
-    def _decode(self, pipeline: TODSynthPipeline, batch: int) -> None:
-        with self._precision(self.recipe.sampling.precision):
-            pipeline.decode(self._latents(pipeline, batch))
+    def paint(
+        self, pipeline: TODSynthPipeline, images: int, segmentor: Segmentor | None = None, *, text: bool = True
+    ) -> Work:
+        """A batch of images: all steps, those that the segmentor steers, and the decoding.
 
-    def _preview(self, pipeline: TODSynthPipeline, step: Stage) -> Stage:
-        """Painted in the middle of the training."""
-        held = _tensors(pipeline.transformer, pipeline.vae)
-        with count(held) as needs:
-            self._network(pipeline, _PREVIEWS)
-            self._decode(pipeline, _PREVIEWS)
-        return replace(
-            _stage("preview", needs, held), optimizer=step.optimizer, average=step.average, flops=0
-        )
+        `text` says whether the text encoders are on the card.
+        """
+        sampling, config = self.recipe.sampling, self.recipe.steering
+        velocity, latents, masks = *(self._latents(pipeline, images) for _ in range(2)), self._masks(images)
+        pipeline.null_mask_latents(masks[:1])
 
-    def _paint(self, pipeline: TODSynthPipeline) -> Stage:
-        sampling, held = self.recipe.sampling, _tensors(*_modules(pipeline))
-        with count(held) as network:
-            self._network(pipeline, sampling.batch_size)
-        with count(held) as decoder:
-            self._decode(pipeline, sampling.batch_size)
-        needs = max(network, decoder, key=lambda needs: needs.peak)
-        flops = sampling.steps * network.flops + decoder.flops
-        return replace(_stage(f"paint {sampling.batch_size}", needs, held), flops=flops)
+        def decode() -> None:
+            with torch.no_grad(), self._autocast(pipeline, sampling.precision):
+                pipeline.decode(latents)
 
-    def _steer(self, pipeline: TODSynthPipeline) -> Stage:
-        """Painting in which the first steps are rectified."""
-        sampling, config = self.recipe.sampling, self.recipe.segmentor.model_copy(update={"weights": None})
-        with unset_fake_temporarily(), torch.device("meta"):
-            segmentor = Segmentor.build(config, self.schema.num_classes).requires_grad_(False)
-        enter(segmentor)
-        plain, held = self._paint(pipeline), _tensors(*_modules(pipeline), segmentor)
-        steering = steering_for(self.recipe.steering, segmentor.loss)(self._masks(sampling.batch_size))
-        velocity, latents = (self._latents(pipeline, sampling.batch_size) for _ in range(2))
-        start = FlowStep(self.recipe.steering.start, sampling.steps, sigma=1.0)
-        with count(held) as needs, torch.no_grad(), self._precision(sampling.precision):
-            steering(velocity, latents, start, pipeline.decode)
-        stage = _stage(f"paint {sampling.batch_size}, steered", needs, held)
-        least = plain.activations - stage.activations
-        flops = plain.flops + self.recipe.steering.steps * needs.flops
-        return replace(stage, activations=stage.activations + max(0, least), flops=flops)
+        once: list[tuple[Callable[[], object], int]] = [(decode, 1)]
+        modules = _modules(pipeline) if text else [pipeline.transformer, pipeline.vae]
+        if segmentor is not None:
+            modules.append(segmentor)
+            steering = steering_for(config, segmentor.loss)(masks)
+
+            def steer() -> None:
+                with torch.no_grad(), self._autocast(pipeline, sampling.precision):
+                    steering(velocity, latents, FlowStep(config.start, sampling.steps, sigma=1.0), pipeline.decode)
+
+            once.append((steer, config.steps))
+        others = [velocity, latents, masks]
+        evaluate = partial(self.evaluate, pipeline, images)
+        return Work(evaluate, _tensors(*modules), others=others, repeats=sampling.steps, once=once)
 
 
-def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[float], speed: tuple[str, float] | None, console: Console) -> None:
+def _prompts(pipeline: TODSynthPipeline, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Embeddings of prompts, all zero."""
+    sizes = pipeline.transformer.config
+    encoders = [getattr(pipeline, name) for name in _PARTS[2:]]
+    # The tokens of the CLIP encoders share their places; T5's follow.
+    tokens = _length(encoders[0]) + (0 if encoders[2] is None else _length(encoders[2]))
+    embeds = torch.zeros(len(texts), tokens, sizes.joint_attention_dim)
+    return embeds, torch.zeros(len(texts), sizes.pooled_projection_dim)
+
+
+def _length(encoder: nn.Module) -> int:
+    """Tokens that a text encoder reads."""
+    return _T5_TOKENS if isinstance(encoder, T5EncoderModel) else int(encoder.config.max_position_embeddings)
+
+
+def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[float], speed: tuple[str, float], console: Console) -> None:
     """Print a plan.
 
     Args:
         recipe: what was planned.
         plan: from `make_plan`.
         cards: sizes of cards in GiB.
-        speed: where matrix products were timed in the training's precision, and their operations a second.
+        speed: where matrix products were timed, and their operations a second.
         console: where to.
     """
     generator, train = recipe.generator, recipe.generator.train
-    console.print(
-        f"{recipe.name}: {generator.base or 'from scratch'}, {recipe.data.image_size} px, {train.batch_size} x "
-        f"{train.accumulate} samples a step, {train.precision}, trainable: {generator.trainable}, gradient checkpointing "
-        f"{'on' if train.gradient_checkpointing else 'off'}\n"
+    about = (
+        f"{recipe.name}: {generator.base or 'from scratch'}",
+        f"{recipe.data.image_size} px",
+        f"{train.batch_size} x {train.accumulate} samples a step",
+        train.precision,
+        f"trainable: {generator.trainable}",
+        f"gradient checkpointing {'on' if train.gradient_checkpointing else 'off'}",
     )
-    table = Table("parameters", "millions", "trained", box=None, pad_edge=False)
+    console.print(", ".join(about), highlight=False)
+    table = _table("parameters", "millions", "trained")
     for part, (total, trained) in plan.parameters.items():
         table.add_row(part, f"{total / 1e6:,.1f}", f"{trained / 1e6:,.1f}" if trained else "")
-    _print(table, console)
+    console.print("", table)
 
-    table = Table("GiB at the peak", "weights", "gradients", "optimiser", "average", "the rest", "all", box=None, pad_edge=False)
-    for card in cards:
-        table.add_column(f"{card:g}")
-    for heading, stages in (("as the recipe has it", plan.stages), ("training step otherwise", plan.choices)):
+    columns = ("weights", "gradients", "optimiser", "average", "the rest", "all")
+    table = _table("GiB at the peak", *columns, *(f"{card:g} GiB" for card in cards))
+    for heading, stages in (("as the recipe has it", plan.stages), ("the training step otherwise", plan.choices)):
         table.add_row(Text(heading, "bold"))
         for stage in stages:
             parts = (stage.weights, stage.gradients, stage.optimizer, stage.average, stage.activations, stage.peak)
             fits = (Text("fits", "green") if stage.fits(card) else Text("no", "red") for card in cards)
             table.add_row(f"  {stage.name}", *(f"{part / _GIB:,.1f}" if part else "" for part in parts), *fits)
-    _print(table, console)
+    console.print("", table)
 
+    where, rate = speed
+    table = _table("operations", "TFLOP", "seconds, at least")
+    for stage in plan.stages:
+        if stage.name == "training step" or stage.name.startswith("paint"):
+            table.add_row(stage.name, f"{stage.flops / 1e12:,.2f}", f"{stage.flops / rate:,.2f}")
+    console.print("", table, "")
     step = next(stage for stage in plan.stages if stage.name == "training step")
-    parts, total = sorted(plan.work.items(), key=lambda part: -part[1]), sum(plan.work.values())
-    shares = ", ".join(f"{part} {flops / total:.0%}" for part, flops in parts)
-    table = Table("operations", "TFLOP", box=None, pad_edge=False, show_edge=False)
-    work = {f"a training step ({shares})": step.flops}
-    work |= {f"{stage.name} images": stage.flops for stage in plan.stages if stage.name.startswith("paint")}
-    if speed is not None:
-        table.add_column(f"seconds, at least, at the {speed[1] / 1e12:,.2f} TFLOP/s of {speed[0]}")
-    for name, flops in work.items():
-        times = [] if speed is None else [f"{flops / speed[1]:,.2f}"]
-        table.add_row(name, f"{flops / 1e12:,.2f}", *times)
-    _print(table, console)
-    if speed is not None:
-        hours = train.steps * step.flops / speed[1] / 3600
-        console.print(f"All {train.steps:,} steps: at least {hours:,.1f} hours on one such device.")
-    for note in plan.notes:
-        console.print(f"Note: {note}.")
-    console.print(
-        f"Not counted: what kernels and the driver take; a card is taken to have {_USABLE:.0%} of its memory for tensors. "
-        "Prompts and tiles are encoded once; the text encoders then leave the card until painting. Optimisers of 8 bits "
-        "are not supported."
+    shares = sorted(plan.parts.items(), key=lambda part: -part[1])
+    about = (
+        "Of the network: " + ", ".join(f"{part} {flops / sum(plan.parts.values()):.0%}" for part, flops in shares),
+        f"At least: at the {rate / 1e12:,.2f} TFLOP/s of matrix products on {where}. All {train.steps:,} steps: "
+        f"{train.steps * step.flops / rate / 3600:,.1f} hours",
+        *plan.notes,
+        f"Fits: {_USABLE:.0%} of a card is taken to be there for tensors; kernels and the driver have the rest",
+        "Tiles and prompts are encoded once; then the text encoders leave the card until painting",
+        "Optimisers of 8 bits are not supported",
     )
+    console.print("\n".join(f"{line}." for line in about), highlight=False)
 
 
-def _print(table: Table, console: Console) -> None:
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
-    console.print()
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
 
 
 def _configurations(base: str) -> dict[str, Any]:
@@ -475,11 +511,6 @@ def _modules(pipeline: TODSynthPipeline) -> list[nn.Module]:
 
 def _tensors(*modules: nn.Module) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-
-def _stage(name: str, needs: Needs, resident: Iterable[Tensor], **others: int) -> Stage:
-    weights = nbytes(resident)
-    return Stage(name, weights, **others, activations=needs.peak - weights - sum(others.values()), flops=needs.flops)
 
 
 def _parameters(pipeline: TODSynthPipeline) -> dict[str, tuple[int, int]]:

@@ -273,7 +273,7 @@ class TODSynthPipeline(DiffusionPipeline):
         keep_text, keep_mask = u[:, 0] >= self.text_dropout, u[:, 1] >= self.mask_dropout
         null_embeds, null_pooled = (null.to(latents.device) for null in self.prompts([""]))
         if "mask_latents" in batch:
-            null_mask = self._null_mask_latents(batch["mask"][:1])
+            null_mask = self.null_mask_latents(batch["mask"][:1])
             mask_latents = condition_or_null(keep_mask, batch["mask_latents"], null_mask)
         else:
             unlabelled = torch.full_like(batch["mask"][:1], self.schema.ignore_index)
@@ -288,7 +288,7 @@ class TODSynthPipeline(DiffusionPipeline):
         )[0]
         return F.mse_loss(predicted.float(), flow.velocity)
 
-    def _null_mask_latents(self, like: Tensor) -> Tensor:
+    def null_mask_latents(self, like: Tensor) -> Tensor:
         """Latents (1, C, h, w) of a wholly unlabelled mask of the size of `like` (1, H, W), encoded once."""
         if like.shape not in self._null_masks:
             self._null_masks[like.shape] = self.encode_masks(torch.full_like(like, self.schema.ignore_index))
@@ -341,7 +341,7 @@ class TODSynthPipeline(DiffusionPipeline):
             prompts = [self.schema.caption(mask, self.config.caption) for mask in masks.cpu()]
         embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
         null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
-        mask_latents, null_mask = self.encode_masks(masks), self._null_mask_latents(masks[:1])
+        mask_latents, null_mask = self.encode_masks(masks), self.null_mask_latents(masks[:1])
 
         known: dict[tuple[bool, ...], dict[str, Tensor]] = {}
 
