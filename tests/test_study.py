@@ -369,7 +369,7 @@ def test_the_search_gives_every_arm_its_best_settings_and_trains_no_cell_twice(f
 def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
     recipe = tiny_recipe.model_dump()
     recipe["study"]["arms"] = recipe["study"]["arms"][::-1]
-    with pytest.raises(ValueError, match="is the baseline, so its synthetic must be none"):
+    with pytest.raises(ValueError, match="is the baseline, so it may add no tiles: its synthetic must be none"):
         Recipe.model_validate(recipe)
 
 
@@ -377,7 +377,7 @@ def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
     ("section", "settings", "message"),
     [
         ("study", {"real_fraction": 0.01}, "leaves no place for real ones"),
-        ("study", {"real_fraction": 1.0}, "leaves no place for painted ones"),
+        ("study", {"real_fraction": 1.0}, "leaves no place for added ones"),
         (
             "study",
             {"search": {"learning_rates": [1e-3], "steps": [4, 1]}},
