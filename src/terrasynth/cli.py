@@ -322,7 +322,7 @@ def recipe(
         typer.echo(f"{packaged_name:<{width}}  {description}")
 
 
-@app.command(epilog=_example("terrasynth doctor --plan sd35 --memory 24 --set generator.trainable=mask"))
+@app.command(epilog=_example("terrasynth doctor --plan sd35 --card 'RTX 4090' --set generator.trainable=mask"))
 def doctor(
     plan: Annotated[
         str | None,
@@ -332,12 +332,12 @@ def doctor(
             "Nothing is downloaded or trained.",
         ),
     ] = None,
-    memory: Annotated[
-        list[float] | None,
+    card: Annotated[
+        list[str] | None,
         typer.Option(
-            metavar="GIB",
-            min=1,
-            help="With --plan: memory of the card; repeatable. (default: this machine's, or 24, 80 and 141)",
+            metavar="NAME",
+            help="With --plan: the card, as H100, or its memory in GiB; repeatable. (default: this machine's, or its "
+            "processor)",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -351,10 +351,10 @@ def doctor(
 
     if plan is not None:
         _silence_libraries()
-        machine.plan(plan, memory, overrides or ())
+        machine.plan(plan, card or (), overrides or ())
         return
-    if memory or overrides:
-        raise typer.BadParameter("these belong to a plan", param_hint="--memory, --set")
+    if card or overrides:
+        raise typer.BadParameter("these belong to a plan", param_hint="--card, --set")
     raise typer.Exit(0 if machine.run() else 1)
 
 

@@ -150,43 +150,38 @@ def _gpu(index: int) -> Check:
 
 
 def plan(
-    name: str, memory: Sequence[float] | None, overrides: Sequence[str] = (), console: Console | None = None
+    name: str, cards: Sequence[str] = (), overrides: Sequence[str] = (), console: Console | None = None
 ) -> None:
     """Print what a recipe needs of a card.
 
     Args:
         name: of the recipe, or its file.
-        memory: sizes of cards in GiB; by default those of this machine, or common ones.
+        cards: names of cards, or their memory in GiB; none for what this machine has.
         overrides: `KEY=VALUE` of the recipe.
         console: where to; by default standard output.
 
     Raises:
-        TerraSynthError: the recipe has faults, or the configuration of its base model is not here.
+        TerraSynthError: the recipe has faults, there is no such card, or the configuration of the recipe's base model
+            is not here.
     """
     from terrasynth.recipe_io import load_recipe
 
     loaded = load_recipe(name, overrides)
 
-    import torch
+    from terrasynth.planning.cards import here, named
+    from terrasynth.planning.plan import make_plan, show_plan
 
-    from terrasynth.plan import CARDS, make_plan, show_plan
-
-    cards = range(torch.cuda.device_count())
-    sizes = {torch.cuda.get_device_properties(card).total_memory / _GIB for card in cards}
-    precision = "float32" if loaded.recipe.generator.train.precision == "fp32" or not sizes else "bfloat16"
-    where = torch.cuda.get_device_name() if sizes else f"this processor, {torch.get_num_threads()} threads"
-    speed = _gflops("cuda" if sizes else "cpu", dtype=precision) * 1e9
-    planned = make_plan(loaded.recipe, loaded.base)
-    shown = list(memory or sorted(sizes) or CARDS)
-    show_plan(loaded.recipe, planned, shown, (f"{where}, {precision}", speed), console or Console())
+    machines = [named(card) for card in cards] or here()
+    planned = make_plan(loaded.recipe, loaded.base, gpu=machines[0].gpu)
+    show_plan(loaded.recipe, planned, machines, console or Console())
 
 
-def _gflops(device: str, seconds: float = 1.0, dtype: str = "float32") -> float:
-    """Speed of matrix products over about `seconds`."""
+def _gflops(device: str, seconds: float = 1.0) -> float:
+    """Speed of float32 matrix products over about `seconds`."""
     import torch
 
     size = 1024 if device == "cpu" else 4096
-    matrix = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+    matrix = torch.ones(size, size, device=device)
     # The first product pays for starting threads and kernels; reading one value waits for the device.
     (matrix @ matrix)[0, 0].item()
     products, begun = 0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a piece of code needs, counted while it runs: bytes alive at the peak, and floating-point operations.
+"""What a piece of code needs, counted while it runs: bytes alive at the peak, floating-point operations, and traffic.
 
     with torch.device("meta"):
         model = build()
@@ -6,7 +6,7 @@
         enter(model)
         with count(model.parameters()) as needs:
             model(torch.zeros(8, 3, 512, 512)).sum().backward()
-    needs.peak, needs.flops
+    needs.peak, flops(needs.operations), seconds(needs.operations, speed)
 
 Counted are the storages of tensors and the operations that PyTorch dispatches. Under `pretend` tensors have shapes and
 no memory, so the code of a model of any size runs here; without it the same code is counted at work. What kernels
@@ -16,8 +16,10 @@ allocate within themselves, and what an allocator keeps in reserve, is not count
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -37,7 +39,23 @@ from torch.utils.flop_counter import (
 
 from terrasynth.models import mmdit
 
-__all__ = ["Needs", "checkpoint", "count", "enter", "flops_by_module", "nbytes", "pretend"]
+__all__ = [
+    "Needs",
+    "Operations",
+    "Speed",
+    "checkpoint",
+    "count",
+    "enter",
+    "flops",
+    "flops_by_module",
+    "nbytes",
+    "pretend",
+    "seconds",
+]
+
+#: How often there was an operation of so many floating-point operations and bytes read and written, and whether it
+#: was computed in half precision.
+Operations = Counter[tuple[int, int, bool]]
 
 _aten = torch.ops.aten
 #: Attention kernels that the counter of PyTorch does not know.
@@ -47,7 +65,7 @@ _ATTENTION: dict[Any, Callable[..., int]] = {
         lambda out, q, k, v, *rest, **options: sdpa_backward_flop_count(out, q, k, v)
     ),
 }
-_OPERATIONS = {**flop_registry, **{kernel: shape_wrapper(formula) for kernel, formula in _ATTENTION.items()}}
+_FORMULAS = {**flop_registry, **{kernel: shape_wrapper(formula) for kernel, formula in _ATTENTION.items()}}
 #: What autocast computes in float32 on a GPU, though not on a CPU, of what our networks use.
 _FLOAT32_ON_GPU = frozenset((F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.cross_entropy))
 
@@ -58,18 +76,51 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(storage): storage.nbytes() for storage in storages}.values())
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What a machine does in a second.
+
+    Attributes:
+        float32: floating-point operations of matrix products in single precision.
+        bfloat16: the same in half precision.
+        memory: bytes read and written.
+    """
+
+    float32: float
+    bfloat16: float
+    memory: float
+
+
+def flops(operations: Operations) -> int:
+    """Floating-point operations of all of them."""
+    return sum(arithmetic * times for (arithmetic, _, _), times in operations.items())
+
+
+def seconds(operations: Operations, speed: Speed) -> float:
+    """Time of all of them, if each takes what its arithmetic takes or what its traffic takes, the longer of both.
+
+    This is the roofline of Williams et al. 2009, operation by operation.
+    """
+    return sum(
+        times * max(arithmetic / (speed.bfloat16 if half else speed.float32), traffic / speed.memory)
+        for (arithmetic, traffic, half), times in operations.items()
+    )
+
+
 class Needs(TorchDispatchMode):
     """What was needed so far by the operations under this mode.
 
     Attributes:
         peak: most bytes alive at one time: of storages that operations returned and somebody still holds, with those
             that were held from the beginning.
-        flops: floating-point operations of matrix products, convolutions and attention, a multiply-add as two.
+        operations: what was done. Arithmetic is that of matrix products, convolutions and attention, a multiply-add as two;
+            traffic is every tensor that goes in or comes out, once.
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.now = self.peak = 0
+        self.operations: Operations = Counter()
         self._known: dict[int, weakref.ref[Any]] = {}
         for tensor in held:
             self._add(tensor)
@@ -78,9 +129,15 @@ class Needs(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, result)
-        if (operations := _OPERATIONS.get(func.overloadpacket)) is not None:
-            self.flops += operations(*args, **(kwargs or {}), out_val=result)
+        returned = _tensors(result)
+        for tensor in returned:
+            self._add(tensor)
+        if not func.is_view:
+            given = _tensors((args, kwargs))
+            formula = _FORMULAS.get(func.overloadpacket)
+            arithmetic = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=result)
+            half = bool(given) and given[0].dtype in (torch.bfloat16, torch.float16)
+            self.operations[arithmetic, sum(map(_traffic, (*given, *returned))), half] += 1
         return result
 
     def _add(self, tensor: Tensor) -> None:
@@ -97,6 +154,15 @@ class Needs(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, free)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _traffic(tensor: Tensor) -> int:
+    # An expanded tensor is read once for all its rows.
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 @contextmanager
@@ -120,15 +186,15 @@ def flops_by_module(function: Callable[[], object], group: Callable[[str], str])
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         function()
     counts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
-    own = {"" if name == "Global" else name: flops for name, flops in counts.items()}
+    own = {"" if name == "Global" else name: total for name, total in counts.items()}
     for name in counts.keys() - {"Global"}:
         parts = name.split(".")
         above = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
         own[next((parent for parent in above if parent in counts), "")] -= counts[name]
     groups: dict[str, int] = {}
-    for name, flops in own.items():
-        if flops:
-            groups[group(name)] = groups.get(group(name), 0) + flops
+    for name, total in own.items():
+        if total:
+            groups[group(name)] = groups.get(group(name), 0) + total
     return groups
 
 
