@@ -23,7 +23,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ from terrasynth.training.loop import Average, make_optimizer, train
 from terrasynth.training.precision import autocast
 
 _aten = torch.ops.aten
+#: What is compared, the ratio, its target, what was measured, MiB of tensors at the peak.
+Row = tuple[str, float, str, str, str]
 _KINDS = {
     "linear layers": ("mm", "addmm", "mkldnn", "convolution"),
     "attention": ("flash",),
@@ -154,11 +158,123 @@ def help_seconds() -> float:
     return min(taken)
 
 
-def peak(function: Callable[[], object], held: Sequence[Tensor]) -> float:
-    """MiB of tensors at the peak."""
+def peak(function: Callable[[], object], held: Iterable[Tensor]) -> str:
+    """MiB of tensors at the peak, `held` ones included."""
     with count(held) as needs:
         function()
-    return needs.peak / 2**20
+    return f"{needs.peak / 2**20:.0f}"
+
+
+def tensors(*modules: torch.nn.Module) -> list[Tensor]:
+    return [x for module in modules for x in (*module.parameters(), *module.buffers())]
+
+
+def training(recipe: Recipe, args: argparse.Namespace) -> list[Row]:
+    """Forward and backward of the transformer, and the whole step around them."""
+    config = recipe.generator.train
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, recipe.generator.trainable)
+    pipeline.text_dropout, pipeline.mask_dropout = recipe.generator.text_dropout, recipe.generator.mask_dropout
+    transformer, tiles, batch_size = pipeline.transformer, Tiles(recipe, pipeline), config.batch_size
+
+    def inputs(rows: int) -> dict[str, Tensor]:
+        embeds, pooled = pipeline.prompts([""] * rows)
+        return {
+            "hidden_states": tiles.item["latents"].repeat(rows, 1, 1, 1),
+            "timestep": torch.rand(rows) * 1000,
+            "encoder_hidden_states": embeds,
+            "pooled_projections": pooled,
+            "mask_latents": pipeline.encode_masks(tiles.item["mask"].long().repeat(rows, 1, 1)),
+        }
+
+    batch, single = inputs(batch_size), inputs(1)
+
+    def forward(given: dict[str, Tensor]) -> Tensor:
+        with autocast(transformer.device, config.precision):
+            return F.mse_loss(transformer(**given).sample.float(), given["hidden_states"])
+
+    def network() -> None:
+        forward(batch).backward()
+        transformer.zero_grad()
+
+    def one_by_one() -> None:
+        for _ in range(batch_size):
+            forward(single).backward()
+        transformer.zero_grad()
+
+    settings = config.model_copy(update={"steps": args.steps + 1, "checkpoint_every": 10**9, "warmup_steps": 1})
+    steps: list[float] = []
+
+    def whole() -> None:
+        begun: list[float] = []
+
+        def keys(step: int) -> list[Key]:
+            begun.append(time.process_time())
+            return [(i, step * batch_size + i) for i in range(batch_size * config.accumulate)]
+
+        with tempfile.TemporaryDirectory() as folder:
+            train(transformer, pipeline.training_loss, tiles, settings, Path(folder), seed=0, keys=keys)
+        transformer.train()
+        # The first call asks how many keys there are; the next begins the first step, which makes the moments.
+        steps.extend(b - a for a, b in pairwise(begun[2:]))
+
+    with torch.no_grad(), count() as counted:
+        forward(batch)
+    operations = 3 * flops(counted.operations)
+    with Products() as products:
+        network()
+    alone, of_alone = products.alone()
+    best = fastest({"network": network, "one by one": one_by_one, "whole": whole}, args.rounds)
+    rate = of_alone / min(alone, products.alone()[0])
+    optimizer, average = make_optimizer(transformer, config), Average(transformer, 0.9)
+
+    def step() -> None:
+        forward(batch).backward()
+        optimizer.step()
+        transformer.zero_grad()
+
+    step()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    if args.profile:
+        totals = kernels(network)
+        print("| kernels of one profiled forward and backward | ms | share |\n|---|--:|--:|")
+        for kind, taken in sorted(totals.items(), key=lambda item: -item[1]):
+            print(f"| {kind} | {taken * 1e3:.0f} | {taken / sum(totals.values()):.1%} |")
+        print()
+    about = f"{operations / 1e9:.1f} GFLOP in {best['network'] * 1e3:.0f} ms; peak {rate / 1e9:.1f} GFLOP/s"
+    memory = peak(step, [*tensors(transformer), *state, *average.values.values()])
+    return [
+        ("forward and backward: FLOP/s of the matmul peak", operations / best["network"] / rate, "≥ 0.75", about, ""),
+        ("forward and backward, of a whole step", best["network"] / min(steps), "≥ 0.9", ms(min(steps)), memory),
+        (f"{batch_size} samples at once, of one by one", best["network"] / best["one by one"], "",
+         ms(best["one by one"]), peak(one_by_one, [*tensors(transformer), *state, *average.values.values()])),
+    ]  # fmt: skip
+
+
+def painting(recipe: Recipe, args: argparse.Namespace) -> list[Row]:
+    """Images with and without steering, together and one by one."""
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, None)
+    segmentor = parts.segmentor_of(recipe, WORLD_SCHEMA).eval()
+    masks = Tiles(recipe, pipeline).item["mask"].long().repeat(8, 1, 1)
+    steering = steering_for(recipe.steering, segmentor.loss)(masks)
+
+    def paint(count: int, steering: Steering | None = None) -> None:
+        arguments = sampling_arguments(recipe.sampling)
+        pipeline(masks[:count], [""] * count, seeds=range(count), steering=steering, output_type="pt", **arguments)
+
+    plain, steered, single = partial(paint, 8), partial(paint, 8, steering), partial(paint, 1)
+    best = fastest({"plain": plain, "steered": steered, "single": single}, args.rounds)
+    held = tensors(*parts.modules(pipeline), segmentor)
+    what = f"painting 8 with CRFM, 4 of {recipe.sampling.steps} steps, of plain"
+    return [
+        (what, best["steered"] / best["plain"], "≤ 1.35", ms(best["steered"]), peak(steered, held)),
+        ("painting 8 at once, of one by one", best["plain"] / 8 / best["single"], "",
+         ms(best["plain"]), peak(plain, held)),
+        ("painting 1", 1.0, "", ms(best["single"]), peak(single, held)),
+    ]  # fmt: skip
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
 
 
 def main() -> None:
@@ -175,124 +291,15 @@ def main() -> None:
     torch.manual_seed(0)
     published = ["sampling.solver=euler", "sampling.steps=23", "steering.start=0", "steering.steps=4"]
     recipe = load_recipe(args.recipe, [*published, *args.set]).recipe
-    config, sampling = recipe.generator.train, recipe.sampling
-
-    painter = parts.pipeline_of(recipe, WORLD_SCHEMA, None)
-    segmentor = parts.segmentor_of(recipe, WORLD_SCHEMA).eval()
-    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, recipe.generator.trainable)
-    pipeline.text_dropout, pipeline.mask_dropout = recipe.generator.text_dropout, recipe.generator.mask_dropout
-    transformer, tiles = pipeline.transformer, Tiles(recipe, pipeline)
-    weights = [*transformer.parameters(), *transformer.buffers()]
-
-    def inputs(rows: int) -> dict[str, Tensor]:
-        embeds, pooled = pipeline.prompts([""] * rows)
-        return {
-            "hidden_states": tiles.item["latents"].repeat(rows, 1, 1, 1),
-            "timestep": torch.rand(rows) * 1000,
-            "encoder_hidden_states": embeds,
-            "pooled_projections": pooled,
-            "mask_latents": pipeline.encode_masks(tiles.item["mask"].long().repeat(rows, 1, 1)),
-        }
-
-    batch, single = inputs(config.batch_size), inputs(1)
-
-    def forward(given: dict[str, Tensor]) -> Tensor:
-        with autocast(transformer.device, config.precision):
-            predicted = transformer(**given).sample
-        return F.mse_loss(predicted.float(), torch.zeros_like(predicted, dtype=torch.float32))
-
-    def network(given: dict[str, Tensor] = batch) -> None:
-        forward(given).backward()
-        transformer.zero_grad()
-
-    settings = config.model_copy(update={"steps": args.steps + 1, "checkpoint_every": 10**9, "warmup_steps": 1})
-
-    def whole() -> float:
-        """Seconds of the fastest step of a training."""
-        begun: list[float] = []
-
-        def keys(step: int) -> list[Key]:
-            begun.append(time.process_time())
-            return [(i, step * config.batch_size + i) for i in range(config.batch_size * config.accumulate)]
-
-        with tempfile.TemporaryDirectory() as folder:
-            train(transformer, pipeline.training_loss, tiles, settings, Path(folder), seed=0, keys=keys)
-        transformer.train()
-        steps = begun[1:]  # the first call asks how many keys there are
-        return min(b - a for a, b in zip(steps[1:], steps[2:], strict=False))
-
-    size = recipe.data.image_size
-    masks = tiles.item["mask"].long().repeat(8, 1, 1)
-
-    def paint(count: int, steering: Steering | None = None) -> None:
-        arguments = sampling_arguments(sampling)
-        painter(masks[:count], [""] * count, seeds=range(count), steering=steering, output_type="pt", **arguments)
-
-    steer = steering_for(recipe.steering, segmentor.loss)(masks)
-
-    with torch.no_grad(), count() as counted:
-        forward(batch)
-    operations = 3 * flops(counted.operations)
-    with Products() as products:
-        network()
-    alone, of_alone = products.alone()
-    steps: list[float] = []
-    best = fastest({"network": network, "one by one": lambda: [network(single) for _ in range(config.batch_size)], "whole": lambda: steps.append(whole())}, args.rounds)  # fmt: skip
-    again, _ = products.alone()
-    rate = of_alone / min(alone, again)
-    painted = fastest(
-        {"plain": lambda: paint(8), "steered": lambda: paint(8, steer), "single": lambda: paint(1)},
-        max(1, args.rounds // 2),
-    )
-    step = min(steps)
-
-    optimizer = make_optimizer(transformer, config)
-    forward(batch).backward()
-    optimizer.step()
-    transformer.zero_grad()
-    average = Average(transformer, config.ema_decay or 0.9)
-    state = [value for values in optimizer.state.values() for value in values.values()]
-    held = [*weights, *state, *average.values.values()]
-    of_painter = [x for part in parts.modules(painter) for x in (*part.parameters(), *part.buffers())]
-
-    def update() -> None:
-        forward(batch).backward()
-        optimizer.step()
-        transformer.zero_grad()
-
-    memory = {
-        "training step": peak(update, held),
-        "painting 8": peak(lambda: paint(8), of_painter),
-        "painting 8, CRFM": peak(lambda: paint(8, steer), [*of_painter, *segmentor.parameters()]),
-        "painting 1": peak(lambda: paint(1), of_painter),
-    }
+    rows = [*training(recipe, args), *painting(recipe, args)]
+    rows.append(("`terrasynth --help`, in s", help_seconds(), "≤ 0.5", "", ""))
     print(
-        f"{recipe.name}, {args.threads} thread(s), {size} px, batch {config.batch_size}, {config.precision}, "
-        f"{operations / 1e9:.1f} GFLOP forward and backward, matmul peak {rate / 1e9:.1f} GFLOP/s\n"
+        f"{recipe.name}, {args.threads} thread(s), {recipe.data.image_size} px, batch "
+        f"{recipe.generator.train.batch_size}, {recipe.generator.train.precision}\n"
     )
-    print("| what | ratio | target | measured |\n|---|--:|--:|---|")
-    rows = [
-        ("forward and backward, of the matmul peak", operations / best["network"] / rate, "≥ 0.75",
-         f"{best['network'] * 1e3:.0f} ms, {operations / best['network'] / 1e9:.1f} GFLOP/s"),
-        ("forward and backward, of a whole training step", best["network"] / step, "≥ 0.9", f"{step * 1e3:.0f} ms a step"),
-        (f"training, {config.batch_size} samples at once, of one by one", best["network"] / best["one by one"], "",
-         f"{best['one by one'] * 1e3:.0f} ms one by one"),
-        (f"painting with CRFM (4 of {sampling.steps} steps), of plain", painted["steered"] / painted["plain"], "≤ 1.35",
-         f"{painted['steered'] / 8:.2f} s, {painted['plain'] / 8:.2f} s an image"),
-        ("painting 8 at once, of 8 one by one", painted["plain"] / 8 / painted["single"], "",
-         f"{painted['single']:.2f} s an image alone"),
-        ("`terrasynth --help`, s", help_seconds(), "≤ 0.5", ""),
-    ]  # fmt: skip
-    for what, ratio, target, about in rows:
-        print(f"| {what} | {ratio:.2f} | {target} | {about} |")
-    print("\n| memory of tensors, MiB | peak |\n|---|--:|")
-    for what, size_in_mib in memory.items():
-        print(f"| {what} | {size_in_mib:.0f} |")
-    if args.profile:
-        totals = kernels(network)
-        print("\n| kernels of one profiled forward and backward | ms | share |\n|---|--:|--:|")
-        for kind, taken in sorted(totals.items(), key=lambda item: -item[1]):
-            print(f"| {kind} | {taken * 1e3:.0f} | {taken / sum(totals.values()):.1%} |")
+    print("| what | ratio | target | measured | MiB of tensors |\n|---|--:|--:|--:|--:|")
+    for what, ratio, target, about, memory in rows:
+        print(f"| {what} | {ratio:.2f} | {target} | {about} | {memory} |")
 
 
 if __name__ == "__main__":

@@ -149,9 +149,7 @@ def _gpu(index: int) -> Check:
     return Check(f"GPU {index}", "ok", f"{about}, {bf16} bfloat16, {speed:,.0f} GFLOP/s in float32")
 
 
-def plan(
-    name: str, cards: Sequence[str] = (), overrides: Sequence[str] = (), console: Console | None = None
-) -> None:
+def plan(name: str, cards: Sequence[str] = (), overrides: Sequence[str] = (), console: Console | None = None) -> None:
     """Print what a recipe needs of a card.
 
     Args:

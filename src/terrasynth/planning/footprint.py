@@ -113,8 +113,8 @@ class Needs(TorchDispatchMode):
     Attributes:
         peak: most bytes alive at one time: of storages that operations returned and somebody still holds, with those
             that were held from the beginning.
-        operations: what was done. Arithmetic is that of matrix products, convolutions and attention, a multiply-add as two;
-            traffic is every tensor that goes in or comes out, once.
+        operations: what was done. Arithmetic is that of matrix products, convolutions and attention, a multiply-add as
+            two; traffic is every tensor that goes in or comes out, once.
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
@@ -129,6 +129,8 @@ class Needs(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # a question about a pretended tensor
+            return result
         returned = _tensors(result)
         for tensor in returned:
             self._add(tensor)

@@ -33,7 +33,17 @@ from terrasynth.tasks.segmentation import Segmentor
 if TYPE_CHECKING:
     from terrasynth.recipe import Recipe
 
-__all__ = ["PUBLISHED", "branch", "label_schema", "length", "modules", "parameters", "pipeline_of", "segmentor_of", "text_encoders"]
+__all__ = [
+    "PUBLISHED",
+    "branch",
+    "label_schema",
+    "length",
+    "modules",
+    "parameters",
+    "pipeline_of",
+    "segmentor_of",
+    "text_encoders",
+]
 
 #: Configurations of base models that are known without a download.
 PUBLISHED = Path(__file__).parents[1] / "models" / "published"
@@ -149,9 +159,12 @@ def _prompts(pipeline: TODSynthPipeline, texts: Sequence[str]) -> tuple[Tensor, 
     encoders = text_encoders(pipeline)
     # The tokens of the CLIP encoders share their places; T5's follow.
     tokens = length(encoders[0]) + sum(length(encoder) for encoder in encoders if isinstance(encoder, T5EncoderModel))
-    shapes = (len(texts), tokens, transformer.config.joint_attention_dim), (
-        len(texts),
-        transformer.config.pooled_projection_dim,
+    shapes = (
+        (len(texts), tokens, transformer.config.joint_attention_dim),
+        (
+            len(texts),
+            transformer.config.pooled_projection_dim,
+        ),
     )
     embeds, pooled = (torch.zeros(shape, device=transformer.device) for shape in shapes)
     return embeds, pooled

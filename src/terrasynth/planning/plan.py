@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,12 +67,16 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
     Raises:
         TerraSynthError: the base model's configuration is not here.
     """
-    config, notes = recipe.generator, []
+    config = recipe.generator
+    notes: list[str] = []
     schema = label_schema(recipe, base)
     if schema is None:
         schema = WORLD_SCHEMA
         notes.append(f"The classes are not known here, {schema.num_classes} were assumed")
-    others = [which for which in get_args(Trainable) if which != config.trainable]
+    choices_of = get_args(Trainable)  # from most to least
+    others = choices_of[choices_of.index(config.trainable) + 1 :]
+    if importlib.util.find_spec("peft") is None:
+        others = [which for which in others if which != "lora"]
     steered = recipe.steering.steps > 0
 
     def pipeline_for(trainable: Trainable | None) -> TODSynthPipeline:
@@ -90,7 +95,7 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
 
         pipeline, images = pipeline_for(config.trainable), recipe.sampling.batch_size
         counts, step = parameters(pipeline), partial(train, recipe, gpu=gpu)
-        stages = [counted("encode tiles and prompts", encode(recipe, pipeline))]
+        stages = [counted("encode tiles, prompts", encode(recipe, pipeline))]
         on = config.train.gradient_checkpointing
         stages.append(counted("training step", step(pipeline, checkpointing=on)))
         preview = counted("preview", paint(recipe, pipeline, _PREVIEWS, text=False, gpu=gpu))
@@ -98,8 +103,8 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         other = step(pipeline, checkpointing=not on)
         choices = [counted(f"{'without' if on else 'with'} gradient checkpointing", other)]
         for which in others:
-            name = f"trainable: {which}, with gradient checkpointing"
-            choices.append(counted(name, step(pipeline_for(which), checkpointing=True)))
+            other = step(pipeline_for(which), checkpointing=True)
+            choices.append(counted(f"with it, trainable: {which}", other))
         pipeline = pipeline_for(None)
         parts = flops_by_module(lambda: evaluate(recipe, pipeline, 1, gpu=gpu), _part_of)
         stages.append(counted(f"paint {images}", paint(recipe, pipeline, images, gpu=gpu)))
@@ -137,32 +142,33 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
         table.add_row(part, f"{total / 1e6:,.1f}", f"{trained / 1e6:,.1f}" if trained else "")
     console.print("", table)
 
-    table = _table("GiB", "weights", "gradients", "optimiser", "average", "the rest", "peak", *(c.name for c in cards))
-    for heading, stages in (("as the recipe has it", plan.stages), ("the training step otherwise", plan.choices)):
+    headed = (("as the recipe has it", plan.stages), ("the training step otherwise", plan.choices))
+    table = _table("GiB at the peak", "weights", "gradients", "optimiser", "average", "rest", "all")
+    for heading, stages in headed:
         table.add_row(Text(heading, "bold"))
         for stage in stages:
             sizes = (stage.weights, stage.gradients, stage.optimizer, stage.average, stage.activations, stage.peak)
-            fits = (Text("fits", "green") if stage.peak <= card.memory else Text("no", "red") for card in cards)
-            table.add_row(f"  {stage.name}", *(f"{size / _GIB:,.2f}" if size else "" for size in sizes), *fits)
+            table.add_row(f"  {stage.name}", *(f"{size / _GIB:,.2f}" if size else "" for size in sizes))
     console.print("", table)
 
-    known = [card for card in cards if card.speed is not None]
-    table = _table("time", "TFLOP", *(f"{card.name}, s" for card in known))
-    work = [stage for stage in plan.stages if stage.name == "training step" or stage.name.startswith("paint")]
-    for stage in work:
-        times = (seconds(stage.operations, card.speed) for card in known if card.speed is not None)
-        table.add_row(stage.name, f"{stage.flops / 1e12:,.2f}", *(f"{time:,.2f}" for time in times))
+    table = _table("time, where it fits", "TFLOP", *(card.name for card in cards))
+    for heading, stages in headed:
+        table.add_row(Text(heading, "bold"))
+        for stage in stages:
+            cells = (_cell(stage, card) for card in cards)
+            table.add_row(f"  {stage.name}", f"{stage.flops / 1e12:,.2f}", *cells)
     console.print("", table, "")
     shares = sorted(plan.parts.items(), key=lambda part: -part[1])
     lines = [
         "Of the network's operations: "
         + ", ".join(f"{part} {flops / sum(plan.parts.values()):.0%}" for part, flops in shares)
     ]
-    for card in known:
-        assert card.speed is not None
-        hours = train.steps * seconds(work[0].operations, card.speed) / 3600
-        at_least = "about" if card.measured else "at least, at the data sheet's speed,"
-        lines.append(f"All {train.steps:,} steps on {card.name}: {at_least} {hours:,.1f} hours")
+    step = next(stage for stage in plan.stages if stage.name == "training step")
+    for card in cards:
+        if card.speed is not None and step.peak <= card.memory:
+            hours = train.steps * seconds(step.operations, card.speed) / 3600
+            reached = "at the speed measured just now" if card.measured else "at the data sheet's speed, so at least"
+            lines.append(f"All {train.steps:,} steps on {card.name}, {reached}: {hours:,.1f} hours")
     lines += [
         *plan.notes,
         "Fits: in 92 % of the memory; drivers, kernels and gaps have the rest",
@@ -171,8 +177,14 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
     console.print("\n".join(f"{line}." for line in lines), highlight=False)
 
 
+def _cell(stage: Stage, card: Card) -> Text:
+    if stage.peak > card.memory:
+        return Text("too large", "red")
+    return Text("fits" if card.speed is None else f"{seconds(stage.operations, card.speed):,.2f} s", "green")
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
     return table
