@@ -83,11 +83,13 @@ def test_the_networks_operations_are_those_counted_by_hand(recipe):
     attention = 2 * width * everything * ((blocks - 1) * everything + image + text)
     modulation = width**2 * ((blocks - 1) * 18 + 6 + 2 + 2 + 2)  # of three streams; two of the last only look
     embedding = 256 * width + width**2 + config.pooled_projection_dim * width + width**2
+    evaluate, steps = stages.paint(recipe, pipeline, 1, gpu=False).parts[0]
+    assert steps == recipe.sampling.steps
     with count() as needs:
-        stages.evaluate(recipe.model_copy(update={"sampling": recipe.sampling}), pipeline, 1, gpu=False)
+        evaluate()
     rows = 2  # guidance by the mask
     assert flops(needs.operations) == 2 * rows * (linear + attention + modulation + embedding)
-    by_part = flops_by_module(lambda: stages.evaluate(recipe, pipeline, 1, gpu=False), lambda name: name.split(".")[-1])
+    by_part = flops_by_module(evaluate, lambda name: name.split(".")[-1])
     assert sum(by_part.values()) == flops(needs.operations)
 
 

@@ -18,7 +18,7 @@ from terrasynth.data.world import WORLD_SCHEMA
 from terrasynth.models.mmdit import Trainable
 from terrasynth.planning.footprint import enter, flops_by_module, pretend, seconds
 from terrasynth.planning.parts import branch, label_schema, modules, parameters, pipeline_of, segmentor_of
-from terrasynth.planning.stages import Stage, Work, encode, evaluate, paint, train
+from terrasynth.planning.stages import Stage, Work, encode, paint, train
 from terrasynth.progress import track
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
             other = step(pipeline_for(which), checkpointing=True)
             choices.append(counted(f"with it, trainable: {which}", other))
         pipeline = pipeline_for(None)
-        parts = flops_by_module(lambda: evaluate(recipe, pipeline, 1, gpu=gpu), _part_of)
-        stages.append(counted(f"paint {images}", paint(recipe, pipeline, images, gpu=gpu)))
+        painting = paint(recipe, pipeline, images, gpu=gpu)
+        parts = flops_by_module(painting.parts[0][0], _part_of)
+        stages.append(counted(f"paint {images}", painting))
         if steered:
             with unset_fake_temporarily(), torch.device("meta"):
                 segmentor = segmentor_of(recipe, schema)

@@ -6,8 +6,8 @@ No formula stands for the code: the code of each stage runs, once, while its byt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +26,7 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision, Recipe
 
-__all__ = ["Stage", "Work", "encode", "evaluate", "paint", "train"]
+__all__ = ["Stage", "Work", "encode", "paint", "train"]
 
 #: Prompts that are encoded together.
 _PROMPTS = 32
@@ -76,6 +76,7 @@ class Work:
         optimizer: its state.
         average: the moving average.
         others: more tensors that are held.
+        around: what is entered while all is done.
     """
 
     parts: Sequence[tuple[Callable[[], object], int]]
@@ -84,25 +85,27 @@ class Work:
     optimizer: Sequence[Tensor] = ()
     average: Sequence[Tensor] = ()
     others: Sequence[Tensor] = ()
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __call__(self) -> None:
         """Do it all."""
-        for part, times in self.parts:
-            for _ in range(times):
-                part()
+        with self.around():
+            for part, times in self.parts:
+                for _ in range(times):
+                    part()
 
     def count(self, name: str) -> Stage:
         """Do each part once, and count."""
-        peak, operations = 0, Operations()
-        for part, times in self.parts:
-            kept = [tensor.grad for tensor in self.weights if tensor.grad is not None]
-            with count([*self.weights, *self.optimizer, *self.average, *self.others, *kept]) as needs:
+        operations = Operations()
+        kept = [tensor.grad for tensor in self.weights if tensor.grad is not None]
+        with count([*self.weights, *self.optimizer, *self.average, *self.others, *kept]) as needs, self.around():
+            for part, times in self.parts:
+                needs.operations.clear()
                 part()
-            peak = max(peak, needs.peak)
-            operations.update({operation: number * times for operation, number in needs.operations.items()})
+                operations.update({operation: times * number for operation, number in needs.operations.items()})
         known = {"gradients": self.gradients, "optimizer": nbytes(self.optimizer), "average": nbytes(self.average)}
         weights = nbytes(self.weights)
-        rest = peak - weights - sum(known.values())
+        rest = needs.peak - weights - sum(known.values())
         return Stage(name, weights, **known, activations=rest, operations=operations)
 
 
@@ -168,23 +171,6 @@ def train(recipe: Recipe, pipeline: TODSynthPipeline, *, checkpointing: bool, gp
     )
 
 
-def evaluate(recipe: Recipe, pipeline: TODSynthPipeline, images: int, *, gpu: bool) -> None:
-    """The velocity, as the sampler asks for it in one step with guidance."""
-    sampling = recipe.sampling
-    rows = images * len(guidance_terms(sampling.text_scale, sampling.mask_scale))
-    embeds, pooled = pipeline.prompts([""] * rows)
-    mask_latents = pipeline.null_mask_latents(_masks(recipe, pipeline, 1)).repeat(rows, 1, 1, 1)
-    latents = _latents(recipe, pipeline, rows)
-    with torch.no_grad(), _autocast(pipeline, sampling.precision, gpu=gpu):
-        pipeline.transformer(
-            hidden_states=latents,
-            timestep=torch.zeros(rows, device=latents.device),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            mask_latents=mask_latents,
-        )
-
-
 def paint(
     recipe: Recipe,
     pipeline: TODSynthPipeline,
@@ -201,28 +187,42 @@ def paint(
     sampling, config = recipe.sampling, recipe.steering
     velocity, latents = (_latents(recipe, pipeline, images) for _ in range(2))
     masks = _masks(recipe, pipeline, images)
-    pipeline.null_mask_latents(masks[:1])
+    rows = images * len(guidance_terms(sampling.text_scale, sampling.mask_scale))
+    embeds, pooled = pipeline.prompts([""] * rows)
+    given = {
+        "hidden_states": _latents(recipe, pipeline, rows),
+        "timestep": torch.zeros(rows, device=masks.device),
+        "encoder_hidden_states": embeds,
+        "pooled_projections": pooled,
+        "mask_latents": pipeline.null_mask_latents(masks[:1]).repeat(rows, 1, 1, 1),
+    }
     networks = modules(pipeline) if text else [pipeline.transformer, pipeline.vae]
 
-    def decode() -> None:
-        with torch.no_grad(), _autocast(pipeline, sampling.precision, gpu=gpu):
-            pipeline.decode(latents)
+    @torch.no_grad()
+    def evaluate() -> None:
+        pipeline.transformer(**given)
 
-    parts: list[tuple[Callable[[], object], int]] = [
-        (partial(evaluate, recipe, pipeline, images, gpu=gpu), sampling.steps),
-        (decode, 1),
-    ]
+    @torch.no_grad()
+    def decode() -> None:
+        pipeline.decode(latents)
+
+    parts: list[tuple[Callable[[], object], int]] = [(evaluate, sampling.steps), (decode, 1)]
     if segmentor is not None:
         networks.append(segmentor)
         steering = steering_for(config, segmentor.loss)(masks)
         first = FlowStep(config.start, sampling.steps, sigma=1.0)
 
+        @torch.no_grad()
         def steer() -> None:
-            with torch.no_grad(), _autocast(pipeline, sampling.precision, gpu=gpu):
-                steering(velocity, latents, first, pipeline.decode)
+            steering(velocity, latents, first, pipeline.decode)
 
         parts.append((steer, min(config.steps, max(0, sampling.steps - config.start))))
-    return Work(parts, _tensors(*networks), others=[velocity, latents, masks])
+    return Work(
+        parts,
+        _tensors(*networks),
+        others=[velocity, latents, masks, *given.values()],
+        around=lambda: _autocast(pipeline, sampling.precision, gpu=gpu),
+    )
 
 
 def _batch(recipe: Recipe, pipeline: TODSynthPipeline, size: int) -> dict[str, Tensor]:
