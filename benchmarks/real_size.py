@@ -135,7 +135,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         small = []
         if args.size == "small":
-            small = [f"generator.base={small_base(Path(folder) / 'base')}", "data.image_size=256"]
+            small = [
+                f"generator.base={small_base(Path(folder) / 'base')}",
+                "data.image_size=256",
+                "generator.train.precision=auto",
+            ]
         recipe = load_recipe("sd35", [*small, *args.set]).recipe
         if args.stage:
             print(json.dumps(measure(recipe, args.stage, args.repeats)))

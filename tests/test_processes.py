@@ -222,14 +222,13 @@ def test_the_command_line_trains_in_two_processes_and_says_so_once(alone, tiny_r
     assert single.exit_code == 0, single.output
     # Not `--cpu`: accelerate would start one process and say nothing.
     launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
-    module = ("--mixed_precision=no", "--dynamo_backend=no", "-m", "terrasynth", "train", str(recipe))
-    command = [sys.executable, "-m", *launcher, *module, "--out", str(alone / "two")]
+    module = ("--mixed_precision=no", "--dynamo_backend=no", "-m", "terrasynth", "train", str(recipe), "--out")
+    command = [sys.executable, "-m", *launcher, *module]
     limits = {"capture_output": True, "text": True, "env": environment(), "timeout": 300, "check": False}
-    done = subprocess.run([*command, "--max-minutes", "0"], **limits)
-    assert "The minutes are over." in done.stderr
-    (state,) = (alone / "two").rglob("state.json")
-    assert json.loads(state.read_text())["processes"] == 2
-    done = subprocess.run(command, **limits)
+    done = subprocess.run([*command, str(alone / "refused"), "--set", "generator.train.batch_size=1"], **limits)
+    assert done.returncode != 0
+    assert done.stderr.count("2 processes, batch_size x accumulate = 1") == 1
+    done = subprocess.run([*command, str(alone / "two")], **limits)
     assert done.returncode == 0, done.stderr
     assert done.stdout == single.stdout.replace(str(alone / "one"), str(alone / "two"))
     (one,), (two,) = (list((alone / name).glob("generator-*")) for name in ("one", "two"))

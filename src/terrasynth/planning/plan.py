@@ -144,7 +144,7 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
     console.print("", table)
 
     headed = (("as the recipe has it", plan.stages), ("the training step otherwise", plan.choices))
-    table = _table("GiB at the peak", "weights", "gradients", "optimiser", "average", "rest", "all")
+    table = _table("GiB at the peak", "weights", "grads", "optim.", "EMA", "rest", "all")
     for heading, stages in headed:
         table.add_row(Text(heading, "bold"))
         for stage in stages:
