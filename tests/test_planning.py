@@ -110,7 +110,7 @@ def test_checkpointing_saves_memory_and_costs_a_forward_pass(recipe):
         plain, saving = (stages.train(recipe, pipeline, checkpointing=on, gpu=False).count("") for on in (False, True))
         with torch.no_grad(), count() as forward:
             pipeline.training_loss(stages._batch(recipe, pipeline, recipe.generator.train.batch_size))
-    assert saving.activations < 0.6 * plain.activations
+    assert saving.activations < 0.8 * plain.activations
     # All but the blocks runs once: embeddings and read-out, a few per cent.
     assert flops(forward.operations) * 0.9 < saving.flops - plain.flops < flops(forward.operations)
 

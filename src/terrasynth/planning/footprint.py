@@ -252,7 +252,7 @@ def enter(module: nn.Module) -> None:
                 if tensor is not None:
                     if id(tensor) not in made:
                         made[id(tensor)] = _pretended(tensor)
-                    tensors[name] = made[id(tensor)]
+                    tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def _pretended(tensor: Tensor) -> Tensor:

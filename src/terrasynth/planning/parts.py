@@ -100,7 +100,7 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
     pipeline = TODSynthPipeline(**parts, tokenizer=None, scheduler=scheduler, **options)
     if pipeline.config.mask_coding == "onehot":
         pipeline.adapt(schema)
-    pipeline.prompts = partial(_prompts, pipeline)
+    pipeline.prompts = partial(_prompts, pipeline)  # type: ignore[assignment]
     if trainable is not None:
         pipeline.transformer.set_trainable(trainable, lora_rank=config.lora_rank)
         if config.base is not None and config.train.precision == "bf16":
@@ -125,7 +125,7 @@ def text_encoders(pipeline: TODSynthPipeline) -> list[nn.Module]:
     return [encoder for name in _TEXT_ENCODERS if (encoder := getattr(pipeline, name)) is not None]
 
 
-def length(encoder: nn.Module) -> int:
+def length(encoder: Any) -> int:
     """Tokens that a text encoder reads."""
     return _T5_TOKENS if isinstance(encoder, T5EncoderModel) else int(encoder.config.max_position_embeddings)
 

@@ -73,8 +73,8 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
     if schema is None:
         schema = WORLD_SCHEMA
         notes.append(f"The classes are not known here, {schema.num_classes} were assumed")
-    choices_of = get_args(Trainable)  # from most to least
-    others = choices_of[choices_of.index(config.trainable) + 1 :]
+    every = list(get_args(Trainable))  # from most to least
+    others = every[every.index(config.trainable) + 1 :]
     if importlib.util.find_spec("peft") is None:
         others = [which for which in others if which != "lora"]
     steered = recipe.steering.steps > 0
