@@ -6,7 +6,8 @@
 
 Weights are random: neither memory nor time depends on them. The plan is that of `terrasynth doctor --plan`, its times
 for the speed that this machine shows between the repeats. Every stage runs in a process of its own. Memory is on a GPU
-what PyTorch allocated at the peak, and on a processor by how much the process grew, from before the weights were made.
+what PyTorch allocated at the peak, and on a processor by how much the process grew, from before the weights were made;
+time is on a processor that of one thread (set OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -102,13 +103,15 @@ def measure(recipe: Any, stage: str, repeats: int) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() if gpu else grown() - before
     if not repeats:
         return {"peak": peak}
+    # On a processor, of this process alone: others may be busy there.
+    clock = time.perf_counter if gpu else time.process_time
     taken, speeds = [], []
     for _ in range(repeats):
         speeds.append(here()[0].speed)
-        begun = time.perf_counter()
+        begun = clock()
         work()
         wait()
-        taken.append(time.perf_counter() - begun)
+        taken.append(clock() - begun)
     fastest = {name: max(getattr(speed, name) for speed in speeds) for name in ("float32", "bfloat16", "memory")}
     return {"peak": peak, "seconds": min(taken), "speed": fastest}
 

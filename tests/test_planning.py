@@ -183,6 +183,7 @@ def test_the_doctor_prints_every_stage_and_where_it_fits(recipe, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(recipe.model_dump_json(), encoding="utf-8")
     command = ["doctor", "--plan", str(path), "--card", "H100", "--card", "0.001", "--set", "generator.trainable=lora"]
+    command += ["--set", "generator.blocks=1"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     stages_of = "encode tiles, prompts|training step|preview|paint 2|paint 2, steered|with gradient checkpointing"
