@@ -21,6 +21,7 @@ from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import TEXT_BRANCH, Trainable
 from terrasynth.models.text import word_encoder, word_tokenizer
+from terrasynth.systems.fit import check_divides, check_positions
 from terrasynth.systems.todsynth import (
     TODSynthPipeline,
     mask_channels,
@@ -72,20 +73,22 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
     It is built on torch's default device; all prompts have the same embedding, zero.
 
     Raises:
-        TerraSynthError: the base model's configuration is not here.
+        TerraSynthError: the base model's configuration is not here, or is no Stable Diffusion 3; the size of the tiles
+            does not fit the model.
     """
-    config = recipe.generator
+    config, size = recipe.generator, recipe.data.image_size
     options: dict[str, Any] = {
         "label_schema": schema.to_dict(),
         "mask_coding": config.mask_coding,
         "mask_init": config.mask_init,
     }
     if config.base is None:
+        check_divides(size, config.autoencoder.patch_size * config.patch_size)
         vae = untrained_autoencoder(config).requires_grad_(False)
         text = word_encoder(word_tokenizer())
         transformer = untrained_transformer(
             config,
-            recipe.data.image_size,
+            size,
             text.config,
             mask_channels=mask_channels(schema, config.mask_coding, vae),
             latent_std=[1.0] * config.autoencoder.channels,
@@ -95,9 +98,22 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
         known = _configurations(config.base)
         if known.get("label_schema") is not None:
             options |= {name: known[name] for name in ("label_schema", "mask_coding")}
+        missing = [name for name in _PARTS[:3] if name not in known]
+        unknown = {known[name].get("_class_name") for name in _PARTS[:2] if name in known} - _MODELS.keys()
+        if missing or unknown:
+            raise TerraSynthError(
+                "the base model is not one that TerraSynth trains",
+                path=config.base,
+                found=f"no config.json of {', '.join(missing)}" if missing else ", ".join(map(str, unknown)),
+                expected="Stable Diffusion 3 or 3.5, or a pipeline that TerraSynth saved",
+                fix="choose another generator.base",
+            )
         parts = {name: _build(name, known[name]) if name in known else None for name in _PARTS}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
     pipeline = TODSynthPipeline(**parts, tokenizer=None, scheduler=scheduler, **options)
+    if config.base is not None:
+        check_divides(size, pipeline.factor * pipeline.transformer.config.patch_size)
+        check_positions(size, pipeline, config.base)
     if pipeline.config.mask_coding == "onehot":
         pipeline.adapt(schema)
     pipeline.prompts = partial(_prompts, pipeline)  # type: ignore[assignment]

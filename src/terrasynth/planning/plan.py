@@ -152,7 +152,7 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
             table.add_row(f"  {stage.name}", *(f"{size / _GIB:,.2f}" if size else "" for size in sizes))
     console.print("", table)
 
-    table = _table("time, where it fits", "TFLOP", *(card.name for card in cards))
+    table = _table("least time, where it fits", "TFLOP", *(card.name for card in cards))
     for heading, stages in headed:
         table.add_row(Text(heading, "bold"))
         for stage in stages:
@@ -168,8 +168,8 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
     for card in cards:
         if card.speed is not None and step.peak <= card.memory:
             hours = train.steps * seconds(step.operations, card.speed) / 3600
-            reached = "at the speed measured just now" if card.measured else "at the data sheet's speed, so at least"
-            lines.append(f"All {train.steps:,} steps on {card.name}, {reached}: {hours:,.1f} hours")
+            speed = "the speed measured just now" if card.measured else "the data sheet's speed"
+            lines.append(f"All {train.steps:,} steps on {card.name}, at {speed}, so at least: {hours:,.2g} hours")
     lines += [
         *plan.notes,
         "Fits: in 92 % of the memory; drivers, kernels and gaps have the rest",

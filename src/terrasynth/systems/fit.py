@@ -31,7 +31,7 @@ from terrasynth.training.processes import process_state
 if TYPE_CHECKING:
     from terrasynth.recipe import DataConfig, GeneratorConfig, SamplingConfig
 
-__all__ = ["EncodedViews", "build", "fit_generator"]
+__all__ = ["EncodedViews", "build", "check_divides", "check_positions", "fit_generator"]
 
 _UNLABELLED_VIEWS = 8
 
@@ -131,6 +131,31 @@ class _Joined(Dataset[dict[str, Tensor]]):
         return self.first[(index, seed)] if beyond < 0 else self.second[(beyond, seed)]
 
 
+def check_divides(image_size: int, token: int) -> None:
+    """Refuse tiles that do not divide into tokens of so many pixels."""
+    if image_size % token:
+        raise TerraSynthError(
+            "the tiles do not divide into tokens",
+            found=f"data.image_size {image_size}",
+            expected=f"a multiple of {token} (pixels per latent x latents per token)",
+            fix="change data.image_size",
+        )
+
+
+def check_positions(image_size: int, pipeline: TODSynthPipeline, base: str) -> None:
+    """Refuse tiles that are larger than the base model's grid of positions."""
+    transformer = pipeline.transformer.config
+    most = pipeline.factor * transformer.patch_size * transformer.pos_embed_max_size
+    if image_size > most:
+        raise TerraSynthError(
+            "the tiles are larger than the base model's grid of positions",
+            path=base,
+            found=f"data.image_size {image_size}",
+            expected=f"at most {most}",
+            fix="lower data.image_size",
+        )
+
+
 def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPipeline:
     """The untrained pipeline of a recipe: from its base model, or from scratch.
 
@@ -156,27 +181,13 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
             )
             pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         factor, patch_size = pipeline.factor, pipeline.transformer.config.patch_size
-    if data.image_size % (factor * patch_size):
-        raise TerraSynthError(
-            "the tiles do not divide into tokens",
-            found=f"data.image_size {data.image_size}",
-            expected=f"a multiple of {factor * patch_size} (pixels per latent x latents per token)",
-            fix="change data.image_size",
-        )
+    check_divides(data.image_size, factor * patch_size)
     if config.base is None:
         images = tiles.images.float() / 255
         pipeline = TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
         pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         return pipeline
-    most = factor * patch_size * pipeline.transformer.config.pos_embed_max_size
-    if data.image_size > most:
-        raise TerraSynthError(
-            "the tiles are larger than the base model's grid of positions",
-            path=config.base,
-            found=f"data.image_size {data.image_size}",
-            expected=f"at most {most}",
-            fix="lower data.image_size",
-        )
+    check_positions(data.image_size, pipeline, config.base)
     if pipeline.config.mask_coding != config.mask_coding:
         raise TerraSynthError(
             "the base model was trained with another mask coding",
