@@ -19,7 +19,7 @@ from terrasynth.models.mmdit import Trainable
 from terrasynth.planning.footprint import enter, flops_by_module, pretend, seconds
 from terrasynth.planning.parts import branch, label_schema, modules, parameters, pipeline_of, segmentor_of
 from terrasynth.planning.stages import Stage, Work, encode, paint, train
-from terrasynth.progress import track
+from terrasynth.progress import duration, track
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         choices = [counted(f"{'without' if on else 'with'} gradient checkpointing", other)]
         for which in others:
             other = step(pipeline_for(which), checkpointing=True)
-            choices.append(counted(f"with it, trainable: {which}", other))
+            choices.append(counted(f"checkpointing, trainable: {which}", other))
         pipeline = pipeline_for(None)
         painting = paint(recipe, pipeline, images, gpu=gpu)
         parts = flops_by_module(painting.parts[0][0], _part_of)
@@ -167,9 +167,9 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
     step = next(stage for stage in plan.stages if stage.name == "training step")
     for card in cards:
         if card.speed is not None and step.peak <= card.memory:
-            hours = train.steps * seconds(step.operations, card.speed) / 3600
+            time = duration(train.steps * seconds(step.operations, card.speed))
             speed = "the speed measured just now" if card.measured else "the data sheet's speed"
-            lines.append(f"All {train.steps:,} steps on {card.name}, at {speed}, so at least: {hours:,.2g} hours")
+            lines.append(f"All {train.steps:,} steps on {card.name}, at {speed}, so at least: {time}")
     lines += [
         *plan.notes,
         "Fits: in 92 % of the memory; drivers, kernels and gaps have the rest",
@@ -181,7 +181,7 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
 def _cell(stage: Stage, card: Card) -> Text:
     if stage.peak > card.memory:
         return Text("too large", "red")
-    return Text("fits" if card.speed is None else f"{seconds(stage.operations, card.speed):,.2f} s", "green")
+    return Text("fits" if card.speed is None else f"{seconds(stage.operations, card.speed):,.3g} s", "green")
 
 
 def _table(*columns: str) -> Table:
