@@ -722,8 +722,9 @@ def _position_table(side: int, width: int) -> Tensor:
     SD3's reach from 6 to 60 000 positions, in steps of a fraction of a position: on a grid of a few dozen tokens nearly
     all of them are constant, neighbours look alike, and the image takes long to find the mask below it.
     """
-    wavelengths = 4 * (side / 2) ** torch.linspace(0, 1, width // 4)
-    angles = 2 * math.pi * torch.arange(side)[:, None] / wavelengths
+    # Named, because transformers, loading a model, takes `linspace` out of what torch's default device applies to.
+    wavelengths = 4 * (side / 2) ** torch.linspace(0, 1, width // 4, device="cpu")
+    angles = 2 * math.pi * torch.arange(side, device="cpu")[:, None] / wavelengths
     along = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = along[:, None].expand(side, side, -1), along[None].expand(side, side, -1)
     return torch.cat([rows, columns], dim=-1).reshape(1, side * side, width)
