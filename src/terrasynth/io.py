@@ -7,11 +7,13 @@ there is no second way.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,10 +244,14 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     readable = partial.stat().st_mode & 0o666
     try:
         yield partial
-        for file in sorted(partial.rglob("*")):
+        inside = list(partial.rglob("*"))
+        for file in inside:
             if file.is_file():
                 file.chmod(readable)
-            _fsync(file)
+        # Together they share the commits of the disk: of a thousand small files, in a tenth of the time.
+        with ThreadPoolExecutor(16) as pool:
+            for _ in pool.map(_fsync, inside):
+                pass
         _fsync(partial)
         if path.is_dir():
             retired = path.with_name(f"{path.name}{_RETIRED}-{os.getpid()}")
@@ -263,9 +269,14 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_incomplete(folder: str | Path) -> None:
-    """Delete what a killed run left half-written directly in `folder`, and bring back what it was about to replace."""
-    for leftover in Path(folder).glob(f"*{_INCOMPLETE}-*"):
+def remove_incomplete(folder: str | Path, name: str | None = None) -> None:
+    """Delete what a killed run left half-written directly in `folder`, and bring back what it was about to replace.
+
+    Args:
+        folder: where to look.
+        name: of the one file or folder whose leftovers go, where others may be at work beside it; None takes all.
+    """
+    for leftover in Path(folder).glob(f"{'*' if name is None else glob.escape(name)}{_INCOMPLETE}-*"):
         target = leftover.with_name(leftover.name.partition(_INCOMPLETE)[0])
         if f"{_RETIRED}-" in leftover.name and not target.exists():
             leftover.replace(target)
