@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,6 +115,15 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class ExportFormat(StrEnum):
+    """The keys of `terrasynth.data.export.FORMATS`, known before anything heavy is loaded."""
+
+    MMSEG = "mmseg"
+    COCO_PANOPTIC = "coco-panoptic"
+    COCO_SEMANTIC = "coco-semantic"
+    WEBDATASET = "webdataset"
+
+
 @app.callback()
 def terrasynth(
     version: Annotated[
@@ -206,6 +216,13 @@ def generate(
             help="Steer with this trained segmentor (control-rectify flow matching).",
         ),
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Licence of the images, for the card, as `cc-by-4.0`. (default: what the card says, or unknown)",
+        ),
+    ] = None,
     max_minutes: Annotated[
         float | None,
         typer.Option(
@@ -253,8 +270,42 @@ def generate(
         segmentor=steer,
         count=count,
         seed=seed,
+        license=license,
     )
     typer.echo(folder)
+
+
+@app.command(epilog=_example("terrasynth export painted --to mmseg --out exports/mmseg"))
+def export(
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATASET", exists=True, file_okay=False, help="Folder that `terrasynth generate` wrote."
+        ),
+    ],
+    to: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="`mmseg`: image and annotation folders with a config; `coco-panoptic`: JSON and a PNG of segments; "
+            "`coco-semantic`: JSON with run lengths; `webdataset`: tar shards."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the export: new, empty, or an earlier one.")],
+    shard_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Samples in a tar file of webdataset. (default: 1000)")
+    ] = None,
+) -> None:
+    """Write a synthetic data set in the layout of another tool.
+
+    DATASET itself is a Hugging Face image folder, which `datasets.load_dataset` reads, and torchgeo reads it with
+    `terrasynth.data.torchgeo.SyntheticTiles`. Killed, the same command starts again and ends with the same files.
+    """
+    if shard_size is not None and to != ExportFormat.WEBDATASET:
+        raise typer.BadParameter("only webdataset has shards", param_hint="--shard-size")
+
+    from terrasynth.data.export import export as write
+
+    typer.echo(write(dataset, to, out, shard_size=shard_size or 1000))
 
 
 @app.command(epilog=_example("terrasynth study dubai16 --data tiles/dubai --set study.seeds=[0,1,2,3,4]"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -25,7 +25,7 @@ from terrasynth.data.read import common_coding, read_image, read_mask
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.unlabelled import cut_windows, find_images, merged_schema, pseudo_masks
 from terrasynth.data.world import WORLD_SCHEMA, render
-from terrasynth.data.write import read_manifest
+from terrasynth.data.write import Rows, read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import IMAGE_SUFFIXES, digest
 from terrasynth.progress import say
@@ -36,9 +36,11 @@ __all__ = [
     "Split",
     "Tiles",
     "check_splits",
+    "combined",
     "load_masks",
     "load_synthetic",
     "load_tiles",
+    "read_samples",
     "unlabelled_windows",
 ]
 
@@ -172,7 +174,7 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
         except TerraSynthError as error:
             problems.append(error)
     if problems:
-        raise _combined(problems, split, total)
+        raise combined(problems, split, total)
     coding = common_coding(masks, [mask for _, _, mask in pairs], schema, chosen=config.mask_coding)
     tiles = Tiles(
         tuple(ids),
@@ -230,7 +232,7 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
         except TerraSynthError as error:
             problems.append(error)
     if problems:
-        raise _combined(problems, folder.name, len(paths))
+        raise combined(problems, folder.name, len(paths))
     try:
         coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
     except TerraSynthError as error:
@@ -253,9 +255,37 @@ def load_synthetic(folder: str | Path) -> Tiles:
     Raises:
         TerraSynthError: the folder is no such dataset, is unfinished, or has files missing, added or damaged.
     """
-    folder = Path(folder)
     schema, rows = read_manifest(folder)
-    images, masks = [], []
+    ids, images, masks = [], [], []
+    for row, image, mask in read_samples(folder, schema, rows):
+        ids.append(row["id"])
+        images.append(image)
+        masks.append(mask)
+    return Tiles(
+        tuple(ids),
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.stack(masks)),
+        schema,
+    )
+
+
+def read_samples(
+    folder: str | Path, schema: LabelSchema, rows: Rows | Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], _Array, _Array]]:
+    """Read samples of a synthetic dataset one after the other.
+
+    Args:
+        folder: of the dataset.
+        schema: its classes.
+        rows: which samples; `read_manifest` has them all.
+
+    Yields:
+        Row, image uint8 (H, W, 3) and mask uint8 (H, W), of every sample that is whole.
+
+    Raises:
+        TerraSynthError: some are not: after the last one, with all of them in one message.
+    """
+    folder = Path(folder)
     problems: list[TerraSynthError] = []
     for row in rows:
         try:
@@ -267,10 +297,10 @@ def load_synthetic(folder: str | Path) -> Tiles:
                     path=folder / row["mask_file_name"],
                     found=_size(mask.shape),
                 )
-            images.append(image)
-            masks.append(mask)
         except TerraSynthError as error:
             problems.append(error)
+        else:
+            yield row, image, mask
     if problems:
         raise TerraSynthError(
             f"{len(problems)} of {len(rows)} samples are damaged",
@@ -278,12 +308,6 @@ def load_synthetic(folder: str | Path) -> Tiles:
             found="\n    " + _listed([f"{e.path}: {e.problem}" for e in problems], separator="\n    "),
             fix="delete these files and run the command that painted them again",
         )
-    return Tiles(
-        tuple(row["id"] for row in rows),
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(np.stack(masks)),
-        schema,
-    )
 
 
 def check_splits(**splits: Tiles) -> None:
@@ -612,7 +636,7 @@ def _listed(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join(items[:_SHOWN]) + more
 
 
-def _combined(problems: Sequence[TerraSynthError], split: str, total: int) -> TerraSynthError:
+def combined(problems: Sequence[TerraSynthError], split: str, total: int) -> TerraSynthError:
     """All bad files of a split in one message."""
     if len(problems) == 1:
         return problems[0]
