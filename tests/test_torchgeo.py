@@ -26,9 +26,12 @@ from terrasynth.recipe import DataConfig
 
 NAMES = ("background", "building", "road", "water", "barren", "forest", "agriculture")
 SCHEMA = LabelSchema(NAMES, tuple((index + 1, 0, 0) for index in range(7)))
-#: LoveDA's masks hold class + 1, and 0 where there is no data.
-VALUES = {0: None, **{index + 1: name for index, name in enumerate(NAMES)}}
 SIZE = 16
+
+
+def from_zero(sample):
+    """LoveDA's masks hold class + 1, and 0 where there is no data."""
+    return {**sample, "mask": torch.where(sample["mask"] == 0, 255, sample["mask"] - 1)}
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def loveda(tmp_path):
                 folder = tmp_path / "loveda" / "Train" / scene / kind
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(folder / f"{scene}{number}.png")
-    return LoveDA(tmp_path / "loveda", "train", download=False, checksum=False)
+    return LoveDA(tmp_path / "loveda", "train", transforms=from_zero, download=False, checksum=False)
 
 
 def load(folder, split="train"):
@@ -86,7 +89,7 @@ def failure(tmp_path, *samples, **arguments):
 
 
 def test_loveda_becomes_the_tiles_of_a_recipe(loveda, tmp_path):
-    from_torchgeo(loveda, SCHEMA, tmp_path / "tiles", value_range=(0, 255), values=VALUES)
+    from_torchgeo(loveda, SCHEMA, tmp_path / "tiles", value_range=(0, 255))
     tiles = load(tmp_path / "tiles")
     assert len(tiles) == len(loveda) == 6
     assert tiles.schema == SCHEMA
@@ -99,11 +102,11 @@ def test_loveda_becomes_the_tiles_of_a_recipe(loveda, tmp_path):
 def test_splits_share_a_folder_and_a_second_call_changes_nothing(loveda, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("TERRASYNTH_QUIET", "0")
     for split in ("train", "val", "train"):
-        from_torchgeo(loveda, SCHEMA, tmp_path / "tiles", split, value_range=(0, 255), values=VALUES)
+        from_torchgeo(loveda, SCHEMA, tmp_path / "tiles", split, value_range=(0, 255))
     assert "train.txt is there already" in capfd.readouterr().err
     assert torch.equal(load(tmp_path / "tiles").images, load(tmp_path / "tiles", "validation").images)
     with pytest.raises(TerraSynthError, match=r"value_range: \[0, 255\] -> \[0, 256\]"):
-        from_torchgeo(loveda, SCHEMA, tmp_path / "tiles", value_range=(0, 256), values=VALUES)
+        from_torchgeo(loveda, SCHEMA, tmp_path / "tiles", value_range=(0, 256))
 
 
 @pytest.mark.parametrize("scale", [1, 255, 3000])
@@ -178,15 +181,6 @@ def test_samples_that_do_not_fit_are_all_named(tmp_path, bad, message):
     assert "sample 2: " in said
 
 
-def test_values_without_a_meaning_and_names_without_a_class_are_refused(tmp_path):
-    mask = torch.arange(SIZE).expand(SIZE, SIZE) % 3
-    said = failure(tmp_path, sample(mask=mask), values={0: "road", 1: None})
-    assert "values that mean nothing" in said
-    assert "found:    2" in said
-    with pytest.raises(TerraSynthError, match="sea"):
-        convert(tmp_path, sample(), values={0: "sea"})
-
-
 def test_a_folder_with_tiles_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "tiles" / "images" / "train").mkdir(parents=True)
     assert "has a train split already" in failure(tmp_path, sample())
@@ -207,8 +201,8 @@ def test_an_interrupted_conversion_ends_as_one_that_was_not(loveda, tmp_path):
             self.left -= 1
             return super().__getitem__(index)
 
-    fragile = Fragile(loveda.root, "train")
-    arguments = {"value_range": (0, 255), "values": VALUES}
+    fragile = Fragile(loveda.root, "train", transforms=from_zero)
+    arguments = {"value_range": (0, 255)}
     with pytest.raises(Killed):
         from_torchgeo(fragile, SCHEMA, tmp_path / "tiles", **arguments)
     with pytest.raises(TerraSynthError):

@@ -68,16 +68,22 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     The size is checked from the header, before any pixel is decoded, for Pillow and rasterio alike.
 
     Raises:
-        TerraSynthError: the file is missing, empty, no image, truncated or larger than `max_pixels`.
+        TerraSynthError: the file is missing, empty, no image, damaged, larger than `max_pixels` or than the memory.
     """
     path = Path(path)
     if not path.is_file():
         raise TerraSynthError("no such file", path=path, fix="check the path and the split list that names it")
     if path.stat().st_size == 0:
         raise TerraSynthError("the file is empty", path=path, fix=_COPY_AGAIN)
-    if path.suffix.lower() in (".tif", ".tiff"):
-        return _open_tiff(path, max_pixels)
-    return _open_pillow(path, max_pixels)
+    try:
+        return (_open_tiff if path.suffix.lower() in (".tif", ".tiff") else _open_pillow)(path, max_pixels)
+    except MemoryError as error:
+        raise TerraSynthError(
+            "not enough memory to decode the image",
+            path=path,
+            found=f"a file of {path.stat().st_size:,} bytes",
+            fix=f"if that is little, the file is damaged: {_COPY_AGAIN}. Otherwise cut it into tiles",
+        ) from error
 
 
 def _check_size(path: Path, width: int, height: int, max_pixels: int, bytes_per_pixel: int = 4) -> None:

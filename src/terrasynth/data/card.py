@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError, flat
+from terrasynth.recipe_io import load_yaml
 
 __all__ = ["Contents", "check_license", "dataset_card", "front_matter"]
 
@@ -130,7 +131,7 @@ def front_matter(folder: str | Path) -> dict[str, Any]:
         return {}
     parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     try:
-        values = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+        values = load_yaml(parts[1]) if len(parts) == 3 and not parts[0] else None
     except yaml.YAMLError:
         values = None
     if not isinstance(values, dict):

@@ -36,7 +36,6 @@ __all__ = [
     "Split",
     "Tiles",
     "check_splits",
-    "combined",
     "load_masks",
     "load_synthetic",
     "load_tiles",
@@ -174,7 +173,7 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
         except TerraSynthError as error:
             problems.append(error)
     if problems:
-        raise combined(problems, split, total)
+        raise _combined(problems, split, total)
     coding = common_coding(masks, [mask for _, _, mask in pairs], schema, chosen=config.mask_coding)
     tiles = Tiles(
         tuple(ids),
@@ -232,7 +231,7 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
         except TerraSynthError as error:
             problems.append(error)
     if problems:
-        raise combined(problems, folder.name, len(paths))
+        raise _combined(problems, folder.name, len(paths))
     try:
         coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
     except TerraSynthError as error:
@@ -636,7 +635,7 @@ def _listed(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join(items[:_SHOWN]) + more
 
 
-def combined(problems: Sequence[TerraSynthError], split: str, total: int) -> TerraSynthError:
+def _combined(problems: Sequence[TerraSynthError], split: str, total: int) -> TerraSynthError:
     """All bad files of a split in one message."""
     if len(problems) == 1:
         return problems[0]

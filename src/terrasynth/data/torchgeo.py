@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from terrasynth.data.folder import combined, read_samples
+from terrasynth.data.folder import read_samples
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.write import read_manifest
-from terrasynth.errors import TerraSynthError, changes
+from terrasynth.errors import TerraSynthError, changes, combined
 from terrasynth.io import atomic_dir, atomic_write, read_json, remove_incomplete, write_json
 from terrasynth.progress import say, track
 
@@ -82,7 +82,6 @@ def from_torchgeo(
     value_range: tuple[float, float],
     clip: bool = False,
     bands: Sequence[int] | None = None,
-    values: Mapping[int, str | None] | None = None,
     sampler: Iterable[Any] | None = None,
 ) -> Path:
     """Write a torchgeo dataset as one split of labelled tiles, where `load_tiles` and every recipe find them.
@@ -93,15 +92,14 @@ def from_torchgeo(
 
     Args:
         dataset: its samples have `image`, real (C, H, W), and `mask`, whole numbers (H, W) or (1, H, W).
-        schema: the classes of the tiles.
+        schema: the classes; masks hold their indices, or `ignore_index`. Where a dataset counts otherwise, as LoveDA
+            does from 1, its `transforms` are the place to say so.
         folder: of the tiles; the same for every split.
         split: `train`, `val` or `test`, as recipes call them.
         value_range: the values that become 0 and 255: (0, 255) or (0, 1) for images, (0, 3000) for reflectance times
             10,000, say. Nothing tells them apart from the outside.
         clip: cut values outside `value_range` off, instead of refusing them.
         bands: red, green and blue, counted from 0; needed unless there are three.
-        values: names the class that each value of the masks means, None for unlabelled; by default they are the
-            schema's own indices.
         sampler: which windows of a `GeoDataset`, as `GridGeoSampler(dataset, size=256)`.
 
     Returns:
@@ -119,7 +117,6 @@ def from_torchgeo(
         )
     folder = Path(folder)
     keys = list(range(len(dataset)) if sampler is None else sampler)
-    meaning = None if values is None else _meaning(values, schema)
     finished = folder / f"{split}.txt"
     settings = {
         "dataset": type(dataset).__name__,
@@ -127,7 +124,6 @@ def from_torchgeo(
         "value_range": list(value_range),
         "clip": clip,
         "bands": None if bands is None else list(bands),
-        "values": None if values is None else {str(value): name for value, name in values.items()},
         "schema": schema.to_dict(),
     }
     _claim(folder, split, settings)
@@ -149,7 +145,7 @@ def from_torchgeo(
             name = f"sample {number}"
             try:
                 pixels = _image(sample, value_range, clip, bands, name)
-                mask = _mask(sample, schema, meaning, pixels.shape[:2], name)
+                mask = _mask(sample, schema, pixels.shape[:2], name)
             except TerraSynthError as error:
                 problems.append(error)
             else:
@@ -160,7 +156,7 @@ def from_torchgeo(
                 _save(partial_masks / ids[-1], mask, place, schema.palette())
             progress.advance()
         if problems:
-            raise combined(problems, split, len(keys))
+            raise combined(problems, f"{len(problems)} of {len(keys)} tiles of the {split} split can not be used")
         _refuse_darkness(brightest, value_range)
     schema.to_yaml(folder / "classes.yaml")
     with atomic_write(finished) as partial:
@@ -190,18 +186,6 @@ def _claim(folder: Path, split: str, settings: Mapping[str, Any]) -> None:
     if classes.is_file() and LabelSchema.from_yaml(classes).to_dict() != settings["schema"]:
         raise TerraSynthError("the folder has tiles of other classes", path=classes, fix="choose another folder")
     write_json(record, settings)
-
-
-def _meaning(values: Mapping[int, str | None], schema: LabelSchema) -> dict[int, int]:
-    unknown = sorted({name for name in values.values() if name is not None} - set(schema.names))
-    if unknown:
-        raise TerraSynthError(
-            "values= names classes that the schema does not have",
-            found=", ".join(unknown),
-            expected=", ".join(schema.names),
-            fix="correct the names; None is unlabelled",
-        )
-    return {value: schema.ignore_index if name is None else schema.names.index(name) for value, name in values.items()}
 
 
 def _image(
@@ -258,7 +242,6 @@ def _image(
 def _mask(
     sample: Mapping[str, Any],
     schema: LabelSchema,
-    meaning: Mapping[int, int] | None,
     size: tuple[int, ...],
     name: str,
 ) -> NDArray[np.uint8]:
@@ -282,19 +265,7 @@ def _mask(
             found=str(stored.dtype),
             fix="check what the dataset yields as `mask`: it may be a regression target",
         )
-    whole = stored.astype(np.int64)
-    if meaning is None:
-        return schema.from_index(whole, path=name)
-    found, where = np.unique(whole, return_inverse=True)
-    if unknown := [value for value in found.tolist() if value not in meaning]:
-        raise TerraSynthError(
-            "the mask has values that mean nothing",
-            path=name,
-            found=", ".join(map(str, unknown)),
-            expected=", ".join(map(str, meaning)),
-            fix="name their class in values=, or None for unlabelled",
-        )
-    return np.array([meaning[value] for value in found.tolist()], dtype=np.uint8)[where].reshape(whole.shape)
+    return schema.from_index(stored.astype(np.int64), path=name)
 
 
 def _tensor(sample: Mapping[str, Any], key: str, name: str) -> Tensor:
