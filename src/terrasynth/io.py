@@ -11,7 +11,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ __all__ = [
     "atomic_dir",
     "atomic_write",
     "digest",
+    "full_disk",
     "open_image",
     "read_json",
     "remove_incomplete",
@@ -47,6 +50,9 @@ _BYTES_PER_PIXEL = 16
 _COPY_AGAIN = "copy it again from its source, or leave it out of the split list"
 _INCOMPLETE = ".incomplete"
 _RETIRED = f"{_INCOMPLETE}-old"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Bytes that need a new block of any file system.
+_ROOM = 65536
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,10 @@ def _open_pillow(path: Path, max_pixels: int) -> Pixels:
             fix="check what the file really is (`file NAME`) and convert it",
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # what a decoder says has no number
+            raise TerraSynthError(
+                "the file can not be read", path=path, found=error.strerror, fix="check its permissions and the disk"
+            ) from error
         raise TerraSynthError(
             "the image is damaged",
             path=path,
@@ -196,14 +206,60 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _raise_if_full(error: OSError, path: Path) -> None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise TerraSynthError(
-            "no space to write",
-            path=path,
-            found=error.strerror,
-            fix="free some space and run again; what was there before is unchanged",
-        ) from error
+@contextmanager
+def full_disk(path: str | Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn what a full disk ends in, which each library words in its own way, into an error that names `path`.
+
+    Args:
+        path: what is written.
+        partial: the file or folder that is written to until it becomes `path`.
+    """
+    try:
+        yield
+    except TerraSynthError:
+        raise
+    except Exception as error:
+        # safetensors tells the number in its text only, and GDAL not at all.
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in _FULL or (partial is not None and not _has_room(partial)):
+            raise TerraSynthError(
+                "no space to write",
+                # By the name that it would have had: a file may lie in a folder that is itself incomplete.
+                path=re.sub(rf"{re.escape(_INCOMPLETE)}-\d+", "", str(path)),
+                found=os.strerror(number) if number in _FULL else str(error),
+                fix="free some space and run again; what was there before is unchanged",
+            ) from error
+        raise
+
+
+def _has_room(partial: Path) -> bool:
+    try:
+        if partial.is_dir():
+            with tempfile.TemporaryFile(dir=partial) as file:
+                file.write(bytes(_ROOM))
+        elif partial.is_file():
+            _refuse_torn(partial)
+    except OSError as error:
+        return error.errno not in _FULL
+    return True
+
+
+def _refuse_torn(path: Path) -> None:
+    """Raise if a file can not grow: where the disk is full, GDAL and Pillow may cut a TIFF or JPEG off in silence."""
+    if path.stat().st_nlink > 1:  # a link to a finished file, which must not change even for a moment
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            grown = os.write(descriptor, bytes(_ROOM))
+        finally:
+            os.ftruncate(descriptor, size)
+        if grown < _ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -218,17 +274,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     # The suffix stays last: Pillow, rasterio and numpy choose the format by it.
     partial = path.with_name(f"{path.stem}{_INCOMPLETE}-{os.getpid()}{path.suffix}")
     try:
-        # Some libraries make files that only their owner may read (safetensors); these keep the usual permissions.
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)
-        _fsync(partial)
-        partial.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
-        _raise_if_full(error, path)
-        raise
+        with full_disk(path, partial):
+            # Some libraries make files that only their owner may read (safetensors); these keep the usual permissions.
+            partial.touch()
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)
+            _refuse_torn(partial)
+            _fsync(partial)
+            partial.replace(path)
+            _fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -249,30 +304,31 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     readable = partial.stat().st_mode & 0o666
     try:
-        yield partial
-        inside = list(partial.rglob("*"))
-        for file in inside:
-            if file.is_file():
-                file.chmod(readable)
-        # Together they share the commits of the disk: of a thousand small files, in a tenth of the time.
-        with ThreadPoolExecutor(16) as pool:
-            for _ in pool.map(_fsync, inside):
-                pass
-        _fsync(partial)
-        if path.is_dir():
-            retired = path.with_name(f"{path.name}{_RETIRED}-{os.getpid()}")
-            # A run killed between these two renames leaves no `path`; `remove_incomplete` brings the old one back.
-            path.replace(retired)
-            partial.replace(path)
-            shutil.rmtree(retired)
-        else:
-            partial.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
-        _raise_if_full(error, path)
-        raise
+        with full_disk(path, partial):
+            yield partial
+            # Together they share the commits of the disk: of a thousand small files, in a tenth of the time.
+            with ThreadPoolExecutor(16) as pool:
+                for _ in pool.map(lambda inside: _settle(inside, readable), list(partial.rglob("*"))):
+                    pass
+            _fsync(partial)
+            if path.is_dir():
+                retired = path.with_name(f"{path.name}{_RETIRED}-{os.getpid()}")
+                # A run killed between these two renames leaves no `path`; `remove_incomplete` brings the old one back.
+                path.replace(retired)
+                partial.replace(path)
+                shutil.rmtree(retired)
+            else:
+                partial.replace(path)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(path: Path, readable: int) -> None:
+    if path.is_file():
+        path.chmod(readable)
+        _refuse_torn(path)
+    _fsync(path)
 
 
 def remove_incomplete(folder: str | Path, name: str | None = None) -> None:

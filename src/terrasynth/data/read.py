@@ -30,10 +30,13 @@ def read_image(path: Path) -> _Array:
     pixels = open_image(path)
     values = pixels.values
     if values.dtype != np.uint8:
+        numbers = values[np.isfinite(values)]
+        extent = f"values {numbers.min()} to {numbers.max()}" if numbers.size else "no values"
+        lost = values.size - numbers.size
         raise TerraSynthError(
             "the image is not 8-bit",
             path=path,
-            found=f"{values.dtype}, values {values.min()} to {values.max()}",
+            found=f"{values.dtype}, {extent}" + (f", and {lost} that are no numbers (NaN or infinity)" if lost else ""),
             expected="uint8",
             fix="convert it, with one range for all tiles, for example `gdal_translate -ot Byte -scale LOW HIGH 0 255`",
         )
