@@ -222,15 +222,17 @@ def full_disk(path: str | Path, partial: Path | None = None) -> Iterator[None]:
         # safetensors tells the number in its text only, and GDAL not at all.
         told = re.search(r"os error (\d+)", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
-        if number in _FULL or (partial is not None and not _has_room(partial)):
-            raise TerraSynthError(
-                "no space to write",
-                # By the name that it would have had: a file may lie in a folder that is itself incomplete.
-                path=re.sub(rf"{re.escape(_INCOMPLETE)}-\d+", "", str(path)),
-                found=os.strerror(number) if number in _FULL else str(error),
-                fix="free some space and run again; what was there before is unchanged",
-            ) from error
-        raise
+        full = number in _FULL or (partial is not None and not _has_room(partial))
+        # Its driver for cloud-optimised files has deleted them by now, so that there is room again.
+        if not full and not type(error).__module__.startswith("rasterio"):
+            raise
+        raise TerraSynthError(
+            "no space to write" if full else "GDAL can not write the file",
+            # By the name that it would have had: a file may lie in a folder that is itself incomplete.
+            path=re.sub(rf"{re.escape(_INCOMPLETE)}-\d+", "", str(path)),
+            found=os.strerror(number) if number in _FULL else str(error),
+            fix=f"{'free some' if full else 'look for'} space and run again; what was there before is unchanged",
+        ) from error
 
 
 def _has_room(partial: Path) -> bool:
