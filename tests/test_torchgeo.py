@@ -135,6 +135,14 @@ def test_values_outside_the_range_are_refused_or_cut_off_on_request(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "clipped" / "tiles").images[0], expected)
 
 
+def test_after_a_refusal_the_right_range_is_taken_in_the_same_folder(tmp_path):
+    failure(tmp_path, sample(), value_range=(0, 1))
+    convert(tmp_path, sample())
+    (tmp_path / "tiles" / "train.txt").unlink()  # to convert again, with other settings
+    convert(tmp_path, sample(), value_range=(0, 510))
+    assert load(tmp_path / "tiles").images.max() == 128
+
+
 def test_fractions_under_the_range_of_bytes_are_not_taken_for_night(tmp_path):
     message = failure(tmp_path, sample(torch.rand(3, SIZE, SIZE)))
     assert "all images would come out black" in message

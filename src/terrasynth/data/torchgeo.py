@@ -117,7 +117,7 @@ def from_torchgeo(
         )
     folder = Path(folder)
     keys = list(range(len(dataset)) if sampler is None else sampler)
-    finished = folder / f"{split}.txt"
+    finished, record = folder / f"{split}.txt", folder / f".terrasynth-{split}.json"
     settings = {
         "dataset": type(dataset).__name__,
         "samples": len(keys),
@@ -126,10 +126,11 @@ def from_torchgeo(
         "bands": None if bands is None else list(bands),
         "schema": schema.to_dict(),
     }
-    _claim(folder, split, settings)
-    if finished.is_file():
+    if record.is_file() and finished.is_file():
+        _check_settings(record, finished, settings)
         say(f"{finished} is there already: the split is left as it is")
         return folder
+    _refuse_foreign(folder, split, schema, ours=record.is_file())
     images, masks = folder / "images" / split, folder / "masks" / split
     for kind in (images, masks):
         remove_incomplete(kind.parent, split)
@@ -158,34 +159,33 @@ def from_torchgeo(
         if problems:
             raise combined(problems, f"{len(problems)} of {len(keys)} tiles of the {split} split can not be used")
         _refuse_darkness(brightest, value_range)
+        write_json(record, settings)  # from here on what appears is known to be ours
     schema.to_yaml(folder / "classes.yaml")
     with atomic_write(finished) as partial:
         partial.write_text("".join(f"{id}\n" for id in ids), encoding="utf-8")
     return folder
 
 
-def _claim(folder: Path, split: str, settings: Mapping[str, Any]) -> None:
-    """Make the split of the folder ours, or refuse it."""
-    record = folder / f".terrasynth-{split}.json"
-    if record.is_file():
-        if changed := changes(read_json(record), settings):
-            raise TerraSynthError(
-                f"the {split} split was converted with other settings",
-                path=folder,
-                found="\n    " + "\n    ".join(changed),
-                expected="the same settings",
-                fix=f"choose another folder, or delete {record}, images/{split}, masks/{split} and {split}.txt",
-            )
-        return
+def _check_settings(record: Path, finished: Path, settings: Mapping[str, Any]) -> None:
+    if changed := changes(read_json(record), settings):
+        raise TerraSynthError(
+            "these tiles were converted with other settings",
+            path=finished,
+            found="\n    " + "\n    ".join(changed),
+            expected="the same settings",
+            fix=f"choose another folder, or delete {finished} to convert again",
+        )
+
+
+def _refuse_foreign(folder: Path, split: str, schema: LabelSchema, *, ours: bool) -> None:
     taken = [path for path in (f"images/{split}", f"masks/{split}", f"{split}.txt") if (folder / path).exists()]
-    if taken:
+    if taken and not ours:
         raise TerraSynthError(
             f"the folder has a {split} split already", path=folder, found=", ".join(taken), fix="choose another folder"
         )
     classes = folder / "classes.yaml"
-    if classes.is_file() and LabelSchema.from_yaml(classes).to_dict() != settings["schema"]:
+    if classes.is_file() and LabelSchema.from_yaml(classes) != schema:
         raise TerraSynthError("the folder has tiles of other classes", path=classes, fix="choose another folder")
-    write_json(record, settings)
 
 
 def _image(
