@@ -36,6 +36,7 @@ __all__ = [
     "Split",
     "Tiles",
     "check_splits",
+    "join",
     "load_masks",
     "load_synthetic",
     "load_tiles",
@@ -307,6 +308,17 @@ def read_samples(
             found="\n    " + _listed([f"{e.path}: {e.problem}" for e in problems], separator="\n    "),
             fix="delete these files and run the command that painted them again",
         )
+
+
+def join(parts: Sequence[Tiles]) -> Tiles:
+    """One set of all tiles of `parts`, which have the same size and classes."""
+    return Tiles(
+        tuple(id_ for tiles in parts for id_ in tiles.ids),
+        torch.cat([tiles.images for tiles in parts]),
+        torch.cat([tiles.masks for tiles in parts]),
+        parts[0].schema,
+        tuple(tiles.template(index) for tiles in parts for index in range(len(tiles))),
+    )
 
 
 def check_splits(**splits: Tiles) -> None:
