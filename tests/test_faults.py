@@ -12,7 +12,9 @@ import resource
 import shutil
 import signal
 import struct
+import tarfile
 import warnings
+import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from terrasynth.cli import app
-from terrasynth.data.export import export
-from terrasynth.data.folder import load_tiles
+from terrasynth.data.export import FORMATS, export
+from terrasynth.data.folder import load_masks, load_synthetic, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
@@ -159,6 +161,23 @@ def one_pixel(root):
     Image.fromarray(labels(0, 1)).save(root / "masks/train/b.png")
 
 
+def nodata_tiff(root):
+    pixels = np.full((3, SIZE, SIZE), 0.5, np.float32)
+    pixels[:, 0] = -9999
+    write_tiff(root / "images/train/b.tif", pixels, nodata=-9999)
+    (root / "images/train/b.png").unlink()
+
+
+def mask_with_nodata(value):
+    def spoil(root):
+        mask = labels(ord("b"))
+        mask[0] = value
+        write_tiff(root / "masks/train/b.tif", mask[None], nodata=value)
+        (root / "masks/train/b.png").unlink()
+
+    return spoil
+
+
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 
 
@@ -230,6 +249,24 @@ not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everyt
             for name, value in (("NaN", np.nan), ("infinity", np.inf))
         ),
         fault(
+            "nodata in a float TIFF",
+            nodata_tiff,
+            "images/train/b.tif: the image is not 8-bit\n  found:    float32, values -9999.0 to 0.5\n",
+            "gdal_translate",
+        ),
+        fault(
+            "nodata in a mask that is no class",
+            mask_with_nodata(99),
+            "masks/train/b.tif: mask values that are no class\n  found:    99 (16 px)",
+            "correct the mask, or the classes",
+        ),
+        fault(
+            "nodata in a mask that is a class as well",
+            mask_with_nodata(1),
+            "masks/train/b.tif: the nodata value of the mask is a class as well\n  found:    nodata 1, which is road",
+            "gdal_edit.py -unsetnodata",
+        ),
+        fault(
             "image without a mask",
             lambda root: (root / "masks/train/b.png").unlink(),
             "images/train/b.png: the image has no mask",
@@ -274,13 +311,26 @@ def test_tiles_with(tiles, tmp_path, spoil, message, remedy):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("what", ["one class in a tile", "one tile without labels", "tiles of 1 x 1"])
+def test_a_split_list_leads_nowhere_else(tiles, tmp_path):
+    (tiles / "train.txt").write_text("a\n../../masks/train/b\n")
+    code, said = run("train", tmp_path / "mine.yaml", "--out", tmp_path / "out")
+    assert (code, said.splitlines()[0]) == (
+        2,
+        "../../masks/train/b: named in the split list, but there is no such image",
+    )
+
+
+@pytest.mark.parametrize(
+    "what", ["one class in a tile", "one tile without labels", "tiles of 1 x 1", "nodata that is unlabelled"]
+)
 def test_not_a_fault_is(tiles, what):
     size = SIZE
     if what == "one class in a tile":
         Image.fromarray(np.full((SIZE, SIZE), 2, np.uint8)).save(tiles / "masks/train/b.png")
     elif what == "one tile without labels":
         Image.fromarray(np.full((SIZE, SIZE), 255, np.uint8)).save(tiles / "masks/train/b.png")
+    elif what == "nodata that is unlabelled":
+        mask_with_nodata(255)(tiles)
     else:
         size = 1
         for name in "abc":
@@ -289,7 +339,79 @@ def test_not_a_fault_is(tiles, what):
     config = {"kind": "folder", "root": tiles, "label_schema": "classes.yaml", "image_size": size}
     loaded = load_tiles(DataConfig.model_validate(config), "train")
     for index, name in enumerate("abc"):
-        np.testing.assert_array_equal(loaded.masks[index], np.asarray(Image.open(tiles / f"masks/train/{name}.png")))
+        (path,) = (tiles / "masks/train").glob(f"{name}.*")
+        np.testing.assert_array_equal(loaded.masks[index], np.asarray(Image.open(path)))
+
+
+# --- going on without them -------------------------------------------------------------------------------------------
+
+
+def test_train_with_skip_bad_lists_what_it_leaves_out_and_trains_on_the_rest(tiles, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "0")
+    tiny = ("generator.width=16", "generator.heads=2", "generator.blocks=1", "generator.views=1", "sampling.steps=1")
+    training = ("steps=2", "batch_size=2", "evaluate_every=2", "warmup_steps=1")
+    options = [f"--set={one}" for one in (*tiny, *(f"generator.train.{one}" for one in training))]
+    for name in "de":
+        picture(ord(name)).save(tiles / f"images/train/{name}.png")
+        Image.fromarray(labels(ord(name))).save(tiles / f"masks/train/{name}.png")
+    (tiles / "train.txt").write_text("a\nc\n")
+    code, said = run("train", tmp_path / "mine.yaml", "--out", tmp_path / "good", *options)
+    assert code == 0, said
+    assert "left out" not in said
+
+    (tiles / "train.txt").write_text("a\nb\nc\nd\ne\n")
+    truncated_jpeg(tiles)
+    Image.fromarray(labels()[:, :-1]).save(tiles / "masks/train/d.png")
+    (tiles / "masks/train/e.png").unlink()
+    assert run("train", tmp_path / "mine.yaml", "--out", tmp_path / "all", *options)[0] == 2
+    code, said = run("train", tmp_path / "mine.yaml", "--out", tmp_path / "all", "--skip-bad", *options)
+    assert code == 0, said
+    assert said.count("left out: 3 of 5 tiles of the train split\n") == 1
+    for path, problem in (
+        ("images/train/b.jpg", "the image is damaged"),
+        ("masks/train/d.png", "the mask is not as large as its image"),
+        ("images/train/e.png", "the image has no mask"),
+    ):
+        assert f"\n    {tiles / path}: {problem}" in said
+    weights = {name: content for name, content in contents(tmp_path / "good").items() if name.endswith(".safetensors")}
+    assert weights
+    assert weights.items() <= contents(tmp_path / "all").items()
+
+
+def test_skip_bad_leaves_something_or_ends(tiles, tmp_path):
+    for path in (tiles / "images/train").iterdir():
+        path.write_bytes(b"")
+    code, said = run("train", tmp_path / "mine.yaml", "--out", tmp_path / "out", "--skip-bad")
+    assert (code, said.splitlines()[0]) == (2, "3 of 3 tiles of the train split can not be used")
+
+
+# --- archives --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_is_never_unpacked_wherever_it_leads(tmp_path, kind):
+    path = tmp_path / "in" / f"evil.{kind}"
+    path.parent.mkdir()
+    if kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            tar.add(__file__, arcname="../evil.py")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(__file__, arcname="../evil.py")
+    out = tmp_path / "out"
+    for command in (
+        ["train", "demo", "--data", path],
+        ["generate", path, "--masks", tmp_path],
+        ["generate", tmp_path, "--masks", path],
+        ["export", path, "--to", "mmseg"],
+    ):
+        code, said = run(*command, "--out", out)
+        assert code == 2
+        assert "evil" in said
+    for read in (load_synthetic, lambda path: load_masks(path, SCHEMA, SIZE)):
+        with pytest.raises(TerraSynthError, match=f"evil.{kind}: "):
+            read(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -348,6 +470,20 @@ def test_masks_of_other_classes_than_the_model_s(model, layouts, tmp_path):
     Image.fromarray(labels(0, 32) + 200).save(layouts / "0.png")
     code, said = run("generate", model, "--masks", layouts, "--out", tmp_path / "out")
     assert (code, said.splitlines()[0]) == (2, f"{layouts}/0.png: mask values that are no class")
+
+
+def test_bad_masks_among_others_with_skip_bad(model, layouts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "0")
+    settings = ("--set", "sampling.steps=1")
+    assert run("generate", model, "--masks", layouts, "--out", tmp_path / "good", *settings)[0] == 0
+    (layouts / "bad.png").write_bytes(b"")
+    command = ("generate", model, "--masks", layouts, "--out", tmp_path / "out", *settings)
+    code, said = run(*command)
+    assert (code, said.splitlines()[0]) == (2, f"{layouts}/bad.png: the file is empty")
+    code, said = run(*command, "--skip-bad")
+    assert code == 0
+    assert f"left out: 1 of 4 masks of {layouts}\n    {layouts}/bad.png: the file is empty\n" in said
+    assert contents(tmp_path / "out") == contents(tmp_path / "good")
 
 
 def test_segmentor_of_other_classes_that_is_to_steer(model, layouts, tmp_path):
@@ -566,7 +702,7 @@ def test_a_full_disk_under_a_painted_image(tmp_path):
     assert {name: content for name, content in contents(tmp_path / "set").items() if name in before} == before
 
 
-@pytest.mark.parametrize("to", ["mmseg", "webdataset"])
+@pytest.mark.parametrize("to", FORMATS)
 def test_a_full_disk_under_an_export_to(to, tmp_path):
     painted(tmp_path / "set", 30).finish()
     export(tmp_path / "set", to, tmp_path / "out")

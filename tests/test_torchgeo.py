@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import warnings
 
 import numpy as np
@@ -227,6 +228,21 @@ def test_an_interrupted_conversion_ends_as_one_that_was_not(loveda, tmp_path):
         for name in ("whole", "tiles")
     )
     assert whole == again
+
+
+def test_a_full_disk_leaves_no_tiles_behind(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = torch.randint(0, 256, (3, 128, 128))
+    samples = [sample(), sample(large, torch.zeros(128, 128))]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))
+    try:
+        with pytest.raises(TerraSynthError, match="images/train: no space to write"):
+            convert(tmp_path, *samples)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in (tmp_path / "tiles").rglob("*") if path.is_file()]
+    convert(tmp_path, *samples)
+    assert (tmp_path / "tiles" / "train.txt").read_text() == "000000\n000001\n"
 
 
 # --- with a place on Earth -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -103,6 +103,13 @@ Jobs = Annotated[
         "each needs memory of its own.",
     ),
 ]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Go on without tiles, masks and images that can not be used, and list them. (default: list them and end)",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
@@ -143,7 +150,7 @@ def demo(out: Out = None) -> None:
     Paints procedural scenes, trains a generator on 16 labelled tiles, paints more with it, trains a segmentor with
     and without them, and writes a report. Repeating the command shows the finished report.
     """
-    _study("demo", None, out, None, None, jobs=None)
+    _study("demo", None, out, None, (), jobs=None)
 
 
 @app.command(epilog=_example("terrasynth train dubai16 --data tiles/dubai --set generator.train.steps=2000"))
@@ -152,6 +159,7 @@ def train(
     data: Data = None,
     out: Out = None,
     max_minutes: MaxMinutes = None,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Train the generator of RECIPE, and nothing that it does not need.
@@ -159,7 +167,7 @@ def train(
     Stopped or killed, the same command goes on from the last checkpoint.
     """
     with _time_limit():
-        unit = _open(recipe, data, out, max_minutes, overrides).generator
+        unit = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad)).generator
     model = unit.folder / "model"
     typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
 
@@ -233,6 +241,7 @@ def generate(
             "the same command goes on. Painting is not limited.",
         ),
     ] = None,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
@@ -254,7 +263,7 @@ def generate(
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
         with _time_limit():
-            opened = _open(source, data, run, max_minutes, overrides)
+            opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
             model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 
@@ -271,6 +280,7 @@ def generate(
         count=count,
         seed=seed,
         license=license,
+        skip_bad=skip_bad,
     )
     typer.echo(folder)
 
@@ -315,6 +325,7 @@ def study(
     out: Out = None,
     max_minutes: MaxMinutes = None,
     jobs: Jobs = 1,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Answer the question for RECIPE: would synthetic data help this task, by how much, and how sure is that?
@@ -322,7 +333,7 @@ def study(
     Trains the generator, paints, trains the segmentor once per arm and seed, and writes report.html. Stopped or
     killed, the same command goes on from what is finished.
     """
-    _study(recipe, data, out, max_minutes, overrides, jobs)
+    _study(recipe, data, out, max_minutes, _settings(overrides, skip_bad), jobs)
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))
@@ -370,7 +381,7 @@ def _study(
     data: Path | None,
     out: Path | None,
     max_minutes: float | None,
-    overrides: list[str] | None,
+    overrides: Sequence[str],
     jobs: int | None,
 ) -> None:
     """`jobs: None` takes one process for each of the cores, up to four."""
@@ -389,13 +400,15 @@ def _study(
     typer.echo(f"{verdict(read_results(page.parent)).headline}\n{page}")
 
 
-def _open(
-    name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: list[str] | None
-) -> Study:
+def _settings(overrides: list[str] | None, skip_bad: bool) -> list[str]:
+    return [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])]
+
+
+def _open(name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: Sequence[str]) -> Study:
     """The study of a recipe. The recipe is read before torch is: a typing mistake shows at once."""
     from terrasynth.recipe_io import load_recipe
 
-    loaded = load_recipe(name, overrides or (), data=data)
+    loaded = load_recipe(name, overrides, data=data)
 
     from terrasynth.study.run import Study
 

@@ -62,10 +62,12 @@ class Pixels:
     Attributes:
         values: (H, W) for one band or palette indices, (H, W, C) otherwise; the file's own dtype.
         palette: (N, 3) uint8 colours when `values` are palette indices, else None.
+        nodata: the value that a TIFF names for pixels without data, else None.
     """
 
     values: np.ndarray
     palette: np.ndarray | None = None
+    nodata: float | None = None
 
 
 def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -184,7 +186,7 @@ def _open_tiff(path: Path, max_pixels: int) -> Pixels:
                 bytes_per_pixel = sum(np.dtype(dtype).itemsize for dtype in dtypes)
                 _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
                 bands = source.read()
-                palette = None
+                palette, nodata = None, source.nodata
                 if source.count == 1 and source.colorinterp[0] is ColorInterp.palette:
                     table = source.colormap(1)
                     palette = np.array([table[i][:3] for i in range(len(table))], dtype=np.uint8)
@@ -195,7 +197,7 @@ def _open_tiff(path: Path, max_pixels: int) -> Pixels:
             found=str(error),
             fix=_COPY_AGAIN,
         ) from error
-    return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette)
+    return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette, nodata)
 
 
 def _fsync(path: Path) -> None:

@@ -27,6 +27,7 @@ def generate(
     count: int | None = None,
     seed: int = 0,
     license: str | None = None,
+    skip_bad: bool = False,
 ) -> Path:
     """Paint a synthetic dataset with a trained model: `terrasynth generate`.
 
@@ -40,6 +41,7 @@ def generate(
         count: how many images; by default one per mask.
         seed: of the run.
         license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
+        skip_bad: leave out mask files that can not be used, and list them on standard error.
 
     Raises:
         TerraSynthError: anything of this is not what it should be.
@@ -50,7 +52,7 @@ def generate(
     pipeline = load_pipeline(model).to(device)
     if isinstance(masks, Path):
         size = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
-        ids, layouts = load_masks(masks, pipeline.schema, size)
+        ids, layouts = load_masks(masks, pipeline.schema, size, skip_bad=skip_bad)
     else:
         ids, layouts = masks.ids, masks.masks
     steer = None
