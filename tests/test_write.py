@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -228,6 +229,17 @@ def test_a_damaged_sample_is_painted_again(tmp_path, uninterrupted, damage):
         mask.unlink()
     else:
         Image.new("RGB", (SIZE, SIZE)).save(image)
+    write(tmp_path / "set")
+    assert contents(tmp_path / "set") == uninterrupted
+
+
+def test_a_mask_whose_image_never_came_goes_when_fewer_are_wanted(tmp_path, uninterrupted):
+    write(tmp_path / "set", until=COUNT - 1)
+    orphan = tmp_path / "set" / "masks" / f"{COUNT - 1:06d}.png"
+    shutil.copy(tmp_path / "set" / "masks" / "000000.png", orphan)
+    SyntheticWriter(tmp_path / "set", SCHEMA, plan=PLAN).finish()
+    assert not orphan.exists()
+    assert len(load_synthetic(tmp_path / "set")) == COUNT - 1
     write(tmp_path / "set")
     assert contents(tmp_path / "set") == uninterrupted
 

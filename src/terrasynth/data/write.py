@@ -171,6 +171,10 @@ class SyntheticWriter:
         rows = [row for id in sorted(self.done()) if (row := _read_row(self.folder / "images" / f"{id}.png"))]
         if not rows:
             raise TerraSynthError("nothing was painted", path=self.folder)
+        for mask in (self.folder / "masks").glob("*.png"):
+            # Left by a kill before its image came, and never painted since: the run after that asked for fewer.
+            if not (self.folder / "images" / mask.name).is_file():
+                mask.unlink()
         contents = Contents()
         for row in rows:
             contents.add(row, open_image(self.folder / row["mask_file_name"]).values)
