@@ -11,8 +11,9 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,6 +103,13 @@ Jobs = Annotated[
         "each needs memory of its own.",
     ),
 ]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Go on without tiles, masks and images that can not be used, and list them. (default: list them and end)",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
@@ -112,6 +120,15 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"terrasynth {__version__}")
         raise typer.Exit
+
+
+class ExportFormat(StrEnum):
+    """The keys of `terrasynth.data.export.FORMATS`, known before anything heavy is loaded."""
+
+    MMSEG = "mmseg"
+    COCO_PANOPTIC = "coco-panoptic"
+    COCO_SEMANTIC = "coco-semantic"
+    WEBDATASET = "webdataset"
 
 
 @app.callback()
@@ -133,7 +150,7 @@ def demo(out: Out = None) -> None:
     Paints procedural scenes, trains a generator on 16 labelled tiles, paints more with it, trains a segmentor with
     and without them, and writes a report. Repeating the command shows the finished report.
     """
-    _study("demo", None, out, None, None, jobs=None)
+    _study("demo", None, out, None, (), jobs=None)
 
 
 @app.command(epilog=_example("terrasynth train dubai16 --data tiles/dubai --set generator.train.steps=2000"))
@@ -142,6 +159,7 @@ def train(
     data: Data = None,
     out: Out = None,
     max_minutes: MaxMinutes = None,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Train the generator of RECIPE, and nothing that it does not need.
@@ -149,7 +167,7 @@ def train(
     Stopped or killed, the same command goes on from the last checkpoint.
     """
     with _time_limit():
-        unit = _open(recipe, data, out, max_minutes, overrides).generator
+        unit = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad)).generator
     model = unit.folder / "model"
     typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
 
@@ -206,6 +224,13 @@ def generate(
             help="Steer with this trained segmentor (control-rectify flow matching).",
         ),
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Licence of the images, for the card, as `cc-by-4.0`. (default: what the card says, or unknown)",
+        ),
+    ] = None,
     max_minutes: Annotated[
         float | None,
         typer.Option(
@@ -216,6 +241,7 @@ def generate(
             "the same command goes on. Painting is not limited.",
         ),
     ] = None,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
@@ -237,7 +263,7 @@ def generate(
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
         with _time_limit():
-            opened = _open(source, data, run, max_minutes, overrides)
+            opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
             model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 
@@ -253,8 +279,43 @@ def generate(
         segmentor=steer,
         count=count,
         seed=seed,
+        license=license,
+        skip_bad=skip_bad,
     )
     typer.echo(folder)
+
+
+@app.command(epilog=_example("terrasynth export painted --to mmseg --out exports/mmseg"))
+def export(
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATASET", exists=True, file_okay=False, help="Folder that `terrasynth generate` wrote."
+        ),
+    ],
+    to: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="`mmseg`: image and annotation folders with a config; `coco-panoptic`: JSON and a PNG of segments; "
+            "`coco-semantic`: JSON with run lengths; `webdataset`: tar shards."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the export: new, empty, or an earlier one.")],
+    shard_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Samples in a tar file of webdataset. (default: 1000)")
+    ] = None,
+) -> None:
+    """Write a synthetic data set in the layout of another tool.
+
+    DATASET itself is a Hugging Face image folder, which `datasets.load_dataset` reads, and torchgeo reads it with
+    `terrasynth.data.torchgeo.SyntheticTiles`. Killed, the same command starts again and ends with the same files.
+    """
+    if shard_size is not None and to != ExportFormat.WEBDATASET:
+        raise typer.BadParameter("only webdataset has shards", param_hint="--shard-size")
+
+    from terrasynth.data.export import export as write
+
+    typer.echo(write(dataset, to, out, shard_size=shard_size or 1000))
 
 
 @app.command(epilog=_example("terrasynth study dubai16 --data tiles/dubai --set study.seeds=[0,1,2,3,4]"))
@@ -264,6 +325,7 @@ def study(
     out: Out = None,
     max_minutes: MaxMinutes = None,
     jobs: Jobs = 1,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Answer the question for RECIPE: would synthetic data help this task, by how much, and how sure is that?
@@ -271,7 +333,7 @@ def study(
     Trains the generator, paints, trains the segmentor once per arm and seed, and writes report.html. Stopped or
     killed, the same command goes on from what is finished.
     """
-    _study(recipe, data, out, max_minutes, overrides, jobs)
+    _study(recipe, data, out, max_minutes, _settings(overrides, skip_bad), jobs)
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))
@@ -319,7 +381,7 @@ def _study(
     data: Path | None,
     out: Path | None,
     max_minutes: float | None,
-    overrides: list[str] | None,
+    overrides: Sequence[str],
     jobs: int | None,
 ) -> None:
     """`jobs: None` takes one process for each of the cores, up to four."""
@@ -338,13 +400,15 @@ def _study(
     typer.echo(f"{verdict(read_results(page.parent)).headline}\n{page}")
 
 
-def _open(
-    name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: list[str] | None
-) -> Study:
+def _settings(overrides: list[str] | None, skip_bad: bool) -> list[str]:
+    return [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])]
+
+
+def _open(name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: Sequence[str]) -> Study:
     """The study of a recipe. The recipe is read before torch is: a typing mistake shows at once."""
     from terrasynth.recipe_io import load_recipe
 
-    loaded = load_recipe(name, overrides or (), data=data)
+    loaded = load_recipe(name, overrides, data=data)
 
     from terrasynth.study.run import Study
 

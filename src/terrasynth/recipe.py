@@ -122,6 +122,9 @@ class DataConfig(_Config):
     """Side of the square tiles in pixels, everywhere downstream."""
     fit: Literal["resize", "crop"] = "resize"
     """How larger tiles become `image_size`: shrink the whole tile, or cut its centre out."""
+    skip_bad: bool = False
+    """Go on without tiles and images that can not be used, and list them; otherwise one of them ends the run.
+    `--skip-bad` sets it."""
     caption: str = "a satellite image of {classes}"
     """Caption of a tile; `{classes}` becomes the names of the classes present."""
     world: WorldConfig = WorldConfig()

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terrasynth.data.schema import LabelSchema
-from terrasynth.errors import TerraSynthError
+from terrasynth.errors import TerraSynthError, combined
 from terrasynth.io import Pixels, open_image
+from terrasynth.progress import say
 
-__all__ = ["common_coding", "read_image", "read_mask"]
+__all__ = ["common_coding", "read_image", "read_mask", "refuse_bad_files"]
 
 _Array = NDArray[np.uint8]
 _Decoder = Callable[[_Array], _Array]
@@ -30,10 +31,13 @@ def read_image(path: Path) -> _Array:
     pixels = open_image(path)
     values = pixels.values
     if values.dtype != np.uint8:
+        numbers = values[np.isfinite(values)]
+        extent = f"values {numbers.min()} to {numbers.max()}" if numbers.size else "no values"
+        lost = values.size - numbers.size
         raise TerraSynthError(
             "the image is not 8-bit",
             path=path,
-            found=f"{values.dtype}, values {values.min()} to {values.max()}",
+            found=f"{values.dtype}, {extent}" + (f", and {lost} that are no numbers (NaN or infinity)" if lost else ""),
             expected="uint8",
             fix="convert it, with one range for all tiles, for example `gdal_translate -ot Byte -scale LOW HIGH 0 255`",
         )
@@ -111,7 +115,7 @@ def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]
     if values.dtype != np.uint8:
         if coding == "color":
             raise TerraSynthError("the mask is not 8-bit colour", path=path, found=values.dtype, expected="uint8")
-        return {"index": schema.from_index(values, path=path)}
+        return _without_data({"index": schema.from_index(values, path=path)}, values, pixels.nodata, schema, path)
 
     colors = _palette(pixels, path) if pixels.palette is not None else _GREYS
     decoders: dict[str, _Decoder] = {
@@ -133,7 +137,29 @@ def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]
             continue
     if not readings:
         raise _unreadable(decoders, values, path)
-    return readings
+    return _without_data(readings, values, pixels.nodata, schema, path)
+
+
+def _without_data(
+    readings: dict[str, _Array], values: NDArray[Any], nodata: float | None, schema: LabelSchema, path: Path
+) -> dict[str, _Array]:
+    """The readings under which pixels without data are unlabelled."""
+    empty = np.flatnonzero(values == nodata)
+    if not empty.size:
+        return readings
+    meanings = {coding: int(reading.flat[empty[0]]) for coding, reading in readings.items()}
+    fit = {coding: readings[coding] for coding, value in meanings.items() if value == schema.ignore_index}
+    if not fit:
+        names = dict.fromkeys(schema.names[value] for value in meanings.values())
+        raise TerraSynthError(
+            "the nodata value of the mask is a class as well",
+            path=path,
+            found=f"nodata {nodata:g}, which is {' or '.join(names)} in the label schema",
+            expected="a nodata value that means unlabelled, or none",
+            fix="if these pixels are of that class: `gdal_edit.py -unsetnodata FILE`; if they are unlabelled, give "
+            f"them the value {schema.ignore_index}",
+        )
+    return fit
 
 
 def _unreadable(decoders: Mapping[str, _Decoder], values: _Array, path: Path) -> TerraSynthError:
@@ -209,6 +235,25 @@ def common_coding(
 
 def _seen(masks: Sequence[Mapping[str, _Array]], coding: str) -> set[int]:
     return {int(value) for readings in masks for value in np.flatnonzero(np.bincount(readings[coding].ravel()))}
+
+
+def refuse_bad_files(problems: Sequence[TerraSynthError], total: int, what: str, *, skip_bad: bool) -> None:
+    """Tell all bad files in one message; with `skip_bad`, on standard error, so that the others can be used.
+
+    Args:
+        problems: what is wrong with each of them.
+        total: how many files there are, with the others.
+        what: they are, in the plural.
+        skip_bad: go on without them.
+
+    Raises:
+        TerraSynthError: there are some, and `skip_bad` is off or no other file is left.
+    """
+    if not problems:
+        return
+    if not skip_bad or len(problems) == total:
+        raise combined(problems, f"{len(problems)} of {total} {what} can not be used")
+    say("\n    ".join([f"left out: {len(problems)} of {total} {what}", *(error.line() for error in problems)]))
 
 
 def _ambiguity(path: Path, schema: LabelSchema) -> TerraSynthError:

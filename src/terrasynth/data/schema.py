@@ -22,7 +22,7 @@ from torch import Tensor
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write
-from terrasynth.recipe_io import YamlLoader
+from terrasynth.recipe_io import load_yaml
 
 __all__ = ["Coding", "Color", "LabelSchema"]
 
@@ -180,7 +180,7 @@ class LabelSchema:
         """
         path = Path(path)
         try:
-            value = yaml.load(path.read_text(encoding="utf-8-sig"), YamlLoader)  # noqa: S506 (a SafeLoader)
+            value = load_yaml(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise TerraSynthError(
                 "no such file", path=path, expected=f"a label schema, for example\n    {_EXAMPLE}", fix="write one"

@@ -86,6 +86,7 @@ def paint(
     *,
     provenance: Mapping[str, Any],
     steering: Callable[[Tensor], Steering] | None = None,
+    license: str | None = None,
     between: Callable[[], None] | None = None,
     label: str = "painting",
 ) -> Path:
@@ -100,6 +101,7 @@ def paint(
         folder: new, or begun by the same call.
         provenance: recorded with every sample: model, recipe, steering.
         steering: makes the steering of a batch from its masks, from `steering_for`.
+        license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
         between: called before every batch; may raise to stop in good order.
         label: names the progress bar.
     """
@@ -108,6 +110,7 @@ def paint(
         pipeline.schema,
         # Not the number of jobs: a finished dataset may be continued.
         plan={**provenance, "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest()[:16]},
+        license=license,
     )
     done = writer.done()
     if len(done) > len(jobs):
