@@ -15,33 +15,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from terrasynth.errors import TerraSynthError
 
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
 __all__ = [
     "IMAGE_SUFFIXES",
+    "MAX_BYTES",
     "MAX_PIXELS",
+    "TIFF_SUFFIXES",
     "Pixels",
     "atomic_dir",
     "atomic_write",
     "digest",
     "open_image",
+    "open_tiff",
     "read_json",
     "remove_incomplete",
+    "tiff_palette",
     "write_json",
 ]
 
 #: Largest image that is decoded in one piece; larger ones are read by windows.
 MAX_PIXELS = 64 * 1024 * 1024
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# Sixteen bytes hold four bands of 32 bits.
+_BYTES_PER_PIXEL = 16
+#: Most bytes that one image, one window or one block of a TIFF may decode to.
+MAX_BYTES = MAX_PIXELS * _BYTES_PER_PIXEL
+TIFF_SUFFIXES = (".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", *TIFF_SUFFIXES)
 # A short list on purpose: Pillow and GDAL know dozens of formats nobody asked for, some of them remote or scripted.
 _PILLOW_FORMATS = ("PNG", "JPEG")
 _GDAL_DRIVER = "GTiff"
-#: Sixteen bytes hold four bands of 32 bits; an image of `MAX_PIXELS` may not have more.
-_BYTES_PER_PIXEL = 16
 _COPY_AGAIN = "copy it again from its source, or leave it out of the split list"
 _INCOMPLETE = ".incomplete"
 _RETIRED = f"{_INCOMPLETE}-old"
@@ -68,14 +78,19 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     Raises:
         TerraSynthError: the file is missing, empty, no image, truncated or larger than `max_pixels`.
     """
+    path = _file_with_content(path)
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        return _read_tiff(path, max_pixels)
+    return _open_pillow(path, max_pixels)
+
+
+def _file_with_content(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         raise TerraSynthError("no such file", path=path, fix="check the path and the split list that names it")
     if path.stat().st_size == 0:
         raise TerraSynthError("the file is empty", path=path, fix=_COPY_AGAIN)
-    if path.suffix.lower() in (".tif", ".tiff"):
-        return _open_tiff(path, max_pixels)
-    return _open_pillow(path, max_pixels)
+    return path
 
 
 def _check_size(path: Path, width: int, height: int, max_pixels: int, bytes_per_pixel: int = 4) -> None:
@@ -150,34 +165,53 @@ def _check_depth(path: Path, file_format: str | None) -> None:
         )
 
 
-def _open_tiff(path: Path, max_pixels: int) -> Pixels:
+@contextmanager
+def open_tiff(path: str | Path) -> Iterator[DatasetReader]:
+    """Open a local TIFF with rasterio; nothing is decoded yet. GDAL's other drivers and remote paths are off.
+
+    Raises:
+        TerraSynthError: the file is missing, empty or no TIFF, or (inside the `with`) can not be read.
+    """
     import warnings
 
     import rasterio
-    from rasterio.enums import ColorInterp
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+    path = _file_with_content(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver=_GDAL_DRIVER) as source:
-                # Complex integers are NumPy's complex64.
-                dtypes = ["complex64" if dtype == "complex_int16" else dtype for dtype in source.dtypes]
-                bytes_per_pixel = sum(np.dtype(dtype).itemsize for dtype in dtypes)
-                _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
-                bands = source.read()
-                palette = None
-                if source.count == 1 and source.colorinterp[0] is ColorInterp.palette:
-                    table = source.colormap(1)
-                    palette = np.array([table[i][:3] for i in range(len(table))], dtype=np.uint8)
+            source = rasterio.open(path.absolute(), driver=_GDAL_DRIVER)
+        with source:
+            yield source
     except RasterioError as error:
         raise TerraSynthError(
             "the TIFF can not be read",
             path=path,
-            found=str(error),
+            # rasterio chains what GDAL said.
+            found=str(error.__cause__ or error),
             fix=_COPY_AGAIN,
         ) from error
+
+
+def _read_tiff(path: Path, max_pixels: int) -> Pixels:
+    with open_tiff(path) as source:
+        # Complex integers are NumPy's complex64.
+        dtypes = ["complex64" if dtype == "complex_int16" else dtype for dtype in source.dtypes]
+        bytes_per_pixel = sum(np.dtype(dtype).itemsize for dtype in dtypes)
+        _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
+        bands, palette = source.read(), tiff_palette(source)
     return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette)
+
+
+def tiff_palette(source: DatasetReader) -> np.ndarray | None:
+    """The colours of a TIFF whose only band holds palette indices, (N, 3) uint8; else None."""
+    from rasterio.enums import ColorInterp
+
+    if source.count != 1 or source.colorinterp[0] is not ColorInterp.palette:
+        return None
+    table = source.colormap(1)
+    return np.array([table[i][:3] for i in range(len(table))], dtype=np.uint8)
 
 
 def _fsync(path: Path) -> None:
