@@ -169,12 +169,14 @@ class Raster:
         """Which pixels of a window have data, (h, w); None if all of the file's do, by its header.
 
         In whole numbers a pixel has no data where all of `bands` have the nodata value (0 in one of them is a dark
-        pixel); in floating point where one of them has it. A transparent pixel has no data. An alpha band that is one of
-        `bands` is taken for a colour: many writers call every fourth band alpha.
+        pixel); in floating point where one of them has it. A transparent pixel has no data. An alpha band that is one
+        of `bands` is taken for a colour: many writers call every fourth band alpha.
 
         Args:
-            values: what `read` gave for the other arguments.
-            window, bands, shape: as for `read`.
+            values: what `read` gave for the arguments below.
+            window: inside the raster.
+            bands: numbers of the bands, counted from 1.
+            shape: (h, w) if the window was decimated.
         """
         found = []
         if self.nodata is not None:

@@ -5,7 +5,7 @@ row), and stays one while it grows:
 
     .terrasynth.json    whose folder this is: the settings that every sample depends on
     schema.json         the classes
-    masks/ID.png        8-bit class indices, with the schema's colours as palette
+    masks/ID.png        what the schema stores for the classes (their indices, usually), with its colours as palette
     images/ID.png       RGB; its text chunks say `synthetic=1` and hold the sample's row
     metadata.jsonl      the rows, and
     README.md           the dataset card: written by `finish`
@@ -140,7 +140,7 @@ class SyntheticWriter:
             raise ValueError(f"not a file name: {id!r}")
         if image.shape[0] != 3 or image.shape[1:] != mask.shape:
             raise ValueError(f"image {tuple(image.shape)} and mask {tuple(mask.shape)} do not belong together")
-        indices = self.schema.from_index(mask.cpu().numpy())
+        indices = self.schema.to_index(mask.cpu().numpy())
         height, width = mask.shape
         names = {"file_name": f"images/{id}.png", "mask_file_name": f"masks/{id}.png", "id": id}
         sizes = {"width": width, "height": height, "versions": self._versions, "synthetic": True}
@@ -181,9 +181,10 @@ class SyntheticWriter:
             counts = np.bincount(open_image(self.folder / row["mask_file_name"]).values.ravel(), minlength=256)
             pixels += counts
             tiles += counts > 0
-        names = [*enumerate(self.schema.names), (self.schema.ignore_index, "(unlabelled)")]
+        names = [*zip(self.schema.stored, self.schema.names, strict=True)]
+        names += [(value, "(unlabelled)") for value in self.schema.stored_ignore[:1]]
         classes = "\n".join(
-            f"| {index} | {name} | {tiles[index]} | {pixels[index] / pixels.sum():.2%} |" for index, name in names
+            f"| {value} | {name} | {tiles[value]} | {pixels[value] / pixels.sum():.2%} |" for value, name in names
         )
         settings = {key: value for key, value in self.plan.items() if key != "schema"}
         provenance = "\n".join(f"| {key} | {value} |" for key, value in flat(settings).items())
@@ -201,7 +202,7 @@ class SyntheticWriter:
             count=len(rows),
             versions=", ".join(f"{name} {number}" for name, number in self._versions.items()),
             classes=classes,
-            ignore=self.schema.ignore_index,
+            ignore=self.schema.stored_ignore[0],
             provenance=provenance,
             license=_UNKNOWN_LICENSE if self.license == "unknown" else self.license,
         )
@@ -219,10 +220,10 @@ _CARD = """\
 **These images are synthetic.** A generative model painted them from label masks; they show no real place. Every image
 says so in its PNG text (`synthetic=1`), together with its seed and its row of `metadata.jsonl`.
 
-{count} samples, each an image (`images/`), its mask (`masks/`, 8-bit class indices with a palette; {ignore} is
+{count} samples, each an image (`images/`), its mask (`masks/`, 8-bit values of the classes with a palette; {ignore} is
 unlabelled) and a row. Written by {versions}. Licence: {license}
 
-| index | class | tiles | pixels |
+| value | class | tiles | pixels |
 |---|---|---|---|
 {classes}
 
