@@ -92,9 +92,9 @@ def test_stripes_cover_every_pixel_once(tmp_path, monkeypatch):
 def test_grids_coincide_up_to_a_hundredth_of_a_pixel():
     transform = PLACE["transform"]
     grid = Grid(90, 70, None, transform)
-    assert grid.coincides(Grid(90, 70, None, transform @ Affine.translation(0.009, 0)))
-    assert not grid.coincides(Grid(90, 70, None, transform @ Affine.translation(0, 0.02)))
-    assert not grid.coincides(Grid(90, 70, None, transform @ Affine.scale(1.001)))
+    assert grid.coincides(Grid(90, 70, None, transform * Affine.translation(0.009, 0)))
+    assert not grid.coincides(Grid(90, 70, None, transform * Affine.translation(0, 0.02)))
+    assert not grid.coincides(Grid(90, 70, None, transform * Affine.scale(1.001)))
     assert not grid.coincides(Grid(90, 71, None, transform))
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "read_json",
     "remove_incomplete",
     "tiff_palette",
+    "weights_digest",
     "write_json",
 ]
 
@@ -233,8 +234,13 @@ def _raise_if_full(error: OSError, path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a sibling path to write to; on success it replaces `path` in one step, on failure `path` stays as it was.
+
+    Args:
+        path: the file.
+        durable: wait for the disk, so that a power failure does not undo it. With thousands of small files that takes
+            most of the time; without it, whoever goes on from such files has to see whether they decode.
 
     Raises:
         TerraSynthError: the disk is full.
@@ -249,9 +255,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)
-        _fsync(partial)
+        if durable:
+            _fsync(partial)
         partial.replace(path)
-        _fsync(path.parent)
+        if durable:
+            _fsync(path.parent)
     except OSError as error:
         _raise_if_full(error, path)
         raise
@@ -334,3 +342,12 @@ def digest(*values: Any) -> str:
     """Short SHA-256 (16 hex digits) of JSON-able values; equal values give equal digests on every machine."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Digest of all safetensors files under a folder and their names: which model this is, wherever it lies."""
+    hashes = []
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        with path.open("rb") as file:
+            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(hashes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -26,7 +26,7 @@ from terrasynth.data.schema import LabelSchema, packaged_labels
 from terrasynth.data.unlabelled import cut_windows, find_images, merged_schema, pseudo_masks
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import read_manifest
-from terrasynth.errors import TerraSynthError
+from terrasynth.errors import TerraSynthError, combined, listed
 from terrasynth.io import IMAGE_SUFFIXES, digest
 from terrasynth.progress import say
 from terrasynth.recipe import DataConfig, SplitConfig, WorldConfig
@@ -44,8 +44,6 @@ __all__ = [
 
 Split = Literal["train", "validation", "test"]
 _Array = NDArray[np.uint8]
-
-_SHOWN = 10
 
 
 class Sample(TypedDict):
@@ -172,7 +170,7 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
         except TerraSynthError as error:
             problems.append(error)
     if problems:
-        raise _combined(problems, split, total)
+        raise combined(problems, f"{len(problems)} of {total} tiles of the {split} split can not be used")
     coding = common_coding(masks, [mask for _, _, mask in pairs], schema, chosen=config.mask_coding)
     tiles = Tiles(
         tuple(ids),
@@ -230,7 +228,7 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
         except TerraSynthError as error:
             problems.append(error)
     if problems:
-        raise _combined(problems, folder.name, len(paths))
+        raise combined(problems, f"{len(problems)} of {len(paths)} masks of {folder.name} can not be used")
     try:
         coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
     except TerraSynthError as error:
@@ -275,7 +273,7 @@ def load_synthetic(folder: str | Path) -> Tiles:
         raise TerraSynthError(
             f"{len(problems)} of {len(rows)} samples are damaged",
             path=folder,
-            found="\n    " + _listed([f"{e.path}: {e.problem}" for e in problems], separator="\n    "),
+            found="\n    " + listed([f"{e.path}: {e.problem}" for e in problems], separator="\n    "),
             fix="delete these files and run the command that painted them again",
         )
     return Tiles(
@@ -311,7 +309,7 @@ def check_splits(**splits: Tiles) -> None:
     if shared:
         raise TerraSynthError(
             "splits share tiles: the test would reward memory",
-            found=_listed(sorted(shared), separator=", "),
+            found=listed(sorted(shared), separator=", "),
             expected="every tile in one split only",
             fix="take these tiles out of one of the split lists",
         )
@@ -485,7 +483,7 @@ def _pair_files(
 
 def _several(paths: Sequence[Path]) -> TerraSynthError:
     return TerraSynthError(
-        "several files with one name", path=paths[0], found=_listed([path.name for path in paths]), fix="keep one"
+        "several files with one name", path=paths[0], found=listed([path.name for path in paths]), fix="keep one"
     )
 
 
@@ -495,7 +493,7 @@ def _by_stem(folder: Path, keys: str) -> dict[str, list[Path]]:
         raise TerraSynthError(
             "no such folder",
             path=folder,
-            found=f"{folder.parent} has {_listed(beside)}" if beside else None,
+            found=f"{folder.parent} has {listed(beside)}" if beside else None,
             fix=f"correct {keys}",
         )
     files: dict[str, list[Path]] = {}
@@ -537,7 +535,7 @@ def _read_list(path: Path, split: Split, images: Mapping[str, Any]) -> list[str]
         raise TerraSynthError(
             "the split list names tiles more than once",
             path=path,
-            found=_listed(repeated, separator=", "),
+            found=listed(repeated, separator=", "),
             fix="remove the repetitions: they would weigh these tiles more",
         )
     return names
@@ -594,27 +592,3 @@ def _centre(pixels: _Array, size: int) -> _Array:
 
 def _size(shape: Sequence[int]) -> str:
     return f"{shape[1]} x {shape[0]}"
-
-
-def _listed(items: Sequence[str], separator: str = ", ") -> str:
-    more = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return separator.join(items[:_SHOWN]) + more
-
-
-def _combined(problems: Sequence[TerraSynthError], split: str, total: int) -> TerraSynthError:
-    """All bad files of a split in one message."""
-    if len(problems) == 1:
-        return problems[0]
-
-    def distinct(values: Iterable[object]) -> list[str]:
-        return list(dict.fromkeys(str(value) for value in values if value is not None))
-
-    lines = [
-        f"{error.path}: {error.problem}" + ("" if error.found is None else f" ({error.found})") for error in problems
-    ]
-    return TerraSynthError(
-        f"{len(problems)} of {total} tiles of the {split} split can not be used",
-        found="\n    " + _listed(lines, separator="\n    "),
-        expected="; ".join(distinct(error.expected for error in problems[:_SHOWN])) or None,
-        fix="; ".join(distinct(error.fix for error in problems[:_SHOWN])) or None,
-    )

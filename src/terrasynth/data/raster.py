@@ -28,7 +28,7 @@ from terrasynth.io import MAX_BYTES, TIFF_SUFFIXES, Pixels, open_image, open_tif
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-__all__ = ["Grid", "Raster", "Stretch", "open_raster", "percentile_ranges"]
+__all__ = ["Grid", "Raster", "Stretch", "check_percentiles", "open_raster", "percentile_ranges"]
 
 #: Pixels of one stripe: a pass over a whole raster holds this many at a time.
 _STRIPE = 2 * 1024 * 1024
@@ -225,10 +225,30 @@ class Stretch:
             the only three that are not alpha.
         ranges: the stored values that become 0 and 255, one pair for all bands or one for each; values between are
             scaled linearly, others are clipped. None leaves 8-bit bands as they are, and refuses any other.
+
+    Raises:
+        TerraSynthError: the bands or ranges are no such thing.
     """
 
     bands: tuple[int, ...] | None = None
     ranges: tuple[tuple[float, float], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bands is not None and (len(self.bands) not in (1, 3) or min(self.bands) < 1):
+            raise TerraSynthError(
+                "--bands are three band numbers, or one, counted from 1",
+                found=",".join(map(str, self.bands)),
+                expected="as 4,3,2 or 1",
+            )
+        shown = 3 if self.bands is None else len(self.bands)
+        if self.ranges is not None and (
+            len(self.ranges) not in (1, shown) or any(not low < high for low, high in self.ranges)
+        ):
+            raise TerraSynthError(
+                "--stretch is the stored values that become black and white: LOW,HIGH for all bands, or for each",
+                found=",".join(f"{value:g}" for pair in self.ranges for value in pair),
+                expected=f"2 numbers, or {2 * shown} for {shown} bands, each LOW below its HIGH",
+            )
 
     def chosen(self, raster: Raster) -> tuple[int, ...]:
         """The bands of `raster` that are shown.
@@ -321,6 +341,16 @@ def _not_finite(raster: Raster, window: Window, wrong: NDArray[np.bool_]) -> Ter
     )
 
 
+def check_percentiles(percentiles: Sequence[float]) -> None:
+    """Refuse anything but two numbers between 0 and 100, the smaller first."""
+    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise TerraSynthError(
+            "--percentiles are two numbers between 0 and 100, the smaller first",
+            found=",".join(f"{value:g}" for value in percentiles),
+            expected="as 2,98",
+        )
+
+
 def percentile_ranges(
     paths: Sequence[Path], bands: tuple[int, ...] | None, percentiles: tuple[float, float]
 ) -> tuple[tuple[float, float], ...]:
@@ -333,6 +363,7 @@ def percentile_ranges(
     Raises:
         TerraSynthError: a scene can not be read, has no such bands, or a band has one single value.
     """
+    check_percentiles(percentiles)
     stretch = Stretch(bands, ((0.0, 1.0),))
     sizes = []
     for path in paths:
