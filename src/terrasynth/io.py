@@ -22,6 +22,7 @@ import numpy as np
 from terrasynth.errors import TerraSynthError
 
 if TYPE_CHECKING:
+    import rasterio
     from rasterio.io import DatasetReader
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "atomic_dir",
     "atomic_write",
     "digest",
+    "gdal_environment",
     "open_image",
     "open_tiff",
     "read_json",
@@ -53,6 +55,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", *TIFF_SUFFIXES)
 # A short list on purpose: Pillow and GDAL know dozens of formats nobody asked for, some of them remote or scripted.
 _PILLOW_FORMATS = ("PNG", "JPEG")
 _GDAL_DRIVER = "GTiff"
+# A row of tiles of a wide scene, so that none of it is decoded twice.
+_CACHE_MIB = 256
 _COPY_AGAIN = "copy it again from its source, or leave it out of the split list"
 _INCOMPLETE = ".incomplete"
 _RETIRED = f"{_INCOMPLETE}-old"
@@ -166,6 +170,13 @@ def _check_depth(path: Path, file_format: str | None) -> None:
         )
 
 
+def gdal_environment() -> rasterio.Env:
+    """GDAL with a cache of fixed size, unless GDAL_CACHEMAX says otherwise: its own takes a share of all memory."""
+    import rasterio
+
+    return rasterio.Env(**({} if "GDAL_CACHEMAX" in os.environ else {"GDAL_CACHEMAX": _CACHE_MIB}))
+
+
 @contextmanager
 def open_tiff(path: str | Path) -> Iterator[DatasetReader]:
     """Open a local TIFF with rasterio; nothing is decoded yet. GDAL's other drivers and remote paths are off.
@@ -180,11 +191,12 @@ def open_tiff(path: str | Path) -> Iterator[DatasetReader]:
 
     path = _file_with_content(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            source = rasterio.open(path.absolute(), driver=_GDAL_DRIVER)
-        with source:
-            yield source
+        with gdal_environment():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                source = rasterio.open(path.absolute(), driver=_GDAL_DRIVER)
+            with source:
+                yield source
     except RasterioError as error:
         raise TerraSynthError(
             "the TIFF can not be read",

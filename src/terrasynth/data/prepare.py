@@ -273,7 +273,9 @@ def _claim(out: Path, plan: Mapping[str, Any]) -> None:
                 fix=f"choose another --out, or delete {out}",
             )
         return
-    if out.is_dir() and (foreign := sorted(path.name for path in out.iterdir() if not path.name.startswith(_MARKER))):
+    if out.is_dir() and (
+        foreign := sorted(path.name for path in out.iterdir() if not path.name.startswith(".terrasynth"))
+    ):
         raise TerraSynthError(
             "the output folder is not empty, and holds no tiles",
             path=out,

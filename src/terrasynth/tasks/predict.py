@@ -33,8 +33,10 @@ from terrasynth.io import (
     TIFF_SUFFIXES,
     atomic_write,
     digest,
+    gdal_environment,
     open_tiff,
     read_json,
+    remove_incomplete,
     weights_digest,
     write_json,
 )
@@ -268,7 +270,9 @@ def _predict_scene(
     with rows.open("ab") as file, track(grid.height, scene.name, unit="rows", done=top) as progress:
         if top < grid.height:
             for _, shares, valid in blended(segmentor, raster, stretch, settings, top=top):
-                classes = torch.where(valid, shares.argmax(0), segmentor.ignore_index).byte().numpy()
+                # With the classes last in memory the search is several times faster.
+                likeliest = shares.movedim(0, -1).contiguous().argmax(-1)
+                classes = torch.where(valid, likeliest, segmentor.ignore_index).byte().numpy()
                 file.write((classes if schema is None else schema.to_index(classes)).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
@@ -279,13 +283,15 @@ def _predict_scene(
         "source": scene.name,
         "segmentor": identity["segmentor"],
     }
-    _write_map(target, work, rows, grid, _Legend.of(segmentor, schema), tags)
+    with gdal_environment():
+        _write_map(target, work, rows, grid, _Legend.of(segmentor, schema), tags)
     shutil.rmtree(work)
 
 
 def _open_rows(work: Path, begun: dict[str, Any]) -> Path:
     """The file of finished rows; those of an earlier run with other settings are thrown away."""
     marker, rows = work / "run.json", work / "rows.raw"
+    remove_incomplete(work)
     if work.exists() and not (marker.exists() and read_json(marker) == begun):
         if not marker.exists() and any(work.iterdir()):
             raise TerraSynthError("not a folder of this command", path=work, fix="choose another --out, or delete it")
