@@ -354,7 +354,8 @@ def generate(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="A recipe (its generator is trained if the run's folder has none) or a model's folder.",
+            help="A recipe (its generator is trained if the run's folder has none), a model's folder, or a packaged "
+            "model (`terrasynth-tiny`).",
         ),
     ],
     data: Data = None,
@@ -380,10 +381,20 @@ def generate(
         int | None,
         typer.Option(metavar="N", min=1, help="How many images. (default: one per mask)"),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MASK",
+            exists=True,
+            dir_okay=False,
+            help="Paint one picture of the size of this mask raster, whatever it is, in the same place on the ground.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", file_okay=False, help="Folder of the data set. (default: synthetic/ beside the model)"
+            metavar="DIR|FILE",
+            help="Folder of the data set (default: synthetic/ beside the model); with --like, the file (.tif).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run; image i derives its own from it and i.")] = 0,
@@ -411,19 +422,25 @@ def generate(
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
     Image i depends on its mask, the seed and i alone. Stopped or killed, the same command adds what is missing. With a
-    model's folder, `--set` takes keys of `sampling` and `steering` only.
+    model's folder, `--set` takes keys of `sampling` and `steering` only. With --like, one GeoTIFF instead.
     """
     from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
-    if model.is_dir():
-        if masks is None:
+    if like is not None and (masks is not None or count is not None or steer is not None):
+        raise typer.BadParameter(
+            "these belong to a data set, and --like asks for one picture", param_hint="--masks, --count, --steer"
+        )
+    if like is not None and out is None:
+        raise typer.BadParameter("name the picture, as painted.tif", param_hint="--out")
+    if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
+        if masks is None and like is None:
             raise typer.BadParameter("a model alone has no masks to paint; give their folder", param_hint="--masks")
         if data or run or max_minutes is not None:
             raise typer.BadParameter(
                 "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
             )
-        painted: Path | Tiles = masks
+        painted: Path | Tiles | None = masks
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
         with _time_limit():
@@ -431,9 +448,16 @@ def generate(
             model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 
+    _silence_libraries()
+    if like is not None and out is not None:
+        from terrasynth.systems.large import paint_like
+
+        typer.echo(paint_like(model, like, out, sampling=settings.sampling, seed=seed))
+        return
+
     from terrasynth.study.generate import generate as paint
 
-    _silence_libraries()
+    assert painted is not None
     folder = paint(
         model,
         painted,
