@@ -23,7 +23,7 @@ from terrasynth.errors import TerraSynthError
 
 if TYPE_CHECKING:
     import rasterio
-    from rasterio.io import DatasetReader
+    from rasterio.io import DatasetReader, DatasetWriter
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -35,6 +35,7 @@ __all__ = [
     "atomic_write",
     "digest",
     "gdal_environment",
+    "new_tiff",
     "open_image",
     "open_tiff",
     "read_json",
@@ -215,6 +216,22 @@ def _read_tiff(path: Path, max_pixels: int) -> Pixels:
         _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
         bands, palette = source.read(), tiff_palette(source)
     return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette)
+
+
+@contextmanager
+def new_tiff(path: str | Path, **profile: Any) -> Iterator[DatasetWriter]:
+    """Create a GeoTIFF of `profile`, as rasterio takes it, at a path from `atomic_write`; it may lie nowhere."""
+    import warnings
+
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with gdal_environment():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            target = rasterio.open(path, "w", driver=_GDAL_DRIVER, **profile)
+        with target:
+            yield target
 
 
 def tiff_palette(source: DatasetReader) -> np.ndarray | None:

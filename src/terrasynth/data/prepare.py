@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import rasterio
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -40,7 +39,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.data.tiling import SPLITS, assign, regions, tiles
 from terrasynth.errors import TerraSynthError, changes, combined, listed
-from terrasynth.io import atomic_write, open_image, read_json, remove_incomplete, write_json
+from terrasynth.io import atomic_write, new_tiff, open_image, read_json, remove_incomplete, write_json
 from terrasynth.progress import track
 
 __all__ = ["PrepareSettings", "Prepared", "prepare"]
@@ -361,9 +360,8 @@ def _write_picture(path: Path, pixels: _Array, grid: Grid, schema: LabelSchema) 
         profile: dict[str, Any] = {"photometric": "RGB", "count": 3}
         if palette is not None:
             profile = {"photometric": "palette", "count": 1, "nodata": schema.stored_ignore[0]}
-        profile |= {"driver": "GTiff", "dtype": "uint8", "compress": "deflate", "crs": grid.crs}
-        profile |= {"width": grid.width, "height": grid.height, "transform": grid.transform}
-        with rasterio.open(partial, "w", **profile) as file:
+        profile |= {"dtype": "uint8", "compress": "deflate", "crs": grid.crs, "transform": grid.transform}
+        with new_tiff(partial, width=grid.width, height=grid.height, **profile) as file:
             file.write(pixels[None] if palette is not None else np.moveaxis(pixels, -1, 0))
             if palette is not None:
                 file.write_colormap(1, {value: (*color, 255) for value, color in enumerate(palette.tolist())})

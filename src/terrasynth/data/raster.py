@@ -158,6 +158,8 @@ class Raster:
                 fix="choose smaller windows",
             )
         if isinstance(self._source, Pixels):
+            if shape is None:
+                return self._values[[band - 1 for band in bands], *window.toslices()]
             rows = window.row_off + ((np.arange(height) + 0.5) * window.height / height).astype(np.intp)
             columns = window.col_off + ((np.arange(width) + 0.5) * window.width / width).astype(np.intp)
             return self._values[np.ix_([band - 1 for band in bands], rows, columns)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-import rasterio
 import torch
 import torch.nn.functional as F
 from rasterio.windows import Window
@@ -16,7 +15,7 @@ from terrasynth.data.masks import settle, survey
 from terrasynth.data.raster import Grid, open_raster
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import MAX_PIXELS, atomic_write, gdal_environment
+from terrasynth.io import MAX_PIXELS, TIFF_SUFFIXES, atomic_write, new_tiff
 from terrasynth.progress import track
 from terrasynth.recipe import SamplingConfig
 from terrasynth.sampling.flow import FlowStep, Velocity, sample_flow, seeded_noise
@@ -47,8 +46,10 @@ def paint_like(model: Path, mask: Path, out: Path, *, sampling: SamplingConfig, 
     Raises:
         TerraSynthError: the mask can not be read, has other classes or is too large; or `out` is no TIFF.
     """
-    if out.suffix.lower() not in (".tif", ".tiff"):
+    if out.suffix.lower() not in TIFF_SUFFIXES:
         raise TerraSynthError("a painted scene is a TIFF", path=out, expected="a name that ends in .tif")
+    if out.exists():
+        raise TerraSynthError("the output exists", path=out, fix="choose another --out, or delete it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(model).to(device)
     layout, grid = _read_mask(mask, pipeline.schema)
@@ -60,15 +61,9 @@ def paint_like(model: Path, mask: Path, out: Path, *, sampling: SamplingConfig, 
         "model": model_digest(model),
         "source_mask": mask.name,
     }
-    profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "width": grid.width, "height": grid.height}
-    profile |= {
-        "photometric": "RGB",
-        "compress": "deflate",
-        "tiled": True,
-        "crs": grid.crs,
-        "transform": grid.transform,
-    }
-    with atomic_write(out) as partial, gdal_environment(), rasterio.open(partial, "w", **profile) as file:
+    profile = {"count": 3, "dtype": "uint8", "width": grid.width, "height": grid.height, "photometric": "RGB"}
+    profile |= {"compress": "deflate", "tiled": True, "crs": grid.crs, "transform": grid.transform}
+    with atomic_write(out) as partial, new_tiff(partial, **profile) as file:
         file.write(image.numpy())
         file.update_tags(**tags)
     return out

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 import rasterio.shutil
 import torch
 from numpy.typing import NDArray
@@ -34,6 +33,7 @@ from terrasynth.io import (
     atomic_write,
     digest,
     gdal_environment,
+    new_tiff,
     open_tiff,
     read_json,
     remove_incomplete,
@@ -283,8 +283,7 @@ def _predict_scene(
         "source": scene.name,
         "segmentor": identity["segmentor"],
     }
-    with gdal_environment():
-        _write_map(target, work, rows, grid, _Legend.of(segmentor, schema), tags)
+    _write_map(target, work, rows, grid, _Legend.of(segmentor, schema), tags)
     shutil.rmtree(work)
 
 
@@ -323,7 +322,6 @@ def _write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: _Legend
     """Turn the finished rows into a cloud-optimised GeoTIFF."""
     classes = np.memmap(rows, dtype=np.uint8, mode="r", shape=(grid.height, grid.width))
     profile = {
-        "driver": "GTiff",
         "dtype": "uint8",
         "count": 1,
         "width": grid.width,
@@ -337,7 +335,7 @@ def _write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: _Legend
         "BIGTIFF": "IF_SAFER",
     }
     whole = work / "map.tif"
-    with rasterio.open(whole, "w", **profile) as file:
+    with new_tiff(whole, **profile) as file:
         for top in range(0, grid.height, _ROWS):
             part = np.asarray(classes[top : top + _ROWS])
             file.write(part, 1, window=Window(0, top, grid.width, len(part)))
@@ -346,6 +344,6 @@ def _write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: _Legend
         file.update_tags(1, **{f"class_{value}": name for value, name in legend.names.items()})
         if legend.palette is not None:
             file.write_colormap(1, {value: (*color, 255) for value, color in enumerate(legend.palette.tolist())})
-    with atomic_write(target) as partial:
+    with atomic_write(target) as partial, gdal_environment():
         # Overviews by majority: a mean of class indices is another class.
         rasterio.shutil.copy(whole, partial, driver="COG", compress="deflate", overview_resampling="mode")
