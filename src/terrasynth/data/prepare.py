@@ -40,7 +40,7 @@ from terrasynth.data.sheet import contact_sheet
 from terrasynth.data.tiling import SPLITS, assign, regions, tiles
 from terrasynth.errors import TerraSynthError, changes, combined, listed
 from terrasynth.io import atomic_write, new_tiff, open_image, read_json, remove_incomplete, write_json
-from terrasynth.progress import track
+from terrasynth.progress import say, track
 
 __all__ = ["PrepareSettings", "Prepared", "prepare"]
 
@@ -394,6 +394,9 @@ def _finish(
     sheet = _sheet(out, rows, schema)
     with atomic_write(out / "sheet.png") as partial:
         sheet.save(partial)
+    for split, name, pixels, _, _ in table:
+        if counts[split] and not pixels and any(row["pixels"].get(name) for row in rows):
+            say(f"no pixel of {name} in {split}: another --seed, or smaller blocks, may give it some")
     recipe = out / "recipe.yaml"
     _write_text(recipe, _recipe(out, counts, settings))
     return Prepared(recipe, counts, _histogram(table, schema, counts), _options(stretch))

@@ -24,6 +24,7 @@ from rasterio.windows import transform as window_transform
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import MAX_BYTES, TIFF_SUFFIXES, Pixels, open_image, open_tiff, tiff_palette
+from terrasynth.progress import track
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -133,41 +134,32 @@ class Raster:
                 fix="store it in tiles: `gdal_translate -co TILED=YES IN OUT`",
             )
 
-    def read(
-        self, window: Window, bands: Sequence[int] | None = None, *, shape: tuple[int, int] | None = None
-    ) -> NDArray[Any]:
+    def read(self, window: Window, bands: Sequence[int] | None = None) -> NDArray[Any]:
         """Decode a window as stored, (B, h, w).
 
         Args:
             window: inside the raster.
             bands: numbers of the bands, counted from 1; all by default.
-            shape: (h, w) if the window is to be decimated: every pixel is one of the file's, or of its overviews'.
 
         Raises:
             TerraSynthError: the file is damaged there, or the window exceeds `MAX_BYTES`.
         """
         bands = list(bands or range(1, self.count + 1))
-        height, width = shape or (int(window.height), int(window.width))
-        size = height * width * len(bands) * self.dtype.itemsize
+        size = window.height * window.width * len(bands) * self.dtype.itemsize
         if size > MAX_BYTES:
             raise TerraSynthError(
                 "the window is too large to decode in one piece",
                 path=self.path,
-                found=f"{width} x {height} pixels, {len(bands)} bands of {self.dtype}: {size / 2**30:.1f} GiB",
+                found=f"{window.width} x {window.height} pixels, {len(bands)} bands of {self.dtype}: "
+                f"{size / 2**30:.1f} GiB",
                 expected=f"at most {MAX_BYTES / 2**30:.1f} GiB",
                 fix="choose smaller windows",
             )
         if isinstance(self._source, Pixels):
-            if shape is None:
-                return self._values[[band - 1 for band in bands], *window.toslices()]
-            rows = window.row_off + ((np.arange(height) + 0.5) * window.height / height).astype(np.intp)
-            columns = window.col_off + ((np.arange(width) + 0.5) * window.width / width).astype(np.intp)
-            return self._values[np.ix_([band - 1 for band in bands], rows, columns)]
-        return self._source.read(bands, window=window, out_shape=(len(bands), height, width))
+            return self._values[[band - 1 for band in bands], *window.toslices()]
+        return self._source.read(bands, window=window)
 
-    def valid(
-        self, values: NDArray[Any], window: Window, bands: Sequence[int], *, shape: tuple[int, int] | None = None
-    ) -> NDArray[np.bool_] | None:
+    def valid(self, values: NDArray[Any], window: Window, bands: Sequence[int]) -> NDArray[np.bool_] | None:
         """Which pixels of a window have data, (h, w); None if all of the file's do, by its header.
 
         In whole numbers a pixel has no data where all of `bands` have the nodata value (0 in one of them is a dark
@@ -175,10 +167,9 @@ class Raster:
         of `bands` is taken for a colour: many writers call every fourth band alpha.
 
         Args:
-            values: what `read` gave for the arguments below.
+            values: what `read` gave for the window and bands.
             window: inside the raster.
             bands: numbers of the bands, counted from 1.
-            shape: (h, w) if the window was decimated.
         """
         found = []
         if self.nodata is not None:
@@ -186,9 +177,9 @@ class Raster:
             found.append(there.all(0) if values.dtype.kind == "f" else there.any(0))
         if self.alpha is not None:
             if self.alpha not in bands:
-                found.append(self.read(window, [self.alpha], shape=shape)[0] != 0)
+                found.append(self.read(window, [self.alpha])[0] != 0)
         elif not isinstance(self._source, Pixels) and MaskFlags.per_dataset in self._source.mask_flag_enums[0]:
-            found.append(self._source.read_masks(1, window=window, out_shape=shape) != 0)
+            found.append(self._source.read_masks(1, window=window) != 0)
         return np.logical_and.reduce(found) if found else None
 
     def stripes(self) -> Iterator[Window]:
@@ -359,29 +350,24 @@ def percentile_ranges(
     """The range of each band for `Stretch`: two percentiles of its values over all scenes together.
 
     They are taken from every k-th row and column, with one k for all scenes, so that every scene counts by its size;
-    about four million pixels altogether. Pixels without data do not count. A file's own overviews are used where it has
-    them.
+    about four million pixels altogether. Pixels without data do not count.
 
     Raises:
         TerraSynthError: a scene can not be read, has no such bands, or a band has one single value.
     """
     check_percentiles(percentiles)
     stretch = Stretch(bands, ((0.0, 1.0),))
-    sizes = []
+    total = 0
     for path in paths:
         with open_raster(path) as raster:
-            sizes.append(raster.grid.width * raster.grid.height)
-    step = max(1, math.ceil(math.sqrt(sum(sizes) / _SAMPLED)))
+            total += raster.grid.width * raster.grid.height
+    step = max(1, math.ceil(math.sqrt(total / _SAMPLED)))
     samples: list[NDArray[Any]] = []
-    for path in paths:
-        with open_raster(path) as raster:
-            whole = Window(0, 0, raster.grid.width, raster.grid.height)
-            shape = math.ceil(raster.grid.height / step), math.ceil(raster.grid.width / step)
-            chosen = stretch.chosen(raster)
-            values = raster.read(whole, chosen, shape=shape)
-            valid = raster.valid(values, whole, chosen, shape=shape)
-            kept = np.isfinite(values).all(0) if valid is None else valid & np.isfinite(values).all(0)
-            samples.append(values[:, kept])
+    with track(len(paths), "percentiles", unit="scenes") as progress:
+        for path in paths:
+            with open_raster(path) as raster:
+                samples.append(_sampled(raster, stretch.chosen(raster), step))
+            progress.advance()
     if len({len(sample) for sample in samples}) > 1:
         raise TerraSynthError(
             "the scenes have different numbers of bands",
@@ -402,3 +388,19 @@ def percentile_ranges(
                 fix="give the range with --stretch LOW,HIGH",
             )
     return tuple(ranges)
+
+
+def _sampled(raster: Raster, bands: tuple[int, ...], step: int) -> NDArray[Any]:
+    """The pixels with data of every `step`-th row and column, (B, n)."""
+    stripes, samples = list(raster.stripes()), []
+    with track(len(stripes), raster.path.name, unit="stripes") as progress:
+        for stripe in stripes:
+            values = raster.read(stripe, bands)
+            valid = raster.valid(values, stripe, bands)
+            picked = np.s_[-stripe.row_off % step :: step, -stripe.col_off % step :: step]
+            kept = np.isfinite(values[:, *picked]).all(0)
+            if valid is not None:
+                kept &= valid[picked]
+            samples.append(values[:, *picked][:, kept])
+            progress.advance()
+    return np.concatenate(samples, axis=1)

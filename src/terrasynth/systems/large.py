@@ -80,7 +80,13 @@ def _read_mask(path: Path, schema: LabelSchema) -> tuple[Tensor, Grid]:
                 expected=f"at most {MAX_PIXELS:,} pixels",
                 fix="cut it, for example with `gdal_translate -srcwin`",
             )
-        _, lookups, faults = settle([survey(raster)], schema, "auto")
+        try:
+            _, lookups, faults = settle([survey(raster)], schema, "auto")
+        except TerraSynthError as error:  # its advice is for recipes
+            fix = "export the mask as class indices without a palette"
+            raise TerraSynthError(
+                error.problem, path=path, found=error.found, expected=error.expected, fix=fix
+            ) from error
         if faults:
             raise faults[0]
         return torch.from_numpy(lookups[path].read(raster, Window(0, 0, grid.width, grid.height))), grid
