@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from terrasynth.cli import app
 from terrasynth.data.folder import check_splits, load_tiles
 from terrasynth.data.prepare import PrepareSettings, prepare
+from terrasynth.data.scenes import _key
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe_io import load_recipe
@@ -232,6 +233,24 @@ def test_wildcards_pair_images_with_masks(source):
     assert {row["scene"] for row in rows(out)} == {"0-0", "1-1", "0-2", "1-3"}
     again = cut(source, source.parent / "b", images="**/*_RGB.tif", masks="**/*_label.tif").recipe.parent
     assert {row["scene"] for row in rows(again)} == {f"area-{n % 2}-top_{n}" for n in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "key"),
+    [
+        ("images/*", "images/a.tif", ("a",)),
+        ("images/*.tif", "images/a.tif", ("a",)),
+        ("images/*.*", "images/a.b.tif", ("a.b",)),
+        ("*_sat.*", "a_sat.jpg", ("a",)),
+        ("*/*_?.ome.tif", "x/a_1.ome.tif", ("x", "a", "1")),
+        ("**/*.tif", "x/y/a.tif", ("x-y", "a")),
+        ("**/*.tif", "a.tif", ("", "a")),
+        ("tile.*", "tile.5.tif", ("5",)),
+        ("labels.gpkg", "labels.gpkg", ()),
+    ],
+)
+def test_a_key_is_what_the_wildcards_stand_for(pattern, path, key):
+    assert _key(Path(path), pattern) == key
 
 
 def test_blocks_of_one_scene_and_tiles_that_overlap(tmp_path):

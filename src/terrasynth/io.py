@@ -58,7 +58,7 @@ _PILLOW_FORMATS = ("PNG", "JPEG")
 _GDAL_DRIVER = "GTiff"
 # A row of tiles of a wide scene, so that none of it is decoded twice.
 _CACHE_MIB = 256
-_COPY_AGAIN = "copy it again from its source, or leave it out of the split list"
+_COPY_AGAIN = "copy it again from its source, or leave it out"
 _INCOMPLETE = ".incomplete"
 _RETIRED = f"{_INCOMPLETE}-old"
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -176,13 +177,14 @@ def prepare(source: str | Path, out: str | Path, settings: PrepareSettings) -> P
     if settings.percentiles is not None:
         images = [one.scene.image for one in checked]
         stretch = Stretch(settings.bands, percentile_ranges(images, settings.bands, settings.percentiles))
-    parts = regions({one.scene.name: one.grid for one in checked}, settings.split, settings.block or 4 * settings.size)
-    cut = [
-        (part, tiles(part.window, settings.size, settings.stride or settings.size, settings.edges)) for part in parts
-    ]
-    weights = {part.unit: 0 for part in parts}
-    for part, windows in cut:
+    weights: Counter[str] = Counter()
+    cut: dict[str, list[tuple[str, Window]]] = {one.scene.name: [] for one in checked}
+    for part in regions(
+        {one.scene.name: one.grid for one in checked}, settings.split, settings.block or 4 * settings.size
+    ):
+        windows = tiles(part.window, settings.size, settings.stride or settings.size, settings.edges)
         weights[part.unit] += len(windows)
+        cut[part.scene] += [(part.unit, window) for window in windows]
     splits = assign(weights, settings.fractions, settings.seed)
 
     _claim(out, _plan(source, settings, schema, stretch, coding, checked, splits, bad))
@@ -193,14 +195,12 @@ def prepare(source: str | Path, out: str | Path, settings: PrepareSettings) -> P
     remove_incomplete(out)
 
     rows: list[dict[str, Any]] = []
-    with track(sum(weights.values()), "writing tiles", unit="tiles") as progress:
+    with track(weights.total(), "writing tiles", unit="tiles") as progress:
         for one in checked:
-            of_scene = [(part, windows) for part, windows in cut if part.scene == one.scene.name]
             with _reader(one, stretch, lookups, polygons) as read:
-                for part, window in ((part, window) for part, windows in of_scene for window in windows):
-                    split = splits[part.unit]
-                    if (row := _write_tile(out, split, one, window, read, schema, settings)) is not None:
-                        rows.append(row)
+                for unit, window in cut[one.scene.name]:
+                    row = _write_tile(out, splits[unit], one, window, read, schema, settings)
+                    rows += [] if row is None else [row]
                     progress.advance()
     return _finish(out, rows, schema, stretch, settings, bad)
 
@@ -399,7 +399,7 @@ def _finish(
             say(f"no pixel of {name} in {split}: another --seed, or smaller blocks, may give it some")
     recipe = out / "recipe.yaml"
     _write_text(recipe, _recipe(out, counts, settings))
-    return Prepared(recipe, counts, _histogram(table, schema, counts), _options(stretch))
+    return Prepared(recipe, counts, _histogram(table, schema, counts), stretch.options())
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -433,16 +433,6 @@ def _histogram(table: Sequence[tuple[str, str, int, str, int]], schema: LabelSch
     ]
     lines.append(f"{'tiles':<{width}}" + "".join(f"{counts[split]:>10}" for split in SPLITS))
     return "\n".join(lines)
-
-
-def _options(stretch: Stretch) -> str:
-    bands = [] if stretch.bands is None else [f"--bands {','.join(map(str, stretch.bands))}"]
-    ranges = (
-        []
-        if stretch.ranges is None
-        else [f"--stretch {','.join(f'{v:.10g}' for pair in stretch.ranges for v in pair)}"]
-    )
-    return " ".join([*bands, *ranges])
 
 
 def _sheet(out: Path, rows: Sequence[Mapping[str, Any]], schema: LabelSchema) -> Image.Image:

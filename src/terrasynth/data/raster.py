@@ -243,6 +243,12 @@ class Stretch:
                 expected=f"2 numbers, or {2 * shown} for {shown} bands, each LOW below its HIGH",
             )
 
+    def options(self) -> str:
+        """The same as options of the command line; empty if bands are left as they are."""
+        bands = [] if self.bands is None else [f"--bands {','.join(map(str, self.bands))}"]
+        numbers = [f"{value:.10g}" for pair in self.ranges or () for value in pair]
+        return " ".join([*bands, *([f"--stretch {','.join(numbers)}"] if numbers else [])])
+
     def chosen(self, raster: Raster) -> tuple[int, ...]:
         """The bands of `raster` that are shown.
 

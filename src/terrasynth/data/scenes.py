@@ -89,7 +89,7 @@ def find_scenes(source: Path, images: str, masks: str, out: Path) -> tuple[list[
         elif not partners:
             problem = "the image has no mask"
             fix = f"give the mask the same name, or correct --masks {masks!r}"
-            bad.append(TerraSynthError(problem, path=paths[0], found=f"no mask for {name!r}", fix=fix))
+            bad.append(TerraSynthError(problem, path=paths[0], found=f"no mask for {'/'.join(key)!r}", fix=fix))
         elif name in found:
             other = found[name].image
             fix = "rename one of them"
@@ -113,12 +113,7 @@ def _matching(
     for path in found:
         if path.suffix.lower() not in suffixes or path.name.startswith(".") or out.resolve() in path.resolve().parents:
             continue
-        relative = path.relative_to(source).as_posix()
-        if pattern.endswith("*"):
-            relative = relative.removesuffix(path.suffix)
-        groups = re.fullmatch(_regex(pattern), relative)
-        assert groups is not None
-        files.setdefault(tuple(group.strip("/").replace("/", "-") for group in groups.groups()), []).append(path)
+        files.setdefault(_key(path.relative_to(source), pattern), []).append(path)
     if not files:
         there = sorted({p.relative_to(source).as_posix() + "/" * p.is_dir() for p in source.iterdir()})
         raise TerraSynthError(
@@ -129,6 +124,17 @@ def _matching(
             fix=f"correct {option}",
         )
     return files
+
+
+def _key(path: Path, pattern: str) -> tuple[str, ...]:
+    """What the wildcards of a pattern stand for in a path that fits it, without the suffix."""
+    folder, slash, name = pattern.rpartition("/")
+    stem = f"{folder}{slash}{name.rpartition('.')[0] or name}"
+    found = re.fullmatch(_regex(stem), path.with_suffix("").as_posix())
+    if found is None:  # a dot in the pattern that begins no suffix, as in `tile.*`
+        found = re.fullmatch(_regex(pattern), path.as_posix())
+    assert found is not None
+    return tuple(part.removesuffix(path.suffix).strip("/").replace("/", "-") for part in found.groups())
 
 
 def _regex(pattern: str) -> str:

@@ -149,6 +149,7 @@ def _common_stretch(scenes: Sequence[Path], settings: PredictSettings) -> Stretc
         if stretch.ranges is not None:
             raise TerraSynthError("--stretch and --percentiles exclude each other", fix="give one of them")
         stretch = Stretch(stretch.bands, percentile_ranges(scenes, stretch.bands, settings.percentiles))
+        say(f"shown with {stretch.options()}")
     bad = []
     for scene in scenes:
         try:
