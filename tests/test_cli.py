@@ -43,6 +43,10 @@ def test_help_suffices_on_its_own(command):
 
 def test_version_is_that_of_the_package():
     assert invoke("--version").output == f"terrasynth {__version__}\n"
+    module = subprocess.run(
+        [sys.executable, "-m", "terrasynth", "--version"], capture_output=True, text=True, check=True
+    )
+    assert module.stdout == f"terrasynth {__version__}\n"
 
 
 def test_recipe_without_a_name_lists_the_packaged_ones():

@@ -369,7 +369,7 @@ def test_the_search_gives_every_arm_its_best_settings_and_trains_no_cell_twice(f
 def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
     recipe = tiny_recipe.model_dump()
     recipe["study"]["arms"] = recipe["study"]["arms"][::-1]
-    with pytest.raises(ValueError, match="is the baseline, so its synthetic must be none"):
+    with pytest.raises(ValueError, match="is the baseline, so it may add no tiles: its synthetic must be none"):
         Recipe.model_validate(recipe)
 
 
@@ -377,7 +377,7 @@ def test_a_baseline_with_synthetic_data_is_refused(tiny_recipe):
     ("section", "settings", "message"),
     [
         ("study", {"real_fraction": 0.01}, "leaves no place for real ones"),
-        ("study", {"real_fraction": 1.0}, "leaves no place for painted ones"),
+        ("study", {"real_fraction": 1.0}, "leaves no place for added ones"),
         (
             "study",
             {"search": {"learning_rates": [1e-3], "steps": [4, 1]}},
@@ -485,6 +485,56 @@ def test_generator_and_layouts_take_what_the_teachers_read_in_unlabelled_images(
     assert len(list((tmp_path / "readings").glob("*/unit.json"))) == 2
 
 
+def test_an_arm_trains_on_the_unlabelled_images_themselves(semi_supervised, tmp_path, monkeypatch):
+    import torch
+
+    from terrasynth.data.folder import join, load_synthetic
+    from terrasynth.study import run
+
+    added = {}
+
+    def spy(*args, **kwargs):
+        added[kwargs["label"]] = kwargs["synthetic"]
+        return fit(*args, **kwargs)
+
+    fit = run.fit
+    monkeypatch.setattr(run, "fit", spy)
+    values = semi_supervised.model_dump(mode="json")
+    values["study"]["seeds"] = [0]
+    values["study"]["arms"][2] = {"name": "read", "pseudo_labels": 0.18}
+    study = Study(Recipe.model_validate(values), Path(), tmp_path)
+    page = study.run().read_text()
+    assert not (tmp_path / "synthetic").exists()
+    assert not list(tmp_path.glob("generator-*"))
+    read = study.read(0.18)
+    assert added["real, seed 0"] is None
+    assert added["read, seed 0"].fingerprint() == join([read]).fingerprint()
+    assert "3 windows of them train the segmentors of “read”, under the classes that the segmentors of “mixed”" in page
+    assert "no segmentor is trained on them" not in page
+
+    values["study"]["arms"] += [{"name": "both", "pseudo_labels": 0.18, "synthetic": "plain", "ratio": 2}]
+    study = Study(Recipe.model_validate(values), Path(), tmp_path)
+    page = study.run().read_text()
+    painted = load_synthetic(study.painted("plain", 0).folder / "dataset")
+    assert torch.equal(added["both, seed 0"].images, torch.cat([painted.images, read.images]))
+    assert torch.equal(added["both, seed 0"].masks, torch.cat([painted.masks, read.masks]))
+    assert "train the generator beside the training tiles" in page
+
+
+@pytest.mark.parametrize(
+    ("arms", "teacher", "message"),
+    [
+        ([{"name": "read", "pseudo_labels": 0.5}], None, "may add no tiles"),
+        ([{"name": "real"}, {"name": "read", "pseudo_labels": 0.5}], "read", "without added tiles: real"),
+    ],
+)
+def test_what_reads_is_not_trained_on_what_it_read(semi_supervised, arms, teacher, message):
+    values = semi_supervised.model_dump(mode="json")
+    values["study"] |= {"arms": arms, "teacher": teacher}
+    with pytest.raises(ValueError, match=message):
+        Recipe.model_validate(values)
+
+
 def test_damaged_readings_are_named_with_the_way_out(semi_supervised, tmp_path):
     study = Study(semi_supervised, Path(), tmp_path)
     masks = study.reading(0.0).folder / "masks.safetensors"
@@ -527,14 +577,17 @@ def test_no_generator_sees_validation_or_test_tiles(semi_supervised, tmp_path, p
 def test_a_teacher_that_is_no_arm_of_real_tiles_is_refused(semi_supervised, teacher):
     values = semi_supervised.model_dump(mode="json")
     values["study"]["teacher"] = teacher
-    with pytest.raises(
-        ValueError, match=f"teacher \\('{teacher}'\\) must be an arm without painted tiles: real, mixed"
-    ):
+    with pytest.raises(ValueError, match=f"teacher \\('{teacher}'\\) must be an arm without added tiles: real, mixed"):
         Recipe.model_validate(values)
 
 
 def test_pseudo_labels_without_unlabelled_images_are_refused(tiny_recipe):
-    for section, setting in (("generator", {"pseudo_labels": 0.18}), ("study", {"layouts": "all"})):
+    arms = [{"name": "real"}, {"name": "read", "pseudo_labels": 0.18}]
+    for section, setting in (
+        ("generator", {"pseudo_labels": 0.18}),
+        ("study", {"layouts": "all"}),
+        ("study", {"arms": arms}),
+    ):
         values = tiny_recipe.model_dump(mode="json")
         values[section] |= setting
         with pytest.raises(ValueError, match="needs unlabelled images"):

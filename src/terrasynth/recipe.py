@@ -97,8 +97,8 @@ class DataConfig(_Config):
     """Folder of the tiles (`kind: folder` and `unlabelled`). `--data DIR` sets it."""
     unlabelled: tuple[SourceConfig, ...] = ()
     """Unlabelled images. With `kind: folder` the generator sees them beside the labelled tiles, under a wholly
-    unlabelled mask or what the study's teachers read in them (`generator.pseudo_labels`); no segmentor is trained on
-    them."""
+    unlabelled mask or what the study's teachers read in them (`generator.pseudo_labels`); segmentors are trained on
+    them only in arms that say so (`pseudo_labels`)."""
     worlds: tuple[WorldConfig, ...] = ()
     """Procedural scenes that a base model learns from (`kind: unlabelled`); the `train` scenes of each."""
     clusters: Annotated[int, Field(ge=2, le=64)] = 8
@@ -351,9 +351,17 @@ class ArmConfig(_Config):
     synthetic_first: bool = False
     """Instead of mixing them in every batch, train on painted tiles alone for the first half of the steps and on real
     ones alone for the second."""
+    pseudo_labels: Fraction | None = None
+    """Add the windows of `data.unlabelled` themselves, under the classes that the teachers read in them with at least
+    this probability (self-training, Lee 2013): what these images teach without being painted."""
     filter: bool = False
     """Pixels of painted tiles whose loss under the teacher of the seed is above 1.25 times its class's mean on the
     real tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
+
+    @property
+    def adds_tiles(self) -> bool:
+        """Whether it trains on more than the labelled tiles."""
+        return self.synthetic != "none" or self.pseudo_labels is not None
 
     @model_validator(mode="after")
     def _paints_something(self) -> ArmConfig:
@@ -387,7 +395,7 @@ class StudyConfig(_Config):
     ratio: Positive = 3
     """Painted tiles per real tile."""
     teacher: str | None = None
-    """The arm, one without painted tiles, whose segmentors teach: those of all seeds together read unlabelled images,
+    """The arm, one without added tiles, whose segmentors teach: those of all seeds together read unlabelled images,
     that of the same seed steers and filters. Null is the baseline."""
     layouts: Literal["labelled", "all"] = "labelled"
     """Masks to paint: those of the labelled tiles, or in turn one of these and one that the teachers read in a window
@@ -404,14 +412,14 @@ class StudyConfig(_Config):
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) != len(names):
             raise ValueError("arms need distinct names, and there must be at least one")
-        real = [arm.name for arm in self.arms if arm.synthetic == "none"]
+        real = [arm.name for arm in self.arms if not arm.adds_tiles]
         if self.arms[0].name not in real:
             raise ValueError(
-                f"the first arm ({names[0]!r}) is the baseline, so its synthetic must be none, not "
-                f"{self.arms[0].synthetic}"
+                f"the first arm ({names[0]!r}) is the baseline, so it may add no tiles: its synthetic must be none, "
+                f"not {self.arms[0].synthetic}, and its pseudo_labels null"
             )
         if self.teacher is not None and self.teacher not in real:
-            raise ValueError(f"teacher ({self.teacher!r}) must be an arm without painted tiles: {', '.join(real)}")
+            raise ValueError(f"teacher ({self.teacher!r}) must be an arm without added tiles: {', '.join(real)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must be distinct, and there must be at least one")
         return self
@@ -456,11 +464,11 @@ class Recipe(_Config):
             if self.segmentor.train.warmup_steps >= steps
         ]
         # A kind of tiles that never enters a batch would make an arm another one under its name.
-        mixed = [arm.name for arm in study.arms if arm.synthetic != "none" and not arm.synthetic_first]
+        mixed = [arm.name for arm in study.arms if arm.adds_tiles and not arm.synthetic_first]
         if mixed and not 0 < round(study.real_fraction * batch) < batch:
             faults.append(
                 f"study.real_fraction ({study.real_fraction:g}) of the {batch} tiles of a batch leaves no place for "
-                f"{'painted' if round(study.real_fraction * batch) else 'real'} ones in the arm {mixed[0]!r}"
+                f"{'added' if round(study.real_fraction * batch) else 'real'} ones in the arm {mixed[0]!r}"
             )
         seen = self.generator.train.batch_size * self.generator.train.accumulate
         share = self.generator.labelled_fraction
@@ -482,6 +490,7 @@ class Recipe(_Config):
             for key, asked in (
                 ("generator.pseudo_labels", self.generator.pseudo_labels is not None),
                 ("study.layouts: all", self.study.layouts == "all"),
+                ("pseudo_labels of an arm", any(arm.pseudo_labels is not None for arm in study.arms)),
             )
             if asked and not (self.data.unlabelled and self.data.kind == "folder")
         ]

@@ -36,6 +36,7 @@ __all__ = [
     "Split",
     "Tiles",
     "check_splits",
+    "join",
     "load_masks",
     "load_synthetic",
     "load_tiles",
@@ -281,6 +282,17 @@ def load_synthetic(folder: str | Path) -> Tiles:
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(np.stack(masks)),
         schema,
+    )
+
+
+def join(parts: Sequence[Tiles]) -> Tiles:
+    """One set of all tiles of `parts`, which have the same size and classes."""
+    return Tiles(
+        tuple(id_ for tiles in parts for id_ in tiles.ids),
+        torch.cat([tiles.images for tiles in parts]),
+        torch.cat([tiles.masks for tiles in parts]),
+        parts[0].schema,
+        tuple(tiles.template(index) for tiles in parts for index in range(len(tiles))),
     )
 
 

@@ -575,14 +575,17 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             "Test tiles",
             "score finished segmentors, once, and nothing else: no training, no painting, no steering, no selection",
         )
-    if results.painted_arms and results.data.unlabelled:
+    if results.data.unlabelled:
+        uses = _self_training(results.recipe, teacher)
+        if results.painted_arms:
+            uses.insert(
+                0, f"train the generator beside the training tiles, under {_unlabelled_masks(results.recipe, teacher)}"
+            )
+        if not any(arm.pseudo_labels is not None for arm in results.recipe.study.arms):
+            uses.append("no segmentor is trained on them")
         rows.insert(
-            2,
-            (
-                "Unlabelled images",
-                f"{results.data.unlabelled} windows of them train the generator beside the training tiles, under "
-                f"{_unlabelled_masks(results.recipe, teacher)}; no segmentor is trained on them",
-            ),
+            1 + bool(results.painted_arms),
+            ("Unlabelled images", f"{results.data.unlabelled} windows of them " + "; ".join(uses)),
         )
     if "steered" in results.synthetic:
         rows.append(
@@ -595,14 +598,25 @@ def _touched(results: Results) -> list[tuple[str, str]]:
     return rows
 
 
-def _unlabelled_masks(recipe: Recipe, teacher: str) -> str:
-    confidence = recipe.generator.pseudo_labels
-    masks = (
-        "a wholly unlabelled mask"
-        if confidence is None
-        else f"the classes that the segmentors of {teacher}, all seeds together, read in them with a probability of "
+def _self_training(recipe: Recipe, teacher: str) -> list[str]:
+    """How the windows train segmentors, one clause an arm."""
+    return [
+        f"train the segmentors of “{arm.name}”, under {_read(arm.pseudo_labels, teacher)}"
+        for arm in recipe.study.arms
+        if arm.pseudo_labels is not None
+    ]
+
+
+def _read(confidence: float, teacher: str) -> str:
+    return (
+        f"the classes that the segmentors of {teacher}, all seeds together, read in them with a probability of "
         f"{confidence:g} or more"
     )
+
+
+def _unlabelled_masks(recipe: Recipe, teacher: str) -> str:
+    confidence = recipe.generator.pseudo_labels
+    masks = "a wholly unlabelled mask" if confidence is None else _read(confidence, teacher)
     layouts = f"; the layouts that the segmentors of {teacher} read are painted as well"
     return masks if recipe.study.layouts == "labelled" else masks + layouts
 
@@ -648,9 +662,11 @@ def _limitations(results: Results) -> list[str]:
             "One generator painted for all seeds. The intervals contain what varies from seed to seed (the painted "
             "tiles and the training of the segmentor), not what another training of the generator would change."
         )
-    if results.painted_arms and (recipe.study.layouts == "all" or recipe.generator.pseudo_labels is not None):
+    if _self_training(recipe, "") or (
+        results.painted_arms and (recipe.study.layouts == "all" or recipe.generator.pseudo_labels is not None)
+    ):
         limits.append(
-            "The segmentors of all seeds read the unlabelled images together, so the arms with synthetic data share "
+            "The segmentors of all seeds read the unlabelled images together, so the arms that learn from them share "
             "them: their scores vary less from seed to seed than those of studies that are independent throughout."
         )
     limits.append(

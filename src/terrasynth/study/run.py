@@ -20,7 +20,7 @@ from torch import Tensor
 
 import terrasynth
 from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
-from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_tiles, unlabelled_windows
+from terrasynth.data.folder import Tiles, check_splits, join, load_synthetic, load_tiles, unlabelled_windows
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
 from terrasynth.recipe import ArmConfig, Recipe, SegmentorConfig
@@ -217,7 +217,8 @@ class Study:
         painted = None if arm.synthetic == "none" else self.painted(arm.synthetic, seed)
         count = (arm.ratio or study.ratio) * len(self.train)
         judge = self.cell(self.teacher, seed) if arm.filter else None
-        inputs = {
+        confidence = arm.pseudo_labels
+        inputs: dict[str, Any] = {
             "segmentor": config.model_dump(mode="json"),
             # First: where there are none, that is said before others are read.
             "validation": self.validation.fingerprint(),
@@ -227,6 +228,8 @@ class Study:
             "filter": None if judge is None else judge.key,
             "seed": seed,
         }
+        if confidence is not None:
+            inputs["pseudo-labels"] = [self.reading(confidence).key, study.real_fraction, arm.synthetic_first]
 
         differs = config.train.learning_rate != self.recipe.segmentor.train.learning_rate
         suffix = f" at {config.train.learning_rate:g}" if differs else ""
@@ -241,6 +244,9 @@ class Study:
                 labels = synthetic.masks
                 synthetic = _filtered(synthetic, self.train, judge, folder / "filtered" / _MASKS)
                 shares = dropped(labels, synthetic.masks, schema.names, schema.ignore_index)
+            added = [] if synthetic is None else [synthetic]
+            if confidence is not None:
+                added.append(self.read(confidence))
             segmentor = Segmentor.build(
                 config,
                 schema.num_classes,
@@ -255,7 +261,7 @@ class Study:
                 config,
                 folder / "training",
                 seed=seed,
-                synthetic=synthetic,
+                synthetic=join(added) if added else None,
                 real_fraction=study.real_fraction,
                 synthetic_first=arm.synthetic_first,
                 mix=arm.mix,
@@ -401,6 +407,7 @@ class Study:
         metrics = {arm.name: [self.metrics(arm, seed) for seed in study.seeds] for arm in study.arms}
         twice = {arm.name: [self.metrics(arm, seed, times=2) for seed in study.seeds] for arm in self._checked}
         agreement = {kind: [self.agreement(kind, seed) for seed in study.seeds] for kind in kinds}
+        adding = any(arm.adds_tiles for arm in study.arms)
         seconds: dict[str, float] = {}
         for group, unit in self._used.values():
             seconds[group] = seconds.get(group, 0.0) + unit.seconds
@@ -423,7 +430,7 @@ class Study:
                 ],
                 "data": {
                     **{name: len(split) for name, split in tiles.items()},
-                    "unlabelled": 0 if self.unlabelled is None or not kinds else len(self.unlabelled),
+                    "unlabelled": 0 if self.unlabelled is None or not adding else len(self.unlabelled),
                     "image_size": self.recipe.data.image_size,
                     "source": "procedural world" if self.recipe.data.kind == "world" else "image and mask folders",
                 },

@@ -444,8 +444,9 @@ def fit(
         config: its `train` part says how.
         folder: checkpoints and `log.jsonl` (`miou`, `oa` and `macc` of the validation); a run found here goes on.
         seed: of the order of the tiles, their augmentation and everything else random in training.
-        synthetic: painted tiles, added to the real ones. Where a batch has two or more of each kind, the kinds lend
-            each other nothing, and the running statistics of batch norms are those of the real ones.
+        synthetic: painted tiles, or others that are added to the real ones. Where a batch has two or more of each
+            kind, the kinds lend each other nothing, and the running statistics of batch norms are those of the real
+            ones.
         real_fraction: share of real tiles in every batch when there are painted ones.
         synthetic_first: instead of mixing them, train on painted tiles alone for the first half of the steps and on
             real ones alone for the second.
