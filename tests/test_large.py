@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import rasterio
 import torch
 from affine import Affine
+from rasterio.errors import NotGeoreferencedWarning
 from typer.testing import CliRunner
 
 from terrasynth.cli import app
@@ -109,6 +115,85 @@ def test_the_picture_lies_where_the_mask_lies_and_says_that_it_is_synthetic(tmp_
         assert tags["model"] == model_digest("terrasynth-tiny")
         expected = paint_large(load_pipeline("terrasynth-tiny"), layout, seed=5, sampling=SAMPLING)
         np.testing.assert_array_equal(file.read(), expected.numpy())
+
+
+@pytest.fixture
+def mask(tmp_path, layout):
+    path = tmp_path / "mask.tif"
+    with rasterio.open(path, "w", driver="GTiff", count=1, dtype="uint8", width=100, height=70, **PLACE) as file:
+        file.write(layout.numpy(), 1)
+    return path
+
+
+@pytest.mark.parametrize("moment", ["fsync 1", "replace 1", "fsync 2"])
+def test_a_run_killed_ends_as_one_that_was_not(tmp_path, mask, moment):
+    """Killed before the file is complete, before it is in its place, and right after."""
+    whole, out = tmp_path / "whole.tif", tmp_path / "out.tif"
+    paint_like("terrasynth-tiny", mask, whole, sampling=SAMPLING, seed=5)
+    child = os.fork()
+    if child == 0:
+        name, _, number = moment.partition(" ")
+        owner = os if name == "fsync" else Path
+        done, left = getattr(owner, name), int(number)
+
+        def killing(*arguments):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done(*arguments)
+
+        setattr(owner, name, killing)
+        try:
+            paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert out.exists() == (moment == "fsync 2")
+    assert len(list(tmp_path.iterdir())) == 3  # the mask, the whole one, and the new one or a part of it
+    paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.tif", "out.tif", "whole.tif"]
+
+
+def test_the_same_command_leaves_its_picture_and_another_is_refused(tmp_path, mask, layout):
+    out = tmp_path / "out.tif"
+    for _ in range(2):
+        paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+    before = out.stat().st_mtime_ns
+    paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+    assert out.stat().st_mtime_ns == before
+    for changes in ({"seed": 6}, {"sampling": SamplingConfig(steps=3, batch_size=4)}):
+        with pytest.raises(TerraSynthError, match="was made of something else"):
+            paint_like("terrasynth-tiny", mask, out, **{"sampling": SAMPLING, "seed": 5, **changes})
+    with pytest.raises(TerraSynthError, match="was made of something else"):
+        paint_like("terrasynth-tiny", mask, mask, sampling=SAMPLING, seed=5)
+    with rasterio.open(mask, "r+") as file:
+        file.write(1 - layout.numpy().clip(max=1), 1)
+    with pytest.raises(TerraSynthError, match="was made of something else"):
+        paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+
+
+def test_a_mask_without_a_place_and_one_with_nodata(tmp_path, layout):
+    values = layout.numpy().copy()
+    values[:20, :30] = 99
+    for name, options in (("plain", {}), ("placed", PLACE)):
+        path = tmp_path / f"{name}.tif"
+        profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "width": 100, "height": 70, "nodata": 99}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path, "w", **profile, **options) as file:
+                file.write(values, 1)
+            paint_like("terrasynth-tiny", path, tmp_path / f"{name}-out.tif", sampling=SAMPLING)
+    values[:20, :30] = WORLD_SCHEMA.ignore_index
+    expected = paint_large(load_pipeline("terrasynth-tiny"), torch.from_numpy(values), seed=0, sampling=SAMPLING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(tmp_path / "plain-out.tif") as plain, rasterio.open(tmp_path / "placed-out.tif") as placed:
+            assert (plain.crs, placed.crs.to_epsg()) == (None, 32640)
+            np.testing.assert_array_equal(plain.read(), expected.numpy())
+            np.testing.assert_array_equal(placed.read(), expected.numpy())
 
 
 def test_what_can_not_be_painted_is_explained(tmp_path, monkeypatch):

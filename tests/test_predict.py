@@ -11,6 +11,8 @@ import pytest
 import rasterio
 import torch
 from affine import Affine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rasterio.windows import Window
 from torch import nn
 from typer.testing import CliRunner
@@ -91,6 +93,22 @@ def test_a_network_whose_context_fits_the_overlap_says_the_same_untiled(tmp_path
     row, tiled = shares(segmentor, path)
     assert row == 0
     torch.testing.assert_close(tiled, whole, atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 40), overlap=st.integers(0, 39),
+    batch_size=st.integers(1, 5), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_each_pixel_comes_back_once_and_where_it_was(tmp_path, height, width, size, overlap, batch_size, seed):
+    """A network that looks at one pixel alone, and a scene of colours by which it tells every class."""
+    classes = np.random.default_rng(seed).integers(0, 3, (height, width))
+    path = tiff(tmp_path / "a.tif", (np.eye(3, dtype=np.uint8)[classes] * 255).transpose(2, 0, 1))
+    windows = PredictSettings(size=size, overlap=min(overlap, size - 1), batch_size=batch_size)
+    row, tiled = shares(segmentor_of(nn.Identity()), path, windows)
+    assert (row, tiled.shape) == (0, (3, height, width))
+    np.testing.assert_array_equal(tiled.argmax(0).numpy(), classes)
+    torch.testing.assert_close(tiled.sum(0), torch.ones(height, width), atol=1e-6, rtol=0)
 
 
 def test_blended_probabilities_sum_to_one_where_the_context_does_not_fit(tmp_path, folder, scene):
@@ -175,8 +193,9 @@ def test_a_segmentor_saved_without_colours_maps_without_them(scene, tmp_path, ca
 # --- stopped and started again ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("syncs", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("syncs", [1, 2, 3, 5, 6, 7, 8])
 def test_a_run_killed_after_any_stripe_ends_as_one_that_was_not(folder, scene, tmp_path, syncs):
+    """Killed as what it began is written (1, 2), after a stripe (3 to 6), with the map written and in its place (7, 8)."""
     predict(folder, [scene], tmp_path / "whole.tif", SETTINGS)
     out = tmp_path / "killed.tif"
     child = os.fork()
@@ -188,7 +207,7 @@ def test_a_run_killed_after_any_stripe_ends_as_one_that_was_not(folder, scene, t
             fsync(descriptor)
             count += 1
             if count == syncs:
-                os.write(descriptor, b"half a row") if syncs > 3 else None
+                os.write(descriptor, b"half a row") if 3 < syncs < 7 else None
                 os.kill(os.getpid(), signal.SIGKILL)
 
         os.fsync = killing
@@ -198,9 +217,11 @@ def test_a_run_killed_after_any_stripe_ends_as_one_that_was_not(folder, scene, t
             os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
-    assert not out.exists()
+    assert out.exists() == (syncs == 8)
+    (tmp_path / "other.incomplete-1.tif").touch()  # of another process, that writes beside this one
     predict(folder, [scene], out, SETTINGS)
     assert out.read_bytes() == (tmp_path / "whole.tif").read_bytes()
+    (tmp_path / "other.incomplete-1.tif").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.tif", "scene.tif", "whole.tif"]
 
 
@@ -260,6 +281,26 @@ def test_bad_scenes_are_told_together_before_anything_is_computed(folder, scene,
     assert "2 of 3 scenes" in str(caught.value)
     assert "--stretch" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scene_too_wide_for_the_memory_is_told_from_its_header(folder, tmp_path):
+    path, size = tmp_path / "wide.tif", 2_000_000
+    profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "tiled": True, "SPARSE_OK": True, "compress": "deflate"}
+    with rasterio.open(path, "w", width=size, height=512, **profile, **PLACE):
+        pass
+    with pytest.raises(TerraSynthError, match=r"too wide.*\n.*\n.*2000000 columns, 3 classes, windows of 512: 11.4 GiB"):
+        predict(folder, [path], tmp_path / "out.tif", PredictSettings())
+
+
+def test_no_numbers_in_a_float_scene_are_told_and_nodata_is_not(folder, tmp_path):
+    bands = noise().astype(np.float32)
+    bands[:, 40, 50] = np.nan
+    stretched = PredictSettings(size=32, overlap=16, stretch=Stretch(None, ((0.0, 255.0),)))
+    with pytest.raises(TerraSynthError, match="column 50, row 40"):
+        predict(folder, [tiff(tmp_path / "a.tif", bands, **PLACE)], tmp_path / "a-out.tif", stretched)
+    predict(folder, [tiff(tmp_path / "b.tif", bands, nodata=np.nan, **PLACE)], tmp_path / "b-out.tif", stretched)
+    with rasterio.open(tmp_path / "b-out.tif") as file:
+        assert np.argwhere(file.read(1) == 255).tolist() == [[40, 50]]
 
 
 def test_sixteen_bits_are_stretched_as_asked(folder, tmp_path):

@@ -247,10 +247,19 @@ def test_wildcards_pair_images_with_masks(source):
         ("**/*.tif", "a.tif", ("", "a")),
         ("tile.*", "tile.5.tif", ("5",)),
         ("labels.gpkg", "labels.gpkg", ()),
+        ("area[0-9]/*_[!m]*.tif", "area3/a_rgb.tif", ("3", "a", "r", "gb")),
     ],
 )
 def test_a_key_is_what_the_wildcards_stand_for(pattern, path, key):
     assert _key(Path(path), pattern) == key
+
+
+def test_patterns_are_tidied_as_paths_are_and_odd_ones_explained(source):
+    first = contents(cut(source).recipe.parent / "images")
+    out = cut(source, source.parent / "b", images="./images//*", masks="masks/*/").recipe.parent
+    assert contents(out / "images") == first
+    with pytest.raises(TerraSynthError, match=r"not understood|no file fits"):
+        cut(source, source.parent / "c", images="images**")
 
 
 def test_blocks_of_one_scene_and_tiles_that_overlap(tmp_path):
@@ -325,8 +334,10 @@ def test_other_settings_and_other_files_are_told_apart(source):
     cut(source)
     with pytest.raises(TerraSynthError, match=r"settings.seed: 0 -> 1"):
         cut(source, seed=1)
-    tiff(source / "images" / "s0.tif", noise(9), compress="deflate", **place())
-    with pytest.raises(TerraSynthError, match=r"scenes.s0.bytes"):
+    size = (source / "images" / "s0.tif").stat().st_size
+    tiff(source / "images" / "s0.tif", noise(9), **place())
+    assert (source / "images" / "s0.tif").stat().st_size == size
+    with pytest.raises(TerraSynthError, match=r"scenes.s0.contents"):
         cut(source)
     (source.parent / "mine").mkdir()
     (source.parent / "mine" / "thesis.doc").touch()

@@ -7,6 +7,7 @@ there is no second way.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader, DatasetWriter
 
 __all__ = [
+    "IDENTITY_TAG",
     "IMAGE_SUFFIXES",
     "MAX_BYTES",
     "MAX_PIXELS",
@@ -34,12 +36,14 @@ __all__ = [
     "atomic_dir",
     "atomic_write",
     "digest",
+    "file_digest",
     "gdal_environment",
     "new_tiff",
     "open_image",
     "open_tiff",
     "read_json",
     "remove_incomplete",
+    "tiff_is_there",
     "tiff_palette",
     "weights_digest",
     "write_json",
@@ -60,6 +64,8 @@ _GDAL_DRIVER = "GTiff"
 _CACHE_MIB = 256
 _COPY_AGAIN = "copy it again from its source, or leave it out"
 _INCOMPLETE = ".incomplete"
+#: Tag of a TIFF that says what it was made of.
+IDENTITY_TAG = "terrasynth_identity"
 _RETIRED = f"{_INCOMPLETE}-old"
 
 
@@ -234,6 +240,26 @@ def new_tiff(path: str | Path, **profile: Any) -> Iterator[DatasetWriter]:
             yield target
 
 
+def tiff_is_there(path: Path, identity: str) -> bool:
+    """Whether a TIFF exists; it has to carry this identity (`IDENTITY_TAG`).
+
+    Raises:
+        TerraSynthError: it exists and was made of something else.
+    """
+    if not path.exists():
+        return False
+    with open_tiff(path) as source:
+        was = source.tags().get(IDENTITY_TAG)
+    if was != identity:
+        raise TerraSynthError(
+            "the output exists, and was made of something else",
+            path=path,
+            expected="no such file, or one that the same command wrote",
+            fix="choose another --out, or delete it",
+        )
+    return True
+
+
 def tiff_palette(source: DatasetReader) -> np.ndarray | None:
     """The colours of a TIFF whose only band holds palette indices, (N, 3) uint8; else None."""
     from rasterio.enums import ColorInterp
@@ -334,9 +360,14 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_incomplete(folder: str | Path) -> None:
-    """Delete what a killed run left half-written directly in `folder`, and bring back what it was about to replace."""
-    for leftover in Path(folder).glob(f"*{_INCOMPLETE}-*"):
+def remove_incomplete(folder: str | Path, name: str | None = None) -> None:
+    """Delete what a killed run left half-written directly in `folder`, and bring back what it was about to replace.
+
+    Args:
+        folder: where to look; one that is not there has nothing.
+        name: stem of the only file that is meant, where others write to the same folder; by default all are.
+    """
+    for leftover in Path(folder).glob(f"{'*' if name is None else glob.escape(name)}{_INCOMPLETE}-*"):
         target = leftover.with_name(leftover.name.partition(_INCOMPLETE)[0])
         if f"{_RETIRED}-" in leftover.name and not target.exists():
             leftover.replace(target)
@@ -371,6 +402,12 @@ def digest(*values: Any) -> str:
     """Short SHA-256 (16 hex digits) of JSON-able values; equal values give equal digests on every machine."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """Short SHA-256 (16 hex digits) of what a file holds."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def weights_digest(folder: str | Path) -> str:

@@ -11,7 +11,7 @@
     recipe.yaml             a recipe for `terrasynth study`; written last
 
 Nothing is written before every pixel of every scene was read once: what is wrong with the files is said together.
-Memory does not grow with the scenes. A tile exists once its image does, and the mask is written first, so a run that
+Memory does not grow with the scenes, but for a line a tile. A tile exists once its image does, and the mask is written first, so a run that
 was killed goes on where it stopped and ends with the same files.
 """
 
@@ -40,7 +40,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.data.tiling import SPLITS, assign, regions, tiles
 from terrasynth.errors import TerraSynthError, changes, combined, listed
-from terrasynth.io import atomic_write, new_tiff, open_image, read_json, remove_incomplete, write_json
+from terrasynth.io import atomic_write, file_digest, new_tiff, open_image, read_json, remove_incomplete, write_json
 from terrasynth.progress import say, track
 
 __all__ = ["PrepareSettings", "Prepared", "prepare"]
@@ -234,11 +234,17 @@ def _plan(
     bad: Sequence[TerraSynthError],
 ) -> dict[str, Any]:
     """Everything that the tiles depend on."""
+    files = {path for one in checked for path in (one.scene.image, one.scene.mask)}
+    with track(len(files), "digests", unit="files") as progress:
+        digests = {}
+        for path in files:
+            digests[path] = [file_digest(part) for part in _parts(path)]
+            progress.advance()
     scenes = {
         one.scene.name: {
             "image": one.scene.image.relative_to(source).as_posix(),
             "mask": one.scene.mask.relative_to(source).as_posix(),
-            "bytes": [one.scene.image.stat().st_size, one.scene.mask.stat().st_size],
+            "contents": [digests[one.scene.image], digests[one.scene.mask]],
             "size": [one.grid.width, one.grid.height],
             "crs": None if one.grid.crs is None else one.grid.crs.to_string(),
         }
@@ -257,6 +263,13 @@ def _plan(
     }
     value: dict[str, Any] = json.loads(json.dumps(plan))
     return value
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files that hold what is read as one: a Shapefile has its attributes and its CRS in others."""
+    if path.suffix.lower() != ".shp":
+        return [path]
+    return [part for suffix in (".shp", ".dbf", ".prj") if (part := path.with_suffix(suffix)).exists()]
 
 
 def _claim(out: Path, plan: Mapping[str, Any]) -> None:
@@ -391,6 +404,7 @@ def _finish(
     schema.to_yaml(out / "classes.yaml")
     if bad:
         _write_text(out / "bad_files.txt", "".join(error.line() + "\n" for error in bad))
+        say(f"left out: {len(bad)} scenes, listed in {out / 'bad_files.txt'}")
     sheet = _sheet(out, rows, schema)
     with atomic_write(out / "sheet.png") as partial:
         sheet.save(partial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from terrasynth.data.masks import Survey, survey
 from terrasynth.data.raster import Grid, Raster, Stretch, open_raster
@@ -58,7 +58,8 @@ def find_scenes(source: Path, images: str, masks: str, out: Path) -> tuple[list[
 
     Args:
         source: folder that the patterns start from.
-        images: pattern of the images. What its wildcards stand for names the scene, up to the suffix.
+        images: pattern of the images. What its wildcards (`*`, `?`, `[abc]`, `**/`) stand for names the scene, up to the
+            suffix.
         masks: pattern of the masks, where the wildcards stand for the same; or one vector file for all scenes.
         out: folder whose files are not looked at.
 
@@ -105,6 +106,8 @@ def _matching(
     source: Path, pattern: str, suffixes: Sequence[str], option: str, out: Path
 ) -> dict[tuple[str, ...], list[Path]]:
     """The files that fit a pattern, by what its wildcards stand for, without the suffix."""
+    # As pathlib does it in what it finds: no `./`, no doubled or closing slash.
+    pattern = PurePath(pattern).as_posix()
     try:
         found = sorted(source.glob(pattern))
     except (ValueError, NotImplementedError):  # as Python refuses "/x/*" and "a**"
@@ -133,15 +136,22 @@ def _key(path: Path, pattern: str) -> tuple[str, ...]:
     found = re.fullmatch(_regex(stem), path.with_suffix("").as_posix())
     if found is None:  # a dot in the pattern that begins no suffix, as in `tile.*`
         found = re.fullmatch(_regex(pattern), path.as_posix())
-    assert found is not None
+    if found is None:  # `**` beside other characters, which Python takes for `*`, or from 3.13 on for files
+        raise TerraSynthError(
+            "the pattern is not understood",
+            found=pattern,
+            expected="*, ? and [abc], and **/ for folders in folders",
+            fix="write **/* for all files in all folders",
+        )
     return tuple(part.removesuffix(path.suffix).strip("/").replace("/", "-") for part in found.groups())
 
 
 def _regex(pattern: str) -> str:
     """A glob pattern as a regular expression, in which every wildcard is a group."""
     forms = {"**/": r"((?:[^/]+/)*)", "*": r"([^/]*)", "?": r"([^/])"}
-    parts = re.split(r"(\*\*/|\*|\?)", pattern)
-    return "".join(forms.get(part, re.escape(part)) for part in parts)
+    parts = re.split(r"(\*\*/|\*|\?|\[[^/]+?\])", pattern)
+    sets = {part: f"({re.sub('^.!', '[^', part)})" for part in parts if part.startswith("[")}
+    return "".join((forms | sets).get(part, re.escape(part)) for part in parts)
 
 
 # --- checking them ---------------------------------------------------------------------------------------------------

@@ -15,8 +15,18 @@ from terrasynth.data.masks import settle, survey
 from terrasynth.data.raster import Grid, open_raster
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import MAX_PIXELS, TIFF_SUFFIXES, atomic_write, new_tiff
-from terrasynth.progress import track
+from terrasynth.io import (
+    IDENTITY_TAG,
+    MAX_PIXELS,
+    TIFF_SUFFIXES,
+    atomic_write,
+    digest,
+    file_digest,
+    new_tiff,
+    remove_incomplete,
+    tiff_is_there,
+)
+from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig
 from terrasynth.sampling.flow import FlowStep, Velocity, sample_flow, seeded_noise
 from terrasynth.sampling.tiles import Patch, blended_velocity, patches
@@ -41,20 +51,26 @@ def paint_like(model: Path, mask: Path, out: Path, *, sampling: SamplingConfig, 
         seed: of the noise.
 
     Returns:
-        The file: 8-bit RGB with the CRS and transform of the mask. Its tags say `synthetic=1`, the seed and the model.
+        The file: 8-bit RGB with the CRS and transform of the mask. Its tags say `synthetic=1`, the seed and the model. One
+        that the same call wrote stays as it is.
 
     Raises:
-        TerraSynthError: the mask can not be read, has other classes or is too large; or `out` is no TIFF.
+        TerraSynthError: the mask can not be read, has other classes or is too large; `out` is no TIFF, or exists and was
+            made of something else.
     """
     if out.suffix.lower() not in TIFF_SUFFIXES:
         raise TerraSynthError("a painted scene is a TIFF", path=out, expected="a name that ends in .tif")
-    if out.exists():
-        raise TerraSynthError("the output exists", path=out, fix="choose another --out, or delete it")
+    identity = digest(model_digest(model), file_digest(mask), mask.name, sampling.model_dump(mode="json"), seed)
+    remove_incomplete(out.parent, out.stem)
+    if tiff_is_there(out, identity):
+        say(f"{out} is there already")
+        return out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(model).to(device)
     layout, grid = _read_mask(mask, pipeline.schema)
     image = paint_large(pipeline, layout, seed=seed, sampling=sampling)
     tags = {
+        IDENTITY_TAG: identity,
         "synthetic": "1",
         "software": f"TerraSynth {version('terrasynth')}",
         "seed": str(seed),

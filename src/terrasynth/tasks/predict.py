@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -28,15 +27,17 @@ from terrasynth.data.raster import Grid, Raster, Stretch, open_raster, percentil
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError, combined
 from terrasynth.io import (
+    IDENTITY_TAG,
     IMAGE_SUFFIXES,
+    MAX_BYTES,
     TIFF_SUFFIXES,
     atomic_write,
     digest,
     gdal_environment,
     new_tiff,
-    open_tiff,
     read_json,
     remove_incomplete,
+    tiff_is_there,
     weights_digest,
     write_json,
 )
@@ -45,9 +46,11 @@ from terrasynth.tasks.segmentation import Segmentor
 
 __all__ = ["PredictSettings", "blended", "predict"]
 
-_IDENTITY = "terrasynth_identity"
+_MARKER = "run.json"
 #: Rows written to the output at a time.
 _ROWS = 512
+#: Most bytes that the probabilities of a stripe as wide as the scene may take.
+_MAX_STRIPE = 8 * MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def predict(
     if schema is None:
         say("the segmentor was saved without colours: --labels would add them")
     targets = _targets(scenes, out)
-    stretch = _common_stretch(list(targets), settings)
+    stretch = _common_stretch(list(targets), settings, segmentor.num_classes)
     identity = {
         "segmentor": weights_digest(folder),
         "schema": None if schema is None else schema.to_dict(),
@@ -105,7 +108,10 @@ def predict(
     segmentor.to(device)
     written = []
     for scene, target in targets.items():
-        if not _is_finished(scene, target, identity):
+        remove_incomplete(target.parent, target.stem)
+        if _is_finished(scene, target, identity):
+            _discard(_work(target))
+        else:
             with open_raster(scene) as raster:
                 _predict_scene(segmentor, raster, target, stretch, settings, schema, identity)
         written.append(target)
@@ -143,7 +149,7 @@ def _targets(scenes: Sequence[Path], out: Path) -> dict[Path, Path]:
     return targets
 
 
-def _common_stretch(scenes: Sequence[Path], settings: PredictSettings) -> Stretch:
+def _common_stretch(scenes: Sequence[Path], settings: PredictSettings, num_classes: int) -> Stretch:
     stretch = settings.stretch
     if settings.percentiles is not None:
         if stretch.ranges is not None:
@@ -155,6 +161,7 @@ def _common_stretch(scenes: Sequence[Path], settings: PredictSettings) -> Stretc
         try:
             with open_raster(scene) as raster:
                 stretch.chosen(raster)
+                _check_width(raster, settings.size, num_classes)
         except TerraSynthError as error:
             bad.append(error)
     if bad:
@@ -162,17 +169,25 @@ def _common_stretch(scenes: Sequence[Path], settings: PredictSettings) -> Stretc
     return stretch
 
 
-def _is_finished(scene: Path, target: Path, identity: dict[str, Any]) -> bool:
-    if not target.exists():
-        return False
-    with open_tiff(target) as source:
-        was = source.tags().get(_IDENTITY)
-    if was != digest(identity, scene.name, scene.stat().st_size) or target.stat().st_mtime < scene.stat().st_mtime:
+def _check_width(raster: Raster, size: int, num_classes: int) -> None:
+    width = raster.grid.width
+    needed = 4 * num_classes * min(size, raster.grid.height) * width
+    if needed > _MAX_STRIPE:
         raise TerraSynthError(
-            "the output exists, and was made of something else",
-            path=target,
-            expected="no such file, or the class map of the same scene, segmentor and settings",
-            fix="choose another --out, or delete it",
+            "the scene is too wide: the probabilities of a row of windows do not fit in memory",
+            path=raster.path,
+            found=f"{width} columns, {num_classes} classes, windows of {size}: {needed / 2**30:.1f} GiB",
+            expected=f"at most {_MAX_STRIPE / 2**30:.1f} GiB",
+            fix="lower --size, or cut the scene, for example with `gdal_translate -srcwin`",
+        )
+
+
+def _is_finished(scene: Path, target: Path, identity: dict[str, Any]) -> bool:
+    if not tiff_is_there(target, digest(identity, scene.name, scene.stat().st_size)):
+        return False
+    if target.stat().st_mtime < scene.stat().st_mtime:
+        raise TerraSynthError(
+            "the output is older than its scene", path=target, found=scene, fix="choose another --out, or delete it"
         )
     say(f"{target} is there already")
     return True
@@ -261,7 +276,7 @@ def _predict_scene(
     identity: dict[str, Any],
 ) -> None:
     scene, grid = raster.path, raster.grid
-    work = target.with_name(f"{target.stem}.unfinished")
+    work = _work(target)
     begun = {**identity, "scene": [scene.name, scene.stat().st_size, scene.stat().st_mtime_ns]}
     rows = _open_rows(work, json.loads(json.dumps(begun)))
     # Whole stripes only: a killed run may have written a part of the last.
@@ -279,24 +294,39 @@ def _predict_scene(
                 os.fsync(file.fileno())
                 progress.advance(len(classes))
     tags = {
-        _IDENTITY: digest(identity, scene.name, scene.stat().st_size),
+        IDENTITY_TAG: digest(identity, scene.name, scene.stat().st_size),
         "software": f"TerraSynth {version('terrasynth')}",
         "source": scene.name,
         "segmentor": identity["segmentor"],
     }
     _write_map(target, work, rows, grid, _Legend.of(segmentor, schema), tags)
-    shutil.rmtree(work)
+    _discard(work)
+
+
+def _work(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.unfinished")
+
+
+def _discard(work: Path) -> None:
+    """Delete the folder of finished rows, the file that says what it is last."""
+    if (work / _MARKER).exists():
+        for path in work.iterdir():
+            if path.name != _MARKER:
+                path.unlink()
+        (work / _MARKER).unlink()
+        work.rmdir()
 
 
 def _open_rows(work: Path, begun: dict[str, Any]) -> Path:
     """The file of finished rows; those of an earlier run with other settings are thrown away."""
-    marker, rows = work / "run.json", work / "rows.raw"
+    marker, rows = work / _MARKER, work / "rows.raw"
     remove_incomplete(work)
-    if work.exists() and not (marker.exists() and read_json(marker) == begun):
-        if not marker.exists() and any(work.iterdir()):
-            raise TerraSynthError("not a folder of this command", path=work, fix="choose another --out, or delete it")
-        say(f"{work} was begun with another segmentor, scene or settings: starting anew")
-        shutil.rmtree(work)
+    if marker.exists():
+        if read_json(marker) != begun:
+            say(f"{work} was begun with another segmentor, scene or settings: starting anew")
+            _discard(work)
+    elif work.exists() and any(work.iterdir()):
+        raise TerraSynthError("not a folder of this command", path=work, fix="choose another --out, or delete it")
     work.mkdir(parents=True, exist_ok=True)
     write_json(marker, begun)
     rows.touch()
@@ -321,7 +351,6 @@ class _Legend:
 
 def _write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: _Legend, tags: dict[str, str]) -> None:
     """Turn the finished rows into a cloud-optimised GeoTIFF."""
-    classes = np.memmap(rows, dtype=np.uint8, mode="r", shape=(grid.height, grid.width))
     profile = {
         "dtype": "uint8",
         "count": 1,
@@ -336,10 +365,11 @@ def _write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: _Legend
         "BIGTIFF": "IF_SAFER",
     }
     whole = work / "map.tif"
-    with new_tiff(whole, **profile) as file:
+    with new_tiff(whole, **profile) as file, rows.open("rb") as finished:
         for top in range(0, grid.height, _ROWS):
-            part = np.asarray(classes[top : top + _ROWS])
-            file.write(part, 1, window=Window(0, top, grid.width, len(part)))
+            count = min(_ROWS, grid.height - top)
+            part = np.fromfile(finished, dtype=np.uint8, count=count * grid.width).reshape(count, grid.width)
+            file.write(part, 1, window=Window(0, top, grid.width, count))
         file.set_band_description(1, "class")
         file.update_tags(**tags)
         file.update_tags(1, **{f"class_{value}": name for value, name in legend.names.items()})
