@@ -1,4 +1,4 @@
-"""How much of the time of `terrasynth predict` is the network, of reading is GDAL or Pillow, and how much memory it takes.
+"""`terrasynth predict` against the bare network, reading tiles against bare rasterio and Pillow, and the memory taken.
 
     python benchmarks/predict.py [--side 4000] [--classes 6] [--rounds 3]
 
@@ -161,8 +161,8 @@ def main() -> None:
             decoding(folder, options),
         ]
     print(
-        f"{options.side} x {options.side} pixels, windows of {options.size}, tiles of {_TILE}, {options.classes} classes, "
-        f"{torch.get_num_threads()} thread(s), best of {options.rounds}\n"
+        f"{options.side} x {options.side} pixels, windows of {options.size}, tiles of {_TILE}, "
+        f"{options.classes} classes, {torch.get_num_threads()} thread(s), best of {options.rounds}\n"
     )
     print("| | TerraSynth | bare | ratio |\n|---|--:|--:|--:|")
     print(mapped.format("\n".join(read)))

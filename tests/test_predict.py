@@ -195,7 +195,7 @@ def test_a_segmentor_saved_without_colours_maps_without_them(scene, tmp_path, ca
 
 @pytest.mark.parametrize("syncs", [1, 2, 3, 5, 6, 7, 8])
 def test_a_run_killed_after_any_stripe_ends_as_one_that_was_not(folder, scene, tmp_path, syncs):
-    """Killed as what it began is written (1, 2), after a stripe (3 to 6), with the map written and in its place (7, 8)."""
+    """Killed as what it began is written (1, 2), after a stripe (3 to 6), with the map written (7) and in place (8)."""
     predict(folder, [scene], tmp_path / "whole.tif", SETTINGS)
     out = tmp_path / "killed.tif"
     child = os.fork()

@@ -75,7 +75,7 @@ def test_no_pixel_of_the_ground_is_in_two_splits(data, split, stride, seed):
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), block=st.integers(1, 100), size=st.integers(1, 12))
 def test_blocks_and_the_tiles_in_them_give_each_pixel_back_once(width, height, block, size):
-    """Every pixel carries its own number; tiles side by side bring each back once, or never if less than a tile is left."""
+    """Every pixel has its own number; tiles side by side bring each back once, where less than a tile is left never."""
     scene = np.arange(width * height).reshape(height, width)
     blocks = [part.window for part in regions({"a": at(0, width=width, height=height)}, "blocks", block)]
     assert sorted(np.concatenate([scene[b.toslices()].ravel() for b in blocks])) == list(range(width * height))

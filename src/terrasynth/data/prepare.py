@@ -11,8 +11,8 @@
     recipe.yaml             a recipe for `terrasynth study`; written last
 
 Nothing is written before every pixel of every scene was read once: what is wrong with the files is said together.
-Memory does not grow with the scenes, but for a line a tile. A tile exists once its image does, and the mask is written first, so a run that
-was killed goes on where it stopped and ends with the same files.
+Memory does not grow with the scenes, but for a line a tile. A tile exists once its image does, and the mask is written
+first, so a run that was killed goes on where it stopped and ends with the same files.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def find_scenes(source: Path, images: str, masks: str, out: Path) -> tuple[list[
 
     Args:
         source: folder that the patterns start from.
-        images: pattern of the images. What its wildcards (`*`, `?`, `[abc]`, `**/`) stand for names the scene, up to the
-            suffix.
+        images: pattern of the images. What its wildcards (`*`, `?`, `[abc]`, `**/`) stand for names the scene, up to
+            the suffix.
         masks: pattern of the masks, where the wildcards stand for the same; or one vector file for all scenes.
         out: folder whose files are not looked at.
 

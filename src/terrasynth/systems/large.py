@@ -51,12 +51,12 @@ def paint_like(model: Path, mask: Path, out: Path, *, sampling: SamplingConfig, 
         seed: of the noise.
 
     Returns:
-        The file: 8-bit RGB with the CRS and transform of the mask. Its tags say `synthetic=1`, the seed and the model. One
-        that the same call wrote stays as it is.
+        The file: 8-bit RGB with the CRS and transform of the mask. Its tags say `synthetic=1`, the seed and the model.
+        One that the same call wrote stays as it is.
 
     Raises:
-        TerraSynthError: the mask can not be read, has other classes or is too large; `out` is no TIFF, or exists and was
-            made of something else.
+        TerraSynthError: the mask can not be read, has other classes or is too large; `out` is no TIFF, or exists and
+            was made of something else.
     """
     if out.suffix.lower() not in TIFF_SUFFIXES:
         raise TerraSynthError("a painted scene is a TIFF", path=out, expected="a name that ends in .tif")
