@@ -171,7 +171,8 @@ def prepare(source: str | Path, out: str | Path, settings: PrepareSettings) -> P
     bad += faults
     checked = [one for one in checked if one.survey is None or one.survey.path in lookups]
     if bad and (not settings.skip_bad or not checked):
-        raise combined(bad, f"{len(bad)} of {total} scenes can not be used", shown=None)
+        hint = " (--skip-bad goes on without them)" if checked else ""
+        raise combined(bad, f"{len(bad)} of {total} scenes can not be used{hint}", shown=None)
 
     stretch = Stretch(settings.bands, settings.ranges)
     if settings.percentiles is not None:
