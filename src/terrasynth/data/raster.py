@@ -97,6 +97,7 @@ class Raster:
         self._source = source
         self.nodata: float | None = None
         self.alpha: int | None = None
+        self._has_mask = False
         if isinstance(source, Pixels):
             self._values = source.values[None] if source.values.ndim == 2 else np.moveaxis(source.values, -1, 0)
             self.count, height, width = self._values.shape
@@ -113,6 +114,7 @@ class Raster:
         self.palette = tiff_palette(source)
         # One value for all bands is the TIFF's rule.
         self.nodata = source.nodata
+        self._has_mask = MaskFlags.per_dataset in source.mask_flag_enums[0]
         if ColorInterp.alpha in source.colorinterp:
             self.alpha = source.colorinterp.index(ColorInterp.alpha) + 1
         if not placed and source.gcps[0]:
@@ -178,7 +180,7 @@ class Raster:
         if self.alpha is not None:
             if self.alpha not in bands:
                 found.append(self.read(window, [self.alpha])[0] != 0)
-        elif not isinstance(self._source, Pixels) and MaskFlags.per_dataset in self._source.mask_flag_enums[0]:
+        elif self._has_mask and not isinstance(self._source, Pixels):
             found.append(self._source.read_masks(1, window=window) != 0)
         return np.logical_and.reduce(found) if found else None
 
@@ -314,17 +316,24 @@ class Stretch:
                     found=f"{len(raster.palette)} colours, index {values.max()}",
                 )
             values = np.moveaxis(raster.palette[values[0]], -1, 0)
+        if not valid.all():
+            values = np.where(valid, values, 0)
         if self.ranges is not None:
-            values = self._scaled(values, valid)
-        pixels = np.where(valid[..., None], np.moveaxis(np.broadcast_to(values, (3, *valid.shape)), 0, -1), 0)
-        return pixels.astype(np.uint8, copy=False), valid
+            values = self._scaled(values)
+            values[:, ~valid] = 0
+        return np.moveaxis(values if len(values) == 3 else values.repeat(3, axis=0), 0, -1), valid
 
-    def _scaled(self, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    def _scaled(self, values: NDArray[Any]) -> NDArray[np.uint8]:
         # 24 bits hold every stored value of 16 bits exactly.
         real = np.float32 if values.dtype.itemsize <= 2 or values.dtype == np.float32 else np.float64
         low, high = np.array(self.ranges, dtype=real).T[:, :, None, None]
-        scaled = (np.where(valid, values, low).astype(real) - low) / (high - low)
-        return np.rint(scaled.clip(0, 1) * 255).astype(np.uint8)
+        # In place: a pass over memory takes as long as the arithmetic.
+        scaled = values.astype(real)
+        scaled -= low
+        scaled /= high - low
+        scaled.clip(0, 1, out=scaled)
+        scaled *= 255
+        return np.rint(scaled, out=scaled).astype(np.uint8)
 
 
 def _not_finite(raster: Raster, window: Window, wrong: NDArray[np.bool_]) -> TerraSynthError:
