@@ -16,7 +16,7 @@ from terrasynth.cli import Commands, app
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe_io import load_recipe, packaged
 
-COMMANDS = ["demo", "train", "generate", "export", "study", "report", "recipe", "doctor"]
+COMMANDS = ["demo", "prepare", "train", "generate", "predict", "export", "study", "report", "recipe", "doctor"]
 
 
 def invoke(*arguments):

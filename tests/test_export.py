@@ -10,6 +10,7 @@ import shutil
 import signal
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ def expected(index: int) -> np.ndarray:
     return np.where(mask_of(index) == 7, 255, mask_of(index))
 
 
-def paint(folder: Path, count: int = len(SIZES), **arguments) -> Path:
-    writer = SyntheticWriter(folder, SCHEMA, plan={"model": "0f1e", "sampling": {"steps": 4}}, **arguments)
+def paint(folder: Path, count: int = len(SIZES), schema: LabelSchema = SCHEMA, **arguments) -> Path:
+    writer = SyntheticWriter(folder, schema, plan={"model": "0f1e", "sampling": {"steps": 4}}, **arguments)
     for index in range(count):
         image = np.random.default_rng(100 + index).integers(0, 256, (3, *SIZES[index]), dtype=np.uint8)
         row = {"seed": 2**62 + index, "prompt": "Übersicht\u2028two lines", "source_mask": f"tile{index}"}
@@ -378,3 +379,11 @@ def test_one_sample_at_a_time_is_in_memory(tmp_path, to):
     tracemalloc.stop()
     one = noise.numel() + mask.numel()
     assert peak < 8 * one < count * one / 2
+
+
+def test_exports_hold_class_indices_whatever_the_masks_of_the_dataset_store(dataset, exports, tmp_path):
+    stored = replace(SCHEMA, values=(200, 3, 0), ignore_values=(1, 2))
+    other = paint(tmp_path / "set", schema=stored, license="cc-by-4.0", title="Tiles of nowhere")
+    assert np.asarray(Image.open(other / "masks" / "000003.png"))[0, 0] == 0
+    for to, folder in exports.items():
+        assert contents(export(other, to, tmp_path / to, shard_size=2)) == contents(folder)

@@ -504,3 +504,12 @@ def test_the_world_gives_every_split_its_own_tiles_again_and_again():
     assert torch.equal(load_tiles(more, "train").images[:3], splits["train"].images)
     other = settings.model_copy(update={"world": settings.world.model_copy(update={"seed": 1})})
     assert not torch.equal(load_tiles(other, "train").images, splits["train"].images)
+
+
+def test_a_packaged_schema_reads_what_its_data_set_stores(root):
+    stored = np.random.default_rng(0).integers(0, 8, (SIZE, SIZE)).astype(np.uint8)
+    for name in "abc":
+        save(root / "masks" / "train" / f"{name}.png", stored)
+    tiles = load_tiles(config(root, label_schema="loveda"), "train")
+    np.testing.assert_array_equal(tiles.masks[0].numpy(), np.where(stored == 0, 255, stored.astype(int) - 1))
+    assert tiles.schema.names[2] == "road"  # stored as 3

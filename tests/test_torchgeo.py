@@ -100,6 +100,18 @@ def test_loveda_becomes_the_tiles_of_a_recipe(loveda, tmp_path):
         np.testing.assert_array_equal(tiles.masks[index], np.where(stored == 0, 255, stored - 1))
 
 
+def test_loveda_as_it_is_fits_the_packaged_schema(loveda, tmp_path):
+    """Its masks store class + 1, which the schema knows; so do the tiles that are written."""
+    loveda.transforms = None
+    from_torchgeo(loveda, LabelSchema.load("loveda"), tmp_path / "tiles", value_range=(0, 255))
+    tiles = load(tmp_path / "tiles")
+    for index, files in enumerate(loveda.files):
+        stored = np.asarray(Image.open(files["mask"])).astype(int)
+        np.testing.assert_array_equal(tiles.masks[index], np.where(stored == 0, 255, stored - 1))
+        written = Image.open(tmp_path / "tiles" / "masks" / "train" / f"{index:06d}.png")
+        np.testing.assert_array_equal(np.asarray(written), stored)
+
+
 def test_splits_share_a_folder_and_a_second_call_changes_nothing(loveda, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("TERRASYNTH_QUIET", "0")
     for split in ("train", "val", "train"):

@@ -330,3 +330,14 @@ def test_a_damaged_image_or_row_is_named(tmp_path):
 def test_a_folder_that_is_no_synthetic_dataset_is_named(tmp_path):
     with pytest.raises(TerraSynthError, match="not a synthetic dataset"):
         load_synthetic(tmp_path)
+
+
+def test_masks_are_written_as_the_schema_stores_them(tmp_path):
+    schema = LabelSchema.load("loveda")
+    writer = SyntheticWriter(tmp_path / "out", schema, plan={})
+    mask = torch.tensor([[0, 6], [255, 2]], dtype=torch.uint8)
+    writer.add("a", torch.zeros(3, 2, 2, dtype=torch.uint8), mask, {"seed": 1})
+    writer.finish()
+    assert np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png")).tolist() == [[1, 7], [0, 3]]
+    assert torch.equal(load_synthetic(tmp_path / "out").masks[0], mask)
+    assert "| 7 | agricultural | 1 | 25.00% |" in (tmp_path / "out" / "README.md").read_text()

@@ -110,6 +110,42 @@ SkipBad = Annotated[
         help="Go on without tiles, masks and images that can not be used, and list them. (default: list them and end)",
     ),
 ]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+Bands = Annotated[
+    Any,
+    typer.Option(
+        metavar="R,G,B",
+        parser=_whole_numbers,
+        help="Numbers of the bands to show as red, green and blue, counted from 1; or of one, for grey. (default: the "
+        "only one or the only three beside alpha)",
+    ),
+]
+StretchRange = Annotated[
+    Any,
+    typer.Option(
+        metavar="LOW,HIGH",
+        parser=_numbers,
+        help="Stored values that become black and white, in all scenes alike; a pair for all bands, or one after the "
+        "other for each. Needed unless the bands are 8-bit, which stay as they are.",
+    ),
+]
+Percentiles = Annotated[
+    Any,
+    typer.Option(
+        metavar="LOW,HIGH",
+        parser=_numbers,
+        help="Instead of --stretch: these percentiles of each band over all scenes together, as 2,98.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
@@ -153,6 +189,159 @@ def demo(out: Out = None) -> None:
     _study("demo", None, out, None, (), jobs=None)
 
 
+class Edges(StrEnum):
+    """What becomes of less than a tile at the right and lower edge."""
+
+    shift = "shift"
+    drop = "drop"
+
+
+class Split(StrEnum):
+    """What goes to a split as a whole."""
+
+    scene = "scene"
+    blocks = "blocks"
+
+
+class MaskCoding(StrEnum):
+    """How mask rasters are coded."""
+
+    auto = "auto"
+    indices = "index"
+    colors = "color"
+
+
+@app.command(
+    epilog=_example("terrasynth prepare scenes --out tiles/mine --labels classes.yaml --size 256 --split blocks")
+)
+def prepare(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", exists=True, file_okay=False, help="Folder of the scenes and their masks."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Folder of the tiles.")],
+    labels: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE", help="Label schema: a packaged one (`loveda`, `potsdam`, ...) or a YAML file."
+        ),
+    ],
+    images: Annotated[
+        str,
+        typer.Option(
+            metavar="PATTERN",
+            help="The scenes under SRC: GeoTIFF of any size, PNG or JPEG. What the wildcards stand for is a scene's "
+            "name.",
+        ),
+    ] = "images/*",
+    masks: Annotated[
+        str,
+        typer.Option(
+            metavar="PATTERN",
+            help="Their masks under SRC, whose wildcards stand for the same: index, palette or RGB rasters, GeoJSON or "
+            "other polygons (`terrasynth\\[vector]`); or one vector file for all scenes.",
+        ),
+    ] = "masks/*",
+    size: Annotated[int, typer.Option(metavar="PIXELS", min=8, help="Side of the tiles. Nothing is resampled.")] = 256,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=1,
+            help="From one tile to the next; less than --size makes them overlap. (default: --size)",
+        ),
+    ] = None,
+    edges: Annotated[
+        Edges,
+        typer.Option(
+            help="What is left at the right and lower edge of a scene or block: `shift` covers it with one more tile, "
+            "shifted back; `drop` leaves it out."
+        ),
+    ] = Edges.shift,
+    bands: Bands = None,
+    stretch: StretchRange = None,
+    percentiles: Percentiles = None,
+    mask_coding: Annotated[
+        MaskCoding, typer.Option(help="How mask rasters are coded; `auto` refuses what can be read in two ways.")
+    ] = MaskCoding.auto,
+    class_attribute: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What holds the class of a polygon: its name, or its value.")
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="Class of ground without a polygon. (default: it is unlabelled)"),
+    ] = None,
+    split: Annotated[
+        Split,
+        typer.Option(
+            help="Whole scenes go to training, validation and test, scenes that overlap together; or `blocks` of each. "
+            "Never random tiles."
+        ),
+    ] = Split.scene,
+    block: Annotated[
+        int | None, typer.Option(metavar="PIXELS", min=1, help="Side of a block. (default: four tiles)")
+    ] = None,
+    fractions: Annotated[
+        Any,
+        typer.Option(metavar="TRAIN,VAL,TEST", parser=_numbers, help="Shares of the tiles. (default: 0.7,0.15,0.15)"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which scenes or blocks go where.")] = 0,
+    caption: Annotated[
+        str, typer.Option(metavar="TEXT", help="Caption of a tile; `{classes}` becomes the classes present.")
+    ] = "a satellite image of {classes}",
+    skip_unlabelled: Annotated[
+        bool, typer.Option("--skip-unlabelled", help="Leave out tiles without a labelled pixel.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without the scenes that can not be used, and list them in DIR.")
+    ] = False,
+) -> None:
+    """Cut scenes and their masks into tiles, split by place, with a recipe that a study runs on.
+
+    Every pixel is read once before anything is written, and all bad files are named together. CRS and transform are
+    kept. Stopped or killed, the same command goes on.
+    """
+    from terrasynth.data.prepare import PrepareSettings
+    from terrasynth.data.prepare import prepare as cut
+
+    settings = PrepareSettings(
+        labels=labels,
+        images=images,
+        masks=masks,
+        size=size,
+        stride=stride,
+        edges=edges.value,
+        bands=bands,
+        ranges=_pairs(stretch),
+        percentiles=percentiles,
+        mask_coding=mask_coding.value,
+        class_attribute=class_attribute,
+        background=background,
+        split=split.value,
+        block=block,
+        fractions=fractions or (0.7, 0.15, 0.15),
+        seed=seed,
+        caption=caption,
+        skip_unlabelled=skip_unlabelled,
+        skip_bad=skip_bad,
+    )
+    made = cut(source, out, settings)
+    typer.echo(f"{made.histogram}\n")
+    if made.stretch:
+        typer.echo(f"Shown with {made.stretch}: give `terrasynth predict` the same.")
+    typer.echo(f"{made.recipe}\nNext: terrasynth study {shlex.quote(str(made.recipe))}")
+
+
+def _pairs(numbers: tuple[float, ...] | None) -> tuple[tuple[float, float], ...] | None:
+    if numbers is None:
+        return None
+    if len(numbers) % 2:
+        raise typer.BadParameter(
+            "give LOW,HIGH for all bands, or LOW,HIGH,LOW,HIGH,... for each", param_hint="--stretch"
+        )
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
 @app.command(epilog=_example("terrasynth train dubai16 --data tiles/dubai --set generator.train.steps=2000"))
 def train(
     recipe: RecipeName,
@@ -182,7 +371,8 @@ def generate(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="A recipe (its generator is trained if the run's folder has none) or a model's folder.",
+            help="A recipe (its generator is trained if the run's folder has none), a model's folder, or a packaged "
+            "model (`terrasynth-tiny`).",
         ),
     ],
     data: Data = None,
@@ -208,10 +398,20 @@ def generate(
         int | None,
         typer.Option(metavar="N", min=1, help="How many images. (default: one per mask)"),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MASK",
+            exists=True,
+            dir_okay=False,
+            help="Paint one picture of the size of this mask raster, whatever it is, in the same place on the ground.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", file_okay=False, help="Folder of the data set. (default: synthetic/ beside the model)"
+            metavar="DIR|FILE",
+            help="Folder of the data set (default: synthetic/ beside the model); with --like, the file (.tif).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run; image i derives its own from it and i.")] = 0,
@@ -247,19 +447,25 @@ def generate(
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
     Image i depends on its mask, the seed and i alone. Stopped or killed, the same command adds what is missing. With a
-    model's folder, `--set` takes keys of `sampling` and `steering` only.
+    model's folder, `--set` takes keys of `sampling` and `steering` only. With --like, one GeoTIFF instead.
     """
     from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
-    if model.is_dir():
-        if masks is None:
+    if like is not None and (masks is not None or count is not None or steer is not None):
+        raise typer.BadParameter(
+            "these belong to a data set, and --like asks for one picture", param_hint="--masks, --count, --steer"
+        )
+    if like is not None and out is None:
+        raise typer.BadParameter("name the picture, as painted.tif", param_hint="--out")
+    if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
+        if masks is None and like is None:
             raise typer.BadParameter("a model alone has no masks to paint; give their folder", param_hint="--masks")
         if data or run or max_minutes is not None:
             raise typer.BadParameter(
                 "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
             )
-        painted: Path | Tiles = masks
+        painted: Path | Tiles | None = masks
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
         with _time_limit():
@@ -267,9 +473,16 @@ def generate(
             model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 
+    _silence_libraries()
+    if like is not None and out is not None:
+        from terrasynth.systems.large import paint_like
+
+        typer.echo(paint_like(model, like, out, sampling=settings.sampling, seed=seed))
+        return
+
     from terrasynth.study.generate import generate as paint
 
-    _silence_libraries()
+    assert painted is not None
     folder = paint(
         model,
         painted,
@@ -334,6 +547,68 @@ def study(
     killed, the same command goes on from what is finished.
     """
     _study(recipe, data, out, max_minutes, _settings(overrides, skip_bad), jobs)
+
+
+@app.command(
+    epilog=_example("terrasynth predict runs/mine/cells/real-seed-0-1a2b3c4d/segmentor scene.tif --out classes.tif")
+)
+def predict(
+    segmentor: Annotated[
+        Path,
+        typer.Argument(metavar="SEGMENTOR", exists=True, file_okay=False, help="Folder of a trained segmentor."),
+    ],
+    scenes: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SCENE...", exists=True, help="GeoTIFFs of any size, PNGs or JPEGs, or folders of them."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE|DIR", help="The class map of one scene (.tif), or a folder for those of all."
+        ),
+    ],
+    size: Annotated[int, typer.Option(metavar="PIXELS", min=32, help="Side of the windows.")] = 512,
+    overlap: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=0,
+            help="What neighbouring windows share, where their probabilities are blended. (default: --size / 4)",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
+    bands: Bands = None,
+    stretch: StretchRange = None,
+    percentiles: Percentiles = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Label schema with the colours and values of the classes. (default: that of the training tiles)",
+        ),
+    ] = None,
+) -> None:
+    """Predict the class of every pixel of SCENE: cloud-optimised GeoTIFFs with CRS, colours and class names.
+
+    --bands and --stretch must be those of the training tiles; `terrasynth prepare` prints them. Stopped or killed, the
+    same command goes on.
+    """
+    from terrasynth.data.raster import Stretch
+    from terrasynth.data.schema import LabelSchema
+
+    # What is wrong with the options shows before torch is loaded.
+    shown = Stretch(bands, _pairs(stretch))
+    schema = None if labels is None else LabelSchema.load(labels)
+
+    from terrasynth.tasks.predict import PredictSettings
+    from terrasynth.tasks.predict import predict as map_classes
+
+    _silence_libraries()
+    settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown, percentiles)
+    for path in map_classes(segmentor, scenes, out, settings, schema=schema):
+        typer.echo(path)
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))

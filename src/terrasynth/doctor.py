@@ -29,6 +29,7 @@ EXTRAS = {
     "peft": "low-rank adapters (`trainable: lora`)",
     "torchgeo": "datasets to and from torchgeo (`terrasynth.data.torchgeo`)",
     "track": "TensorBoard logs of training",
+    "vector": "masks from GeoPackage, Shapefile and FlatGeobuf",
 }
 _COLORS = {"ok": "green", "note": "yellow", "FAILED": "red"}
 _GIB = 2**30

@@ -19,36 +19,57 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from terrasynth.errors import TerraSynthError
 
+if TYPE_CHECKING:
+    import rasterio
+    from rasterio.io import DatasetReader, DatasetWriter
+
 __all__ = [
+    "IDENTITY_TAG",
     "IMAGE_SUFFIXES",
+    "MAX_BYTES",
     "MAX_PIXELS",
+    "TIFF_SUFFIXES",
     "Pixels",
     "atomic_dir",
     "atomic_write",
     "digest",
+    "file_digest",
     "full_disk",
+    "gdal_environment",
+    "new_tiff",
     "open_image",
+    "open_tiff",
     "read_json",
     "remove_incomplete",
+    "tiff_is_there",
+    "tiff_palette",
+    "weights_digest",
     "write_json",
 ]
 
 #: Largest image that is decoded in one piece; larger ones are read by windows.
 MAX_PIXELS = 64 * 1024 * 1024
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+# Sixteen bytes hold four bands of 32 bits.
+_BYTES_PER_PIXEL = 16
+#: Most bytes that one image, one window or one block of a TIFF may decode to.
+MAX_BYTES = MAX_PIXELS * _BYTES_PER_PIXEL
+TIFF_SUFFIXES = (".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", *TIFF_SUFFIXES)
 # A short list on purpose: Pillow and GDAL know dozens of formats nobody asked for, some of them remote or scripted.
 _PILLOW_FORMATS = ("PNG", "JPEG")
 _GDAL_DRIVER = "GTiff"
-#: Sixteen bytes hold four bands of 32 bits; an image of `MAX_PIXELS` may not have more.
-_BYTES_PER_PIXEL = 16
-_COPY_AGAIN = "copy it again from its source, or leave it out of the split list"
+# A row of tiles of a wide scene, so that none of it is decoded twice.
+_CACHE_MIB = 256
+_COPY_AGAIN = "copy it again from its source, or leave it out"
 _INCOMPLETE = ".incomplete"
+#: Tag of a TIFF that says what it was made of.
+IDENTITY_TAG = "terrasynth_identity"
 _RETIRED = f"{_INCOMPLETE}-old"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Bytes that need a new block of any file system.
@@ -78,13 +99,9 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     Raises:
         TerraSynthError: the file is missing, empty, no image, damaged, larger than `max_pixels` or than the memory.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise TerraSynthError("no such file", path=path, fix="check the path and the split list that names it")
-    if path.stat().st_size == 0:
-        raise TerraSynthError("the file is empty", path=path, fix=_COPY_AGAIN)
+    path = _file_with_content(path)
     try:
-        return (_open_tiff if path.suffix.lower() in (".tif", ".tiff") else _open_pillow)(path, max_pixels)
+        return (_read_tiff if path.suffix.lower() in TIFF_SUFFIXES else _open_pillow)(path, max_pixels)
     except MemoryError as error:
         raise TerraSynthError(
             "not enough memory to decode the image",
@@ -92,6 +109,15 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
             found=f"a file of {path.stat().st_size:,} bytes",
             fix=f"if that is little, the file is damaged: {_COPY_AGAIN}. Otherwise cut it into tiles",
         ) from error
+
+
+def _file_with_content(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise TerraSynthError("no such file", path=path, fix="check the path and the split list that names it")
+    if path.stat().st_size == 0:
+        raise TerraSynthError("the file is empty", path=path, fix=_COPY_AGAIN)
+    return path
 
 
 def _check_size(path: Path, width: int, height: int, max_pixels: int, bytes_per_pixel: int = 4) -> None:
@@ -170,34 +196,97 @@ def _check_depth(path: Path, file_format: str | None) -> None:
         )
 
 
-def _open_tiff(path: Path, max_pixels: int) -> Pixels:
+def gdal_environment() -> rasterio.Env:
+    """GDAL with a cache of fixed size, unless GDAL_CACHEMAX says otherwise: its own takes a share of all memory."""
+    import rasterio
+
+    return rasterio.Env(**({} if "GDAL_CACHEMAX" in os.environ else {"GDAL_CACHEMAX": _CACHE_MIB}))
+
+
+@contextmanager
+def open_tiff(path: str | Path) -> Iterator[DatasetReader]:
+    """Open a local TIFF with rasterio; nothing is decoded yet. GDAL's other drivers and remote paths are off.
+
+    Raises:
+        TerraSynthError: the file is missing, empty or no TIFF, or (inside the `with`) can not be read.
+    """
     import warnings
 
     import rasterio
-    from rasterio.enums import ColorInterp
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+    path = _file_with_content(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver=_GDAL_DRIVER) as source:
-                # Complex integers are NumPy's complex64.
-                dtypes = ["complex64" if dtype == "complex_int16" else dtype for dtype in source.dtypes]
-                bytes_per_pixel = sum(np.dtype(dtype).itemsize for dtype in dtypes)
-                _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
-                bands = source.read()
-                palette, nodata = None, source.nodata
-                if source.count == 1 and source.colorinterp[0] is ColorInterp.palette:
-                    table = source.colormap(1)
-                    palette = np.array([table[i][:3] for i in range(len(table))], dtype=np.uint8)
+        with gdal_environment():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                source = rasterio.open(path.absolute(), driver=_GDAL_DRIVER)
+            with source:
+                yield source
     except RasterioError as error:
         raise TerraSynthError(
             "the TIFF can not be read",
             path=path,
-            found=str(error),
+            # rasterio chains what GDAL said.
+            found=str(error.__cause__ or error),
             fix=_COPY_AGAIN,
         ) from error
+
+
+def _read_tiff(path: Path, max_pixels: int) -> Pixels:
+    with open_tiff(path) as source:
+        # Complex integers are NumPy's complex64.
+        dtypes = ["complex64" if dtype == "complex_int16" else dtype for dtype in source.dtypes]
+        bytes_per_pixel = sum(np.dtype(dtype).itemsize for dtype in dtypes)
+        _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
+        bands, palette, nodata = source.read(), tiff_palette(source), source.nodata
     return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette, nodata)
+
+
+@contextmanager
+def new_tiff(path: str | Path, **profile: Any) -> Iterator[DatasetWriter]:
+    """Create a GeoTIFF of `profile`, as rasterio takes it, at a path from `atomic_write`; it may lie nowhere."""
+    import warnings
+
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with gdal_environment():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            target = rasterio.open(path, "w", driver=_GDAL_DRIVER, **profile)
+        with target:
+            yield target
+
+
+def tiff_is_there(path: Path, identity: str) -> bool:
+    """Whether a TIFF exists; it has to carry this identity (`IDENTITY_TAG`).
+
+    Raises:
+        TerraSynthError: it exists and was made of something else.
+    """
+    if not path.exists():
+        return False
+    with open_tiff(path) as source:
+        was = source.tags().get(IDENTITY_TAG)
+    if was != identity:
+        raise TerraSynthError(
+            "the output exists, and was made of something else",
+            path=path,
+            expected="no such file, or one that the same command wrote",
+            fix="choose another --out, or delete it",
+        )
+    return True
+
+
+def tiff_palette(source: DatasetReader) -> np.ndarray | None:
+    """The colours of a TIFF whose only band holds palette indices, (N, 3) uint8; else None."""
+    from rasterio.enums import ColorInterp
+
+    if source.count != 1 or source.colorinterp[0] is not ColorInterp.palette:
+        return None
+    table = source.colormap(1)
+    return np.array([table[i][:3] for i in range(len(table))], dtype=np.uint8)
 
 
 def _fsync(path: Path) -> None:
@@ -267,8 +356,13 @@ def _refuse_torn(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a sibling path to write to; on success it replaces `path` in one step, on failure `path` stays as it was.
+
+    Args:
+        path: the file.
+        durable: wait for the disk, so that a power failure does not undo it. With thousands of small files that takes
+            most of the time; without it, whoever goes on from such files has to see whether they decode.
 
     Raises:
         TerraSynthError: the disk is full.
@@ -285,9 +379,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             yield partial
             partial.chmod(mode)
             _refuse_torn(partial)
-            _fsync(partial)
+            if durable:
+                _fsync(partial)
             partial.replace(path)
-            _fsync(path.parent)
+            if durable:
+                _fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -339,8 +435,9 @@ def remove_incomplete(folder: str | Path, name: str | None = None) -> None:
     """Delete what a killed run left half-written directly in `folder`, and bring back what it was about to replace.
 
     Args:
-        folder: where to look.
-        name: of the one file or folder whose leftovers go, where others may be at work beside it; None takes all.
+        folder: where to look; one that is not there has nothing.
+        name: without suffix, of the one file or folder whose leftovers go, where others may be at work beside it; None
+            takes all.
     """
     for leftover in Path(folder).glob(f"{'*' if name is None else glob.escape(name)}{_INCOMPLETE}-*"):
         target = leftover.with_name(leftover.name.partition(_INCOMPLETE)[0])
@@ -377,3 +474,18 @@ def digest(*values: Any) -> str:
     """Short SHA-256 (16 hex digits) of JSON-able values; equal values give equal digests on every machine."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """Short SHA-256 (16 hex digits) of what a file holds."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Digest of all safetensors files under a folder and their names: which model this is, wherever it lies."""
+    hashes = []
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        with path.open("rb") as file:
+            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+    return digest(hashes)

@@ -33,7 +33,7 @@ says so in its PNG text (`synthetic=1`), together with its seed and what it was 
 
 Painted by {versions}. Licence: {license}
 
-| index | class | tiles | pixels |
+| value | class | tiles | pixels |
 |---|---|---|---|
 {classes}
 
@@ -96,7 +96,7 @@ def dataset_card(
         loading: how to read them, in Markdown.
         front: more front matter.
     """
-    names = [*enumerate(schema.names), (schema.ignore_index, "(unlabelled)")]
+    names = [*zip(schema.stored, schema.names, strict=True), (schema.stored_ignore[0], "(unlabelled)")]
     share = contents.pixels / max(1, contents.pixels.sum())
     settings = {key: value for key, value in plan.items() if key != "schema"}
     head = {

@@ -93,7 +93,7 @@ def export(dataset: str | Path, to: str, folder: str | Path, *, shard_size: int 
     source = _Dataset(Path(dataset), schema, rows, title, front.get("license", "unknown"), Contents())
     with atomic_dir(target) as partial:
         about = FORMATS[to](source, partial, shard_size)
-        exported = replace(schema, ignore_index=_IGNORE)
+        exported = replace(schema, ignore_index=_IGNORE, values=None, ignore_values=())
         write_json(partial / "schema.json", exported.to_dict())
         card = dataset_card(source.contents, exported, read_plan(dataset), title=title, license=source.license, **about)
         (partial / "README.md").write_text(card, encoding="utf-8")

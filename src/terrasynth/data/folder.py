@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from terrasynth.data.read import common_coding, read_image, read_mask, refuse_bad_files
-from terrasynth.data.schema import LabelSchema
+from terrasynth.data.schema import LabelSchema, packaged_labels
 from terrasynth.data.unlabelled import cut_windows, find_images, merged_schema, pseudo_masks
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import Rows, read_manifest
@@ -188,7 +188,7 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
         raise TerraSynthError(
             f"no tile of the {split} split has a labelled pixel",
             path=kept[0][1].parent,
-            found=f"{len(tiles)} masks, all {schema.ignore_index} (read as {coding})",
+            found=f"{len(tiles)} masks, unlabelled everywhere (read as {coding})",
             fix="check ignore_index and ignore_colors of the label schema, and data.mask_coding",
         )
     return tiles
@@ -477,21 +477,10 @@ def _load_schema(config: DataConfig, root: Path, base: Path | None) -> LabelSche
         raise TerraSynthError(
             "the recipe names no label schema",
             path=root,
-            expected='a YAML file with classes: [{name: building, color: "#3C1098"}, ...]',
-            fix="write one and set data.label_schema",
+            expected='a YAML file with classes: [{name: building, color: "#3C1098"}, ...], or a packaged schema',
+            fix=f"write one and set data.label_schema, or take one of {', '.join(packaged_labels())}",
         )
-    # The last one, so that a packaged recipe still finds its schema when it is copied and changed.
-    packaged = Path(__file__).parents[1] / "recipes"
-    candidates = [folder / config.label_schema for folder in (base or Path(), root, packaged)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return LabelSchema.from_yaml(candidate)
-    raise TerraSynthError(
-        "the label schema is missing",
-        path=config.label_schema,
-        expected=f"at {' or '.join(dict.fromkeys(str(candidate) for candidate in candidates))}",
-        fix="check data.label_schema",
-    )
+    return LabelSchema.load(config.label_schema, [base or Path(), root])
 
 
 def _pair_files(

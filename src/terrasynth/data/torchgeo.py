@@ -22,7 +22,7 @@ from terrasynth.data.folder import read_samples
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError, changes, combined
-from terrasynth.io import atomic_dir, atomic_write, read_json, remove_incomplete, write_json
+from terrasynth.io import atomic_dir, atomic_write, new_tiff, read_json, remove_incomplete, write_json
 from terrasynth.progress import say, track
 
 try:
@@ -92,8 +92,7 @@ def from_torchgeo(
 
     Args:
         dataset: its samples have `image`, real (C, H, W), and `mask`, whole numbers (H, W) or (1, H, W).
-        schema: the classes; masks hold their indices, or `ignore_index`. Where a dataset counts otherwise, as LoveDA
-            does from 1, its `transforms` are the place to say so.
+        schema: the classes, and the values that stand for them in the masks (`LabelSchema.load("loveda")`, say).
         folder: of the tiles; the same for every split.
         split: `train`, `val` or `test`, as recipes call them.
         value_range: the values that become 0 and 255: (0, 255) or (0, 1) for images, (0, 3000) for reflectance times
@@ -154,7 +153,7 @@ def from_torchgeo(
                 ids.append(f"{number:06d}")
                 brightest = max(brightest, int(pixels.max()))
                 _save(partial_images / ids[-1], pixels, place)
-                _save(partial_masks / ids[-1], mask, place, schema.palette())
+                _save(partial_masks / ids[-1], schema.to_index(mask), place, schema.palette())
             progress.advance()
         if problems:
             raise combined(problems, f"{len(problems)} of {len(keys)} tiles of the {split} split can not be used")
@@ -311,17 +310,14 @@ def _save(
             picture.putpalette(palette.tobytes())
         picture.save(path.with_suffix(".png"))
         return
-    import rasterio
     from rasterio.crs import CRS
     from rasterio.transform import from_bounds
 
     crs, bounds = place
     height, width = values.shape[:2]
     bands = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-    with rasterio.open(
+    with new_tiff(
         path.with_suffix(".tif"),
-        "w",
-        driver="GTiff",
         width=width,
         height=height,
         count=len(bands),

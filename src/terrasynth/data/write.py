@@ -5,7 +5,7 @@ row), and stays one while it grows:
 
     .terrasynth.json    whose folder this is: the settings that every sample depends on
     schema.json         the classes
-    masks/ID.png        8-bit class indices, with the schema's colours as palette
+    masks/ID.png        what the schema stores for the classes (their indices, usually), with its colours as palette
     images/ID.png       RGB; its text chunks say `synthetic=1` and hold the sample's row
     metadata.jsonl      the rows, and
     README.md           the dataset card: written by `finish`
@@ -143,7 +143,7 @@ class SyntheticWriter:
             raise ValueError(f"not a file name: {id!r}")
         if image.shape[0] != 3 or image.shape[1:] != mask.shape:
             raise ValueError(f"image {tuple(image.shape)} and mask {tuple(mask.shape)} do not belong together")
-        indices = self.schema.from_index(mask.cpu().numpy())
+        indices = self.schema.to_index(mask.cpu().numpy())
         height, width = mask.shape
         names = _names(id)
         sizes = {"width": width, "height": height, "versions": self._versions, "synthetic": True}
@@ -184,7 +184,7 @@ class SyntheticWriter:
             self.plan,
             title=self.title,
             license=self.license,
-            files=_FILES.format(ignore=self.schema.ignore_index),
+            files=_FILES.format(ignore=self.schema.stored_ignore[0]),
             loading=_LOADING,
             front={"configs": [{"config_name": "default", "data_files": _DATA_FILES}]},
         )
@@ -198,8 +198,8 @@ class SyntheticWriter:
 
 _DATA_FILES = [{"split": "train", "path": ["metadata.jsonl", "images/*.png", "masks/*.png"]}]
 _FILES = (
-    "Each is an image (`images/`), its mask (`masks/`, 8-bit class indices with a palette; {ignore} is unlabelled) and "
-    "a row of `metadata.jsonl`."
+    "Each is an image (`images/`), its mask (`masks/`, 8-bit values of the classes with a palette; {ignore} is "
+    "unlabelled) and a row of `metadata.jsonl`."
 )
 _LOADING = """\
 ```python

@@ -14,7 +14,7 @@ from torch import Tensor
 from terrasynth.data.augment import view
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import digest
+from terrasynth.io import digest, weights_digest
 from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
@@ -180,8 +180,4 @@ def model_digest(model: str | Path) -> str:
     folder = Path(packaged_or(model))
     if not folder.is_dir():
         return digest(str(model))
-    hashes = []
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
-    return digest(hashes)
+    return weights_digest(folder)
