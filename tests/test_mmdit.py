@@ -424,7 +424,7 @@ def test_attention_in_bfloat16_is_as_exact_as_pytorchs_own():
     fused = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in halves)).transpose(1, 2)
     assert error(mmdit.attention(*halves), expected) < 2 * error(fused, expected)
     # Above so many queries, it is PyTorch's.
-    long = [torch.randn(1, mmdit._PLAIN_ATTENTION + 1, 1, 8).bfloat16() for _ in range(3)]
+    long = [torch.randn(1, mmdit.PLAIN_ATTENTION + 1, 1, 8).bfloat16() for _ in range(3)]
     fused = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in long)).transpose(1, 2)
     assert torch.equal(mmdit.attention(*long), fused)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -699,40 +697,3 @@ def test_nothing_to_train_on_is_an_error(tmp_path):
     model = network()
     with pytest.raises(TerraSynthError, match="nothing to train on"):
         train(model, cross_entropy(model), Blobs(0), config(), tmp_path, seed=7)
-
-
-# Processes
-
-DISTRIBUTED = """
-import os, sys
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from test_training import config, metric, run
-settings = config(batch_size=4, accumulate=2, ema_decay=0.5)
-run(Path(sys.argv[1]), settings, plain=True, evaluate=metric)
-os._exit(0)  # tearing down gloo aborts now and then, which is no concern of ours
-"""
-
-
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", DISTRIBUTED, str(tmp_path / "two")]
-    processes = [
-        subprocess.Popen(
-            command, cwd=Path(__file__).parent, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        )
-        for rank in "01"
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    run(tmp_path / "one", config(batch_size=16, ema_decay=0.5), plain=True, evaluate=metric)
-    one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert len(one) == len(two) == 7
-    for line, other in zip(one, two, strict=True):
-        assert line == pytest.approx(other, rel=1e-4)
-    for name, tensor in load_file(tmp_path / "one/checkpoints/last/ema.safetensors").items():
-        other = load_file(tmp_path / "two/checkpoints/last/ema.safetensors")[name]
-        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5)

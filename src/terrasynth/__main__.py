@@ -1,4 +1,4 @@
-"""`python -m terrasynth` is the `terrasynth` command."""
+"""`python -m terrasynth`, for launchers that start modules: `torchrun -m terrasynth train RECIPE`."""
 
 from terrasynth.cli import main
 

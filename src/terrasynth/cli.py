@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from terrasynth import __version__
-from terrasynth.errors import TerraSynthError
+from terrasynth.errors import OutOfTime, TerraSynthError
 
 if TYPE_CHECKING:
     from terrasynth.data.folder import Tiles
@@ -34,21 +34,29 @@ class Commands(TyperGroup):
     """Turns what a user can mend into a message and an exit code; anything else keeps its stack trace."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; 2 = something for the user to mend, 130 = interrupted."""
+        """Run the command; 2 = something for the user to mend, 75 = out of time, 130 = interrupted."""
         try:
             return super().invoke(ctx)
-        except TerraSynthError as error:
-            typer.echo(error, err=True)
-            raise typer.Exit(2) from error
-        except OSError as error:
-            if not _is_mendable(error):
+        except BaseException as error:
+            if (explained := _explain(error)) is None:
                 raise
-            where = error.filename or "writing"
-            typer.echo(f"{where}: {error.strerror}\n  to do:    mend that, then run the same command again", err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            typer.echo("\nInterrupted. The same command goes on from here.", err=True)
-            raise typer.Exit(130) from error
+            text, code = explained
+            typer.echo(text, err=True)
+            raise typer.Exit(code) from error
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """Message and exit code of what a user can mend or has asked for; None for anything else."""
+    if isinstance(error, TerraSynthError):
+        return str(error), 2
+    if isinstance(error, OutOfTime):
+        return "The minutes are over. The same command goes on from here.", 75
+    if isinstance(error, KeyboardInterrupt):
+        return "\nInterrupted. The same command goes on from here.", 130
+    if isinstance(error, OSError) and _is_mendable(error):
+        where = error.filename or "writing"
+        return f"{where}: {error.strerror}\n  to do:    mend that, then run the same command again", 2
+    return None
 
 
 def _is_mendable(error: OSError) -> bool:
@@ -169,11 +177,21 @@ class ExportFormat(StrEnum):
 
 @app.callback()
 def terrasynth(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Would synthetic training data help your remote-sensing task? TerraSynth makes it and measures the answer."""
+    if ctx.invoked_subcommand != "train" and _launched():
+        with _every_process():
+            raise TerraSynthError(
+                f"`terrasynth {ctx.invoked_subcommand}` is for one process",
+                found=f"{os.environ['WORLD_SIZE']} processes, as torchrun or accelerate start them",
+                expected="that of `terrasynth train` alone",
+                fix="start it by itself (`study` takes --jobs, or is started several times with one --out), or unset "
+                "WORLD_SIZE",
+            )
     # A model is data, never code. diffusers reads this when it is first imported, and then runs no code of a model's
     # folder or of the hub, whatever the folder asks for.
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
@@ -353,12 +371,14 @@ def train(
 ) -> None:
     """Train the generator of RECIPE, and nothing that it does not need.
 
-    Stopped or killed, the same command goes on from the last checkpoint.
+    Stopped or killed, the same command goes on from the last checkpoint. Started by `torchrun` or `accelerate launch`,
+    its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
     """
-    with _time_limit():
+    with _every_process() as speaks:
         unit = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad)).generator
     model = unit.folder / "model"
-    typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
+    if speaks:
+        typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
 
 
 @app.command(
@@ -468,9 +488,8 @@ def generate(
         painted: Path | Tiles | None = masks
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
-        with _time_limit():
-            opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
-            model, painted = opened.generator.folder / "model", masks or opened.train
+        opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
+        model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 
     _silence_libraries()
@@ -640,15 +659,40 @@ def recipe(
         typer.echo(f"{packaged_name:<{width}}  {description}")
 
 
-@app.command(epilog=_example("terrasynth doctor"))
-def doctor() -> None:
+@app.command(epilog=_example("terrasynth doctor --plan sd35 --card 'RTX 4090' --set generator.trainable=mask"))
+def doctor(
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Tell instead what RECIPE needs of a card: parameters, memory of every stage, operations, time. "
+            "Nothing is downloaded or trained.",
+        ),
+    ] = None,
+    card: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --plan: the card, as H100, or its memory in GiB; repeatable. (default: this machine's, or its "
+            "processor)",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
     """Check this machine: Python, torch, the device, memory, disk, dependencies, extras, the hub.
 
-    Exit code 1 if something that TerraSynth can not do without is missing or broken.
+    Exit code 1 if something that TerraSynth can not do without is missing or broken. With --plan, tell beforehand
+    whether a recipe fits a card.
     """
-    from terrasynth.doctor import run
+    from terrasynth import doctor as machine
 
-    raise typer.Exit(0 if run() else 1)
+    if plan is not None:
+        _silence_libraries()
+        machine.plan(plan, card or (), overrides or ())
+        return
+    if card or overrides:
+        raise typer.BadParameter("these belong to a plan", param_hint="--card, --set")
+    raise typer.Exit(0 if machine.run() else 1)
 
 
 def _study(
@@ -667,7 +711,7 @@ def _study(
     from terrasynth.study.workers import workers
 
     jobs = jobs or min(4, torch.get_num_threads())
-    with _time_limit(), workers(jobs - 1, study.recipe, study.base, study.out, max_minutes):
+    with workers(jobs - 1, study.recipe, study.base, study.out, max_minutes):
         page = study.run(shlex.join(["terrasynth", *sys.argv[1:]]))
 
     from terrasynth.study.report import read_results, verdict
@@ -702,15 +746,44 @@ def _silence_libraries() -> None:
         library.set_verbosity_error()
 
 
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    from terrasynth.study.units import OutOfTime
+def _launched() -> bool:
+    """Whether this is one of several processes, as `torchrun` and `accelerate launch` start them."""
+    return os.environ.get("WORLD_SIZE", "1").isdigit() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
+
+@contextmanager
+def _every_process() -> Iterator[bool]:
+    """The block runs in every process of a launch; where it fails in one, all end, and the reason is printed once.
+
+    Yields whether this process is the one that speaks.
+    """
+    if not _launched():
+        yield True
+        return
+    from terrasynth.training.processes import enter, last_words, leave, left_alone
+
+    process = enter()
     try:
-        yield
-    except OutOfTime as over:
-        typer.echo("The minutes are over. The same command goes on from here.", err=True)
-        raise typer.Exit(75) from over
+        yield process.is_main_process
+        leave()
+    except OutOfTime as over:  # in all of them
+        text, code = _explain(over) or ("", 1)
+        if process.is_main_process:
+            typer.echo(text, err=True)
+        leave()
+        raise typer.Exit(code) from over
+    except BaseException as error:
+        if left_alone(error):
+            error = TerraSynthError(
+                "another process of this launch is gone without a word",
+                found="the connection to it broke",
+                fix="look for the reason above or in its log (memory may have run out); the same command goes on from "
+                "the last checkpoint",
+            )
+        text, code = _explain(error) or (traceback.format_exc(), 1)
+        last_words(text)
+        # Not a regular end, which would wait for the other processes.
+        os._exit(code)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What of this machine and of the installation works."""
+"""What of this machine and of the installation works, and whether a recipe would fit it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Check", "check_hub", "check_package", "checks", "run"]
+__all__ = ["Check", "check_hub", "check_package", "checks", "plan", "run"]
 
 # Where the name to import is not the name to install with underscores.
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
@@ -152,6 +152,31 @@ def _gpu(index: int) -> Check:
         return Check(f"GPU {index}", "FAILED", f"{about}, does not compute: {error}")
     bf16 = "with" if torch.cuda.is_bf16_supported() else "without"
     return Check(f"GPU {index}", "ok", f"{about}, {bf16} bfloat16, {speed:,.0f} GFLOP/s in float32")
+
+
+def plan(name: str, cards: Sequence[str] = (), overrides: Sequence[str] = (), console: Console | None = None) -> None:
+    """Print what a recipe needs of a card.
+
+    Args:
+        name: of the recipe, or its file.
+        cards: names of cards, or their memory in GiB; none for what this machine has.
+        overrides: `KEY=VALUE` of the recipe.
+        console: where to; by default standard output.
+
+    Raises:
+        TerraSynthError: the recipe has faults, there is no such card, or the configuration of the recipe's base model
+            is not here.
+    """
+    from terrasynth.recipe_io import load_recipe
+
+    loaded = load_recipe(name, overrides)
+
+    from terrasynth.planning.cards import here, named
+    from terrasynth.planning.plan import make_plan, show_plan
+
+    machines = [named(card) for card in cards] or here()
+    planned = make_plan(loaded.recipe, loaded.base, gpu=machines[0].gpu)
+    show_plan(loaded.recipe, planned, machines, console or Console())
 
 
 def _gflops(device: str, seconds: float = 1.0) -> float:

@@ -1,4 +1,7 @@
-"""The one exception that TerraSynth raises for anything a user can mend, and how changed settings are told."""
+"""What ends a run: the one exception for anything a user can mend, and the end of the time allowed.
+
+Also how changed settings are told.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,11 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TerraSynthError", "changes", "combined", "flat", "listed"]
+__all__ = ["OutOfTime", "TerraSynthError", "changes", "combined", "flat", "listed"]
+
+
+class OutOfTime(Exception):
+    """The minutes allowed are over; everything done so far is kept."""
 
 
 class TerraSynthError(Exception):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-__all__ = ["Tracker", "say", "track"]
+__all__ = ["Tracker", "duration", "say", "track"]
 
 #: Seconds between plain lines, and between redraws of the bar.
 _LINE_EVERY = 10.0
@@ -39,7 +39,8 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it: `1 h 05 min`, `2 min 03 s`, `4 s`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -76,7 +77,7 @@ class Tracker:
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
         if rate > 0:
             speed = f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit.removesuffix('s')}"
-            parts += [speed, f"{_duration((self.total - self.done) / rate)} left"]
+            parts += [speed, f"{duration((self.total - self.done) / rate)} left"]
         return ", ".join(parts)
 
 

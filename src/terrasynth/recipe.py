@@ -138,9 +138,9 @@ class TrainConfig(_Config):
     steps: Positive
     """Optimiser steps."""
     batch_size: Positive = 16
-    """Samples per micro-batch and process."""
+    """Samples computed together in one process, at most."""
     accumulate: Positive = 1
-    """Micro-batches per optimiser step."""
+    """Micro-batches per optimiser step: `batch_size` x `accumulate` samples, however many processes share them."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate (AdamW)."""
     schedule: Literal["cosine", "constant"] = "cosine"

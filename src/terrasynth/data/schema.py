@@ -25,7 +25,7 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write
 from terrasynth.recipe_io import load_yaml
 
-__all__ = ["Coding", "Color", "LabelSchema", "packaged_labels"]
+__all__ = ["Coding", "Color", "LabelSchema", "find_labels", "packaged_labels"]
 
 Color = tuple[int, int, int]
 #: How a mask enters a network; `LabelSchema.encode` and `LabelSchema.decode` take the name.
@@ -40,6 +40,13 @@ _EXAMPLE = 'classes: [{name: building, color: "#3C1098"}, {name: road, color: "#
 def packaged_labels() -> list[str]:
     """Names of the label schemas that come with TerraSynth."""
     return sorted(path.stem for path in (_FOLDER / "labels").glob("*.yaml"))
+
+
+def find_labels(name: str | Path, folders: Sequence[Path] = (Path(),)) -> Path | None:
+    """The file that `LabelSchema.load` reads for these arguments; None if there is none."""
+    # The packaged recipes name their schemas by path, and are copied and changed.
+    paths = [*(folder / name for folder in (*folders, _FOLDER)), _FOLDER / "labels" / f"{name}.yaml"]
+    return next((path for path in paths if path.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -238,11 +245,9 @@ class LabelSchema:
         Raises:
             TerraSynthError: there is no such file and no such name, or it is no label schema.
         """
-        # The packaged recipes name their schemas by path, and are copied and changed.
+        if (file := find_labels(name, folders)) is not None:
+            return cls.from_yaml(file)
         candidates = [folder / name for folder in (*folders, _FOLDER)]
-        for candidate in (*candidates, _FOLDER / "labels" / f"{name}.yaml"):
-            if candidate.is_file():
-                return cls.from_yaml(candidate)
         known = packaged_labels()
         near = difflib.get_close_matches(Path(name).stem.lower(), known, n=1)
         raise TerraSynthError(

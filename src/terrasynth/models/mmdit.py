@@ -57,7 +57,7 @@ Projected = tuple[Tensor | None, Tensor, Tensor]
 
 _GATE_GAIN = 32
 #: Up to how many tokens attention in bfloat16 on a CPU is computed plainly, and how many scores at a time.
-_PLAIN_ATTENTION, _SCORES = 1024, 2**21
+PLAIN_ATTENTION, _SCORES = 1024, 2**21
 _EPS = 1e-6
 #: What the published training keeps frozen with "image+mask": everything that only the text stream uses.
 TEXT_BRANCH = (
@@ -143,7 +143,7 @@ def _add_residual(x: Tensor, branch: Tensor, modulation: Modulation) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full bidirectional attention; everything is (B, N, heads, d)."""
     bfloat16 = q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if q.device.type == "cpu" and bfloat16 and q.shape[1] <= _PLAIN_ATTENTION:
+    if q.device.type == "cpu" and bfloat16 and q.shape[1] <= PLAIN_ATTENTION:
         return _plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 

@@ -138,7 +138,7 @@ class Study:
                 raise OutOfTime
 
         made = {"products": ("model",), "scratch": ("checkpoints", "cache", "autoencoder/checkpoints")}
-        return self._do("train the generator", "", "generator", inputs, work, **made)
+        return self._do("train the generator", "", "generator", inputs, work, together=True, **made)
 
     @property
     def teachers(self) -> list[Unit]:

@@ -8,13 +8,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terrasynth.errors import TerraSynthError
+from terrasynth.errors import OutOfTime, TerraSynthError
 from terrasynth.io import digest, read_json, remove_incomplete, write_json
+from terrasynth.training.processes import agreed, process_state
 
 if sys.platform != "win32":
     import fcntl
@@ -24,10 +25,6 @@ __all__ = ["Busy", "Clock", "OutOfTime", "Unit", "do"]
 #: To be raised with every change of the code that gives other results for the same inputs: no finished unit may pass
 #: for one of today's.
 _RESULTS = 2
-
-
-class OutOfTime(Exception):
-    """The minutes allowed are over; everything done so far is kept."""
 
 
 class Busy(TerraSynthError):
@@ -88,6 +85,7 @@ def do(
     *,
     products: tuple[str, ...] = (),
     scratch: tuple[str, ...] = (),
+    together: bool = False,
 ) -> Unit:
     """Do `work(folder)` once for these inputs.
 
@@ -103,11 +101,12 @@ def do(
         products: files and folders that the result needs; where one has been deleted, the unit is done again.
         scratch: sub-folders that only serve to go on (checkpoints, caches). They are deleted once the unit is finished
             and never before, so that a kill at any time finds them whole or does not need them.
+        together: all processes of one launch do the work, each its share (`training.loop` does that).
 
     Raises:
         OutOfTime: no time is left to begin.
         Busy: another process works in the folder.
-        TerraSynthError: what the folder says of the unit is damaged.
+        TerraSynthError: what the folder says of the unit is damaged, or it is not for several processes of one launch.
     """
     key = digest(_RESULTS, inputs)
     folder = root / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}-{key[:8]}"
@@ -116,28 +115,41 @@ def do(
     def finished() -> bool:
         return stamp.is_file() and all((folder / product).exists() for product in products)
 
-    if not finished():
-        if clock.left() == 0:
+    process = process_state()
+    if not agreed(finished()):
+        if agreed(clock.left()) == 0:
             raise OutOfTime
+        if process.num_processes > 1 and not together:
+            raise TerraSynthError(
+                "the processes of one launch can share a training of the generator only, and this must be done first",
+                path=folder,
+                found=f"{process.num_processes} processes",
+                fix="run the same command without torchrun or accelerate until it says `training the generator`, stop "
+                "it, and start this again",
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if not finished():  # as it is if the process that was here before has just finished
+        with _alone(folder) if process.is_main_process else nullcontext():
+            if not agreed(finished()):  # as it is if the process that was here before has just finished
                 _finish(folder, stamp, {"name": name, "inputs": inputs}, work)
     stored = _read(stamp, "the unit is computed again")
     try:
         unit = Unit(folder, key, stored["result"], float(stored["seconds"]))
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(stamp, "no result and seconds", "the unit is computed again") from error
-    for part in scratch:
-        shutil.rmtree(folder / part, ignore_errors=True)
+    if process.is_main_process:
+        for part in scratch:
+            shutil.rmtree(folder / part, ignore_errors=True)
     return unit
 
 
 def _finish(folder: Path, stamp: Path, about: Mapping[str, Any], work: Callable[[Path], Any]) -> None:
     """One sitting; if it comes to its end, the stamp."""
-    # Nobody else is here, so whatever is half-written was left by a process that is gone.
-    for inside in sorted([folder, *folder.rglob("*/")], reverse=True):
-        remove_incomplete(inside)
+    process = process_state()
+    if process.is_main_process:
+        # Nobody else is here, so whatever is half-written was left by a process that is gone.
+        for inside in sorted([folder, *folder.rglob("*/")], reverse=True):
+            remove_incomplete(inside)
+    process.wait_for_everyone()
     sittings = folder / "seconds.json"
     before = 0.0
     if sittings.is_file():
@@ -149,8 +161,11 @@ def _finish(folder: Path, stamp: Path, about: Mapping[str, Any], work: Callable[
         result = work(folder)
     finally:
         seconds = before + time.monotonic() - begun
-        write_json(sittings, seconds)
-    write_json(stamp, {**about, "result": result, "seconds": seconds})
+        if process.is_main_process:
+            write_json(sittings, seconds)
+    if process.is_main_process:
+        write_json(stamp, {**about, "result": result, "seconds": seconds})
+    process.wait_for_everyone()
 
 
 @contextmanager

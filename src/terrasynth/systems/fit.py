@@ -26,11 +26,12 @@ from terrasynth.systems.generate import sampling_arguments
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key, mixed_keys
 from terrasynth.training.loop import Outcome, global_batch, train
+from terrasynth.training.processes import process_state
 
 if TYPE_CHECKING:
     from terrasynth.recipe import DataConfig, GeneratorConfig, SamplingConfig
 
-__all__ = ["EncodedViews", "build", "fit_generator"]
+__all__ = ["EncodedViews", "build", "check_divides", "check_positions", "fit_generator"]
 
 _UNLABELLED_VIEWS = 8
 
@@ -130,6 +131,31 @@ class _Joined(Dataset[dict[str, Tensor]]):
         return self.first[(index, seed)] if beyond < 0 else self.second[(beyond, seed)]
 
 
+def check_divides(image_size: int, token: int) -> None:
+    """Refuse tiles that do not divide into tokens of so many pixels."""
+    if image_size % token:
+        raise TerraSynthError(
+            "the tiles do not divide into tokens",
+            found=f"data.image_size {image_size}",
+            expected=f"a multiple of {token} (pixels per latent x latents per token)",
+            fix="change data.image_size",
+        )
+
+
+def check_positions(image_size: int, pipeline: TODSynthPipeline, base: str) -> None:
+    """Refuse tiles that are larger than the base model's grid of positions."""
+    transformer = pipeline.transformer.config
+    most = pipeline.factor * transformer.patch_size * transformer.pos_embed_max_size
+    if image_size > most:
+        raise TerraSynthError(
+            "the tiles are larger than the base model's grid of positions",
+            path=base,
+            found=f"data.image_size {image_size}",
+            expected=f"at most {most}",
+            fix="lower data.image_size",
+        )
+
+
 def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPipeline:
     """The untrained pipeline of a recipe: from its base model, or from scratch.
 
@@ -155,27 +181,13 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
             )
             pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         factor, patch_size = pipeline.factor, pipeline.transformer.config.patch_size
-    if data.image_size % (factor * patch_size):
-        raise TerraSynthError(
-            "the tiles do not divide into tokens",
-            found=f"data.image_size {data.image_size}",
-            expected=f"a multiple of {factor * patch_size} (pixels per latent x latents per token)",
-            fix="change data.image_size",
-        )
+    check_divides(data.image_size, factor * patch_size)
     if config.base is None:
         images = tiles.images.float() / 255
         pipeline = TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
         pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         return pipeline
-    most = factor * patch_size * pipeline.transformer.config.pos_embed_max_size
-    if data.image_size > most:
-        raise TerraSynthError(
-            "the tiles are larger than the base model's grid of positions",
-            path=config.base,
-            found=f"data.image_size {data.image_size}",
-            expected=f"at most {most}",
-            fix="lower data.image_size",
-        )
+    check_positions(data.image_size, pipeline, config.base)
     if pipeline.config.mask_coding != config.mask_coding:
         raise TerraSynthError(
             "the base model was trained with another mask coding",
@@ -215,7 +227,8 @@ def fit_generator(
     `unlabelled` tiles have a share in every batch (`labelled_fraction`): the generator learns their look, and
     what their masks say, if they say anything.
 
-    Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
+    Run again after an interruption it goes on from the last checkpoint; finished, it returns at once. Started in
+    several processes, these share the training; the main one does everything else.
     """
     begun = time.monotonic()
     pipeline = build(config, data, tiles).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -228,21 +241,26 @@ def fit_generator(
     pipeline.prompts = PromptCache(
         pipeline.encode_prompts, folder / "cache" / "prompts", identity=digest(config.base, str(pipeline.tokenizer))
     )
-    labelled = EncodedViews.encode(pipeline, tiles, config.views, folder / "cache")
-    dataset: EncodedViews | _Joined = labelled
-    keys = None
-    if unlabelled is not None:
-        # The windows are many as they are: flips and turns alone.
-        others = EncodedViews.encode(pipeline, unlabelled, _UNLABELLED_VIEWS, folder / "cache")
-        dataset = _Joined(labelled, others)
-        batch = global_batch(config.train)
-        keys = mixed_keys(len(labelled), len(others), batch, config.labelled_fraction, config.seed)
-    pipeline.prompts([""])
+    process = process_state()
+    with process.main_process_first():  # it encodes, the others read what it wrote
+        labelled = EncodedViews.encode(pipeline, tiles, config.views, folder / "cache")
+        dataset: EncodedViews | _Joined = labelled
+        keys = None
+        if unlabelled is not None:
+            # The windows are many as they are: flips and turns alone.
+            others = EncodedViews.encode(pipeline, unlabelled, _UNLABELLED_VIEWS, folder / "cache")
+            dataset = _Joined(labelled, others)
+            batch = global_batch(config.train)
+            keys = mixed_keys(len(labelled), len(others), batch, config.labelled_fraction, config.seed)
+        pipeline.prompts([""])
     if config.base is not None:
         # Every prompt is encoded by now; three text encoders would only hold memory.
-        for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-            if part is not None:
-                part.to("cpu")
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            part = getattr(pipeline, name)
+            if part is not None and process.is_main_process:
+                part.to("cpu")  # to be saved with the model
+            elif part is not None:
+                setattr(pipeline, name, None)
     pipeline.text_dropout, pipeline.mask_dropout = config.text_dropout, config.mask_dropout
     pipeline.density = config.density
     transformer = pipeline.transformer
@@ -279,7 +297,7 @@ def fit_generator(
         max_minutes=None if max_minutes is None else max(0.0, max_minutes - (time.monotonic() - begun) / 60),
         label="training the generator",
     )
-    if outcome.finished and not (folder / "model").is_dir():
+    if outcome.finished and process.is_main_process and not (folder / "model").is_dir():
         with atomic_dir(folder / "model") as partial:
             if config.save_precision == "fp16":
                 pipeline.cast(torch.float16)  # to start from, not to compute in

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from terrasynth.data.schema import Coding, LabelSchema
 from terrasynth.errors import TerraSynthError
@@ -43,7 +43,7 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import GeneratorConfig, Precision
 
-__all__ = ["PACKAGED", "TODSynthPipeline", "packaged_or"]
+__all__ = ["PACKAGED", "TODSynthPipeline", "packaged_or", "untrained_autoencoder", "untrained_transformer"]
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -274,7 +274,7 @@ class TODSynthPipeline(DiffusionPipeline):
         keep_text, keep_mask = u[:, 0] >= self.text_dropout, u[:, 1] >= self.mask_dropout
         null_embeds, null_pooled = (null.to(latents.device) for null in self.prompts([""]))
         if "mask_latents" in batch:
-            null_mask = self._null_mask_latents(batch["mask"][:1])
+            null_mask = self.null_mask_latents(batch["mask"][:1])
             mask_latents = condition_or_null(keep_mask, batch["mask_latents"], null_mask)
         else:
             unlabelled = torch.full_like(batch["mask"][:1], self.schema.ignore_index)
@@ -289,7 +289,7 @@ class TODSynthPipeline(DiffusionPipeline):
         )[0]
         return F.mse_loss(predicted.float(), flow.velocity)
 
-    def _null_mask_latents(self, like: Tensor) -> Tensor:
+    def null_mask_latents(self, like: Tensor) -> Tensor:
         """Latents (1, C, h, w) of a wholly unlabelled mask of the size of `like` (1, H, W), encoded once."""
         if like.shape not in self._null_masks:
             self._null_masks[like.shape] = self.encode_masks(torch.full_like(like, self.schema.ignore_index))
@@ -371,7 +371,7 @@ class TODSynthPipeline(DiffusionPipeline):
             prompts = [self.schema.caption(mask, self.config.caption) for mask in masks.cpu()]
         embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
         null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
-        mask_latents, null_mask = self.encode_masks(masks), self._null_mask_latents(masks[:1])
+        mask_latents, null_mask = self.encode_masks(masks), self.null_mask_latents(masks[:1])
 
         known: dict[tuple[bool, ...], dict[str, Tensor]] = {}
 
@@ -423,35 +423,17 @@ class TODSynthPipeline(DiffusionPipeline):
             caption: template of the default prompts.
             texts: the vocabulary of the tokenizer is their words.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            vae = PatchPCA(
-                **config.autoencoder.model_dump(exclude={"train", "refiner_noise", "channels"}),
-                latent_channels=config.autoencoder.channels,
-            )
+        vae = untrained_autoencoder(config)
         vae.fit(images * 2 - 1)
         tokenizer = word_tokenizer([*texts, caption.replace("{classes}", ", ".join(schema.names))])
         text_encoder = word_encoder(tokenizer, seed=config.seed)
-        grid = images.shape[-1] // vae.config.patch_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            transformer = CONTROL_SCHEMES[config.control](
-                sample_size=grid,
-                patch_size=config.patch_size,
-                in_channels=config.autoencoder.channels,
-                out_channels=config.autoencoder.channels,
-                num_layers=config.blocks,
-                attention_head_dim=config.width // config.heads,
-                num_attention_heads=config.heads,
-                caption_projection_dim=config.width,
-                joint_attention_dim=text_encoder.config.hidden_size,
-                pooled_projection_dim=text_encoder.config.projection_dim,
-                # Twice the training size can be painted too.
-                pos_embed_max_size=2 * grid // config.patch_size,
-                qk_norm="rms_norm",
-                mask_channels=mask_channels(schema, config.mask_coding, vae),
-                latent_std=vae.std.tolist(),
-            ).initialize_from_scratch()
+        transformer = untrained_transformer(
+            config,
+            images.shape[-1],
+            text_encoder.config,
+            mask_channels=mask_channels(schema, config.mask_coding, vae),
+            latent_std=vae.std.tolist(),
+        )
         return cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift),
@@ -463,6 +445,50 @@ class TODSynthPipeline(DiffusionPipeline):
             caption=caption,
             image_size=images.shape[-1],
         )
+
+
+def untrained_autoencoder(config: GeneratorConfig) -> PatchPCA:
+    """The autoencoder of a generator from scratch, whose components are still to be fitted."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return PatchPCA(
+            **config.autoencoder.model_dump(exclude={"train", "refiner_noise", "channels"}),
+            latent_channels=config.autoencoder.channels,
+        )
+
+
+def untrained_transformer(
+    config: GeneratorConfig, image_size: int, text: CLIPTextConfig, *, mask_channels: int, latent_std: Sequence[float]
+) -> MaskMMDiT:
+    """The transformer of a generator from scratch, with its scheme of control.
+
+    Args:
+        config: sizes and seed.
+        image_size: side of the images in pixels.
+        text: sizes of the text encoder.
+        mask_channels: channels of the mask latents.
+        latent_std: standard deviation of each channel of the image latents.
+    """
+    grid = image_size // config.autoencoder.patch_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return CONTROL_SCHEMES[config.control](
+            sample_size=grid,
+            patch_size=config.patch_size,
+            in_channels=config.autoencoder.channels,
+            out_channels=config.autoencoder.channels,
+            num_layers=config.blocks,
+            attention_head_dim=config.width // config.heads,
+            num_attention_heads=config.heads,
+            caption_projection_dim=config.width,
+            joint_attention_dim=text.hidden_size,
+            pooled_projection_dim=text.projection_dim,
+            # Twice the training size can be painted too.
+            pos_embed_max_size=2 * grid // config.patch_size,
+            qk_norm="rms_norm",
+            mask_channels=mask_channels,
+            latent_std=list(latent_std),
+        ).initialize_from_scratch()
 
 
 def mask_channels(schema: LabelSchema, coding: Coding, vae: AutoencoderKL | PatchPCA) -> int:

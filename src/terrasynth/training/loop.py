@@ -5,6 +5,10 @@ caller brings a model, a dataset and a loss. It is exactly resumable because not
 samples enter step n, their seeds (`training.keys`) and the state of the global generators of torch, numpy and Python
 (for dropout layers) are functions of (run seed, n). So a checkpoint holds no random state, and on one machine and one
 set of library versions, a CPU run that was interrupted equals one that was not, bit for bit.
+
+The samples of a step are a matter of the settings, how many processes share them one of the launch: a run may go on in
+more processes or in fewer than it was begun with. Its gradients differ by rounding, except where samples look at each
+other (batch norm) or the global generators are used.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -38,11 +42,16 @@ from terrasynth.recipe import TrainConfig
 from terrasynth.training import checkpoint
 from terrasynth.training.keys import Key, KeyedDataset, hash63, mixed_keys, sequenced_keys, shuffled_keys
 from terrasynth.training.precision import autocast
+from terrasynth.training.processes import process_state
 
 __all__ = ["Key", "Outcome", "global_batch", "learning_rate", "mixed_keys", "sequenced_keys", "shuffled_keys", "train"]
 
-#: What may differ when a run goes on: it changes no weight.
-_HARMLESS = frozenset(f"config.{key}" for key in ("checkpoint_every", "log_every", "workers", "gradient_checkpointing"))
+#: What may differ when a run goes on: it changes no weight, or (the processes) by rounding alone.
+_HARMLESS = frozenset(
+    ("processes", *(f"config.{key}" for key in ("checkpoint_every", "log_every", "workers", "gradient_checkpointing")))
+)
+#: Every process holds the whole model.
+_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 # Streams of random numbers, apart from those of `training.keys`.
 _TRAINING, _EVALUATION = 11, 12
@@ -67,7 +76,7 @@ class Outcome:
 
 def global_batch(config: TrainConfig) -> int:
     """Samples per optimiser step, over all micro-batches and processes: the number of keys of a step."""
-    return config.batch_size * config.accumulate * int(PartialState().num_processes)
+    return config.batch_size * config.accumulate
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -217,6 +226,13 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def _deal(keys: Sequence[Key], config: TrainConfig, process: PartialState) -> list[list[Key]]:
+    """This process's micro-batches of a step: its share of the keys, in parts of at most `batch_size`."""
+    mine = keys[process.process_index :: process.num_processes]
+    count = math.ceil(len(mine) / config.batch_size)
+    return [list(mine[micro::count]) for micro in range(count)]
+
+
 def _batches(
     dataset: Any, config: TrainConfig, keys: Callable[[int], Sequence[Key]], start: int, state: PartialState
 ) -> Generator[dict[str, Any]]:
@@ -224,9 +240,7 @@ def _batches(
 
     def deal() -> Iterator[list[Key]]:
         for step in range(start, config.steps):
-            mine = keys(step)[state.process_index :: state.num_processes]
-            for micro in range(config.accumulate):
-                yield list(mine[micro :: config.accumulate])
+            yield from _deal(keys(step), config, state)
 
     loader: DataLoader[Any] = DataLoader(
         KeyedDataset(dataset),  # type: ignore[arg-type]  # indexed by keys
@@ -247,6 +261,7 @@ class _Run:
     """The parts of a run and how far it came; `train` says in which order things happen.
 
     Attributes:
+        micro_batches: of this process in every step.
         step: optimiser steps done.
         seconds: wall time over all sittings, up to the newest checkpoint.
         best: `step` and metrics of the best evaluation.
@@ -268,10 +283,13 @@ class _Run:
         self.began = self.counted = time.monotonic()
         self.model, self.config, self.folder = model, config, folder
         self.seed, self.monitor, self.label = seed, monitor, label
+        self.process = process_state()
         # Precision is handled in `update`: accelerate's would patch `model.forward`, and hold for the whole process.
-        self.accelerator = Accelerator(mixed_precision="no")
-        self.process = PartialState()
+        # Without the view, every gradient would lie in memory twice.
+        views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[views])
         self.device: torch.device = self.accelerator.device
+        self._check_launch()
 
         if config.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
             model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -290,10 +308,28 @@ class _Run:
             "config": config.model_dump(mode="json"),
             "identity": json.loads(json.dumps(dict(identity))),
         }
+        self.micro_batches = len(_deal([(0, 0)] * global_batch(config), config, self.process))
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, float] | None = None
         self.recent: list[list[float]] = []
         self.fresh: list[Tensor] = []
+
+    def _check_launch(self) -> None:
+        batch, processes = global_batch(self.config), self.process.num_processes
+        if self.accelerator.distributed_type not in _DATA_PARALLEL:
+            raise TerraSynthError(
+                f"{self.label}: every process trains a whole copy of the model, nothing else is supported",
+                found=f"a launch for {self.accelerator.distributed_type.value}",
+                expected="data-parallel processes",
+                fix="launch with `torchrun`, or with `accelerate launch --multi_gpu`",
+            )
+        if batch < processes:
+            raise TerraSynthError(
+                f"{self.label}: there are more processes than samples in a step",
+                found=f"{processes} processes, batch_size x accumulate = {batch}",
+                expected="at least one sample for every process",
+                fix=f"start at most {batch} processes, or raise accumulate",
+            )
 
     def resume(self) -> None:
         """Clear up after a killed sitting and go on from the newest checkpoint, if there is one."""
@@ -302,10 +338,11 @@ class _Run:
             remove_incomplete(self.folder / "checkpoints")
             checkpoint.tidy(self.folder)
         self.process.wait_for_everyone()
-        saved = checkpoint.latest(self.folder)
         if self.process.is_main_process:
-            checkpoint.restore_best(saved, self.folder)
+            checkpoint.restore_best(checkpoint.latest(self.folder), self.folder)
         self.process.wait_for_everyone()
+        saved = checkpoint.latest(self.folder)
+        self._check_shared(saved)
         if saved is None:
             return
         state = checkpoint.read_state(saved, (*self.settings, "step", "seconds", "best", "recent", "versions"))
@@ -313,10 +350,26 @@ class _Run:
         harmless = _HARMLESS if self.monitor else _HARMLESS | {"config.evaluate_every"}
         checkpoint.check_resume(saved, {key: state[key] for key in self.settings}, self.settings, harmless)
         checkpoint.warn_of_versions(state)
+        was, now = state["processes"], self.process.num_processes
+        if was != now and self.process.is_main_process:
+            say(f"{self.label}: it goes on in {now} process(es) after {was}, with the same samples in every step")
         averages = self.average.values if self.average else None
         checkpoint.restore(saved, model=self.model, optimizer=self.optimizer, ema=averages)
         self.step, self.seconds = state["step"], state["seconds"]
         self.best, self.recent = state["best"], state["recent"]
+
+    def _check_shared(self, saved: Path | None) -> None:
+        """Where processes saw different checkpoints, they would train from different steps, or wait for each other."""
+        mine = saved.name if saved else "no checkpoint"
+        main = broadcast_object_list([mine])[0]
+        if mine != main:
+            raise TerraSynthError(
+                f"{self.label}: the processes do not see the same run",
+                path=self.folder,
+                found=f"{mine} here, {main} in the main process",
+                expected="one folder that all machines share",
+                fix="put the run on a shared file system (--out)",
+            )
 
     def update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser step."""
@@ -324,13 +377,15 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         total = torch.zeros((), device=self.device)
-        for micro in range(config.accumulate):
+        for micro in range(self.micro_batches):
             batch = next(batches)
             _seed(self.device, self.seed, _TRAINING, self.step, micro, self.process.process_index)
-            last = micro == config.accumulate - 1
+            # A sample counts the same wherever it is; the mean over processes is taken of the gradients.
+            parts = global_batch(config) / (len(batch["seed"]) * self.process.num_processes)
+            last = micro == self.micro_batches - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 with autocast(self.device, config.precision):
-                    loss = self.objective(batch) / config.accumulate
+                    loss = self.objective(batch) / parts
                 self.accelerator.backward(loss)
             total += loss.detach()
         if config.clip_norm is None:
@@ -454,7 +509,7 @@ def train(
         folder: of this run alone; see `training.checkpoint` for what is in it.
         seed: of the order of the samples, their seeds, and the global generators.
         keys: step -> the step's `global_batch(config)` keys; by default `shuffled_keys` over `len(dataset)`. Process r
-            of w takes keys[r::w]; of these, micro-batch m of a takes every a-th from m on.
+            of w takes keys[r::w]; if these are a times `batch_size`, micro-batch m takes every a-th from m on.
         identity: what else must be the same for a run to go on (JSON-able): model settings, the data's fingerprint.
         evaluate: step -> metrics, called every `evaluate_every` steps and at the end on the main process, in evaluation
             mode, with the moving average in place of the weights, in full precision. May return nothing.
@@ -498,11 +553,11 @@ def train(
                     run.save()
 
     model.eval()
-    if stopped:
+    if stopped and run.process.is_main_process:
         step = f"step {run.step} of {config.steps}"
         say(f"{label}: stopped after {max_minutes} minutes at {step}; run the same command again to go on")
-    elif run.best:
+    if not stopped and run.best:
         checkpoint.load_weights(model, folder / "best.safetensors")
-    elif run.average:
+    elif not stopped and run.average:
         run.average.swap()
     return Outcome(run.step, not stopped, run.best, run.seconds)

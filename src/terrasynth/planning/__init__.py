@@ -1,0 +1,1 @@
+"""What a recipe needs of a machine, told before anything is downloaded or trained."""

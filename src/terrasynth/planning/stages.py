@@ -1,0 +1,256 @@
+"""What the stages of a run do, on a pipeline without weights or with random ones.
+
+No formula stands for the code: the code of each stage runs, once, while its bytes and operations are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from terrasynth.planning.footprint import Operations, checkpoint, count, flops, nbytes
+from terrasynth.planning.parts import length, modules, text_encoders
+from terrasynth.sampling.flow import FlowStep, guidance_terms
+from terrasynth.systems.generate import steering_for
+from terrasynth.systems.todsynth import TODSynthPipeline
+from terrasynth.tasks.segmentation import Segmentor
+from terrasynth.training.loop import Average, make_optimizer
+from terrasynth.training.precision import autocast
+
+if TYPE_CHECKING:
+    from terrasynth.recipe import Precision, Recipe
+
+__all__ = ["Stage", "Work", "encode", "paint", "train"]
+
+#: Prompts that are encoded together.
+_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of a run needs at its peak, in bytes, and its operations.
+
+    Attributes:
+        name: what happens.
+        weights: everything that lies on the card, trained or not.
+        gradients: of the trained parameters.
+        optimizer: its state.
+        average: the moving average.
+        activations: the rest: what the computation itself holds at the peak.
+        operations: of training, those of one step.
+    """
+
+    name: str
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    activations: int = 0
+    operations: Operations = field(default_factory=Operations)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations."""
+        return flops(self.operations)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that a stage does, and what lies in memory meanwhile.
+
+    Attributes:
+        parts: what is done, in this order, and how often the stage does it.
+        weights: of everything on the card.
+        gradients: bytes, of trained parameters.
+        optimizer: its state.
+        average: the moving average.
+        others: more tensors that are held.
+        around: what is entered while all is done.
+    """
+
+    parts: Sequence[tuple[Callable[[], object], int]]
+    weights: Sequence[Tensor]
+    gradients: int = 0
+    optimizer: Sequence[Tensor] = ()
+    average: Sequence[Tensor] = ()
+    others: Sequence[Tensor] = ()
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __call__(self) -> None:
+        """Do it all."""
+        with self.around():
+            for part, times in self.parts:
+                for _ in range(times):
+                    part()
+
+    def count(self, name: str) -> Stage:
+        """Do each part once, and count."""
+        operations = Operations()
+        kept = [tensor.grad for tensor in self.weights if tensor.grad is not None]
+        with count([*self.weights, *self.optimizer, *self.average, *self.others, *kept]) as needs, self.around():
+            for part, times in self.parts:
+                needs.operations.clear()
+                part()
+                operations.update({operation: times * number for operation, number in needs.operations.items()})
+        known = {"gradients": self.gradients, "optimizer": nbytes(self.optimizer), "average": nbytes(self.average)}
+        weights = nbytes(self.weights)
+        rest = needs.peak - weights - sum(known.values())
+        return Stage(name, weights, **known, activations=rest, operations=operations)
+
+
+def encode(recipe: Recipe, pipeline: TODSynthPipeline) -> Work:
+    """Tiles and prompts, once, with everything on the card."""
+    size, device = recipe.data.image_size, pipeline.transformer.device
+    batch = max(1, 2**20 // size**2)
+    images, masks = torch.zeros(batch, 3, size, size, device=device), _masks(recipe, pipeline, batch)
+    texts = [
+        (encoder, torch.zeros(_PROMPTS, length(encoder), dtype=torch.long, device=device))
+        for encoder in text_encoders(pipeline)
+    ]
+
+    @torch.no_grad()
+    def run() -> None:
+        pipeline.encode_images(images)
+        if pipeline.config.mask_coding == "grey":
+            pipeline.encode_masks(masks)
+        for encoder, tokens in texts:
+            encoder(tokens)
+
+    held = [images, masks, *(tokens for _, tokens in texts)]
+    return Work([(run, 1)], _tensors(*modules(pipeline)), others=held)
+
+
+def train(recipe: Recipe, pipeline: TODSynthPipeline, *, checkpointing: bool, gpu: bool) -> Work:
+    """A step of the training, as `training.loop` takes it from the second step on."""
+    config, model = recipe.generator.train, pipeline.transformer
+    if checkpointing:
+        model.enable_gradient_checkpointing(checkpoint)
+    else:
+        model.disable_gradient_checkpointing()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(model, config)
+    average = Average(model, config.ema_decay) if config.ema_decay else None
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = nbytes(p.grad for p in trained if p.grad is not None)
+    optimizer.step()  # makes its state
+    if config.accumulate == 1:
+        optimizer.zero_grad()
+    batch = _batch(recipe, pipeline, config.batch_size)
+
+    def micro_batch() -> None:
+        with _autocast(pipeline, config.precision, gpu=gpu):
+            loss = pipeline.training_loss(batch) / config.accumulate
+        loss.backward()
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trained, config.clip_norm or torch.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average is not None:
+            average.update(0)
+
+    return Work(
+        [(micro_batch, config.accumulate), (update, 1)],
+        _tensors(model, pipeline.vae),
+        gradients=gradients,
+        optimizer=[value for state in optimizer.state.values() for value in state.values()],
+        average=[] if average is None else list(average.values.values()),
+        others=list(batch.values()),
+    )
+
+
+def paint(
+    recipe: Recipe,
+    pipeline: TODSynthPipeline,
+    images: int,
+    segmentor: Segmentor | None = None,
+    *,
+    text: bool = True,
+    gpu: bool,
+) -> Work:
+    """A batch of images: all steps, those that the segmentor steers, and the decoding.
+
+    `text` says whether the text encoders are on the card.
+    """
+    sampling, config = recipe.sampling, recipe.steering
+    velocity, latents = (_latents(recipe, pipeline, images) for _ in range(2))
+    masks = _masks(recipe, pipeline, images)
+    rows = images * len(guidance_terms(sampling.text_scale, sampling.mask_scale))
+    embeds, pooled = pipeline.prompts([""] * rows)
+    given = {
+        "hidden_states": _latents(recipe, pipeline, rows),
+        "timestep": torch.zeros(rows, device=masks.device),
+        "encoder_hidden_states": embeds,
+        "pooled_projections": pooled,
+        "mask_latents": pipeline.null_mask_latents(masks[:1]).repeat(rows, 1, 1, 1),
+    }
+    networks = modules(pipeline) if text else [pipeline.transformer, pipeline.vae]
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        pipeline.transformer(**given)
+
+    @torch.no_grad()
+    def decode() -> None:
+        pipeline.decode(latents)
+
+    parts: list[tuple[Callable[[], object], int]] = [(evaluate, sampling.steps), (decode, 1)]
+    if segmentor is not None:
+        networks.append(segmentor)
+        steering = steering_for(config, segmentor.loss)(masks)
+        first = FlowStep(config.start, sampling.steps, sigma=1.0)
+
+        @torch.no_grad()
+        def steer() -> None:
+            steering(velocity, latents, first, pipeline.decode)
+
+        parts.append((steer, min(config.steps, max(0, sampling.steps - config.start))))
+    return Work(
+        parts,
+        _tensors(*networks),
+        others=[velocity, latents, masks, *given.values()],
+        around=lambda: _autocast(pipeline, sampling.precision, gpu=gpu),
+    )
+
+
+def _batch(recipe: Recipe, pipeline: TODSynthPipeline, size: int) -> dict[str, Tensor]:
+    masks = _masks(recipe, pipeline, size)
+    embeds, pooled = pipeline.prompts([""] * size)
+    with unset_fake_temporarily():
+        seeds = torch.arange(size)  # real, because they are read
+    batch = {"latents": _latents(recipe, pipeline, size), "mask": masks.byte(), "seed": seeds}
+    if pipeline.config.mask_coding == "grey":
+        batch["mask_latents"] = pipeline.encode_masks(masks)
+        pipeline.null_mask_latents(masks[:1])
+    return {**batch, "prompt_embeds": embeds, "pooled": pooled}
+
+
+def _masks(recipe: Recipe, pipeline: TODSynthPipeline, batch: int) -> Tensor:
+    size = recipe.data.image_size
+    return torch.zeros(batch, size, size, dtype=torch.long, device=pipeline.transformer.device)
+
+
+def _latents(recipe: Recipe, pipeline: TODSynthPipeline, batch: int) -> Tensor:
+    transformer, side = pipeline.transformer, recipe.data.image_size // pipeline.factor
+    return torch.zeros(batch, transformer.config.in_channels, side, side, device=transformer.device)
+
+
+def _autocast(pipeline: TODSynthPipeline, precision: Precision, *, gpu: bool) -> torch.autocast:
+    automatic = precision == "auto" and gpu  # today's cards all have bfloat16
+    return autocast(pipeline.transformer.device, "bf16" if automatic else precision)
+
+
+def _tensors(*networks: nn.Module) -> list[Tensor]:
+    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]

@@ -1,0 +1,205 @@
+"""What a recipe is said to need, against closed forms, against the same code at work, and against the training loop."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from terrasynth.cli import app
+from terrasynth.data.world import WORLD_SCHEMA
+from terrasynth.errors import TerraSynthError
+from terrasynth.planning import cards, parts, stages
+from terrasynth.planning.footprint import Speed, count, enter, flops, flops_by_module, pretend, seconds
+from terrasynth.recipe import Recipe
+from terrasynth.recipe_io import load_recipe
+from terrasynth.training.loop import train
+
+MIB = 2**20
+
+
+@pytest.fixture
+def recipe(tiny_recipe) -> Recipe:
+    """A generator whose weights and activations outweigh whatever else a step holds."""
+    values = tiny_recipe.model_dump(mode="json")
+    values["data"]["image_size"] = 64
+    values["generator"] |= {"width": 96, "heads": 3, "blocks": 2}
+    return Recipe.model_validate(values)
+
+
+def pretended(recipe, trainable="all"):
+    """To be called within `pretend`."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), torch.device("meta"):
+        pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, trainable)
+    for part in parts.modules(pipeline):
+        enter(part)
+    return pipeline
+
+
+def test_bytes_are_those_of_storages_that_somebody_holds():
+    x = torch.zeros(MIB)  # 4 MiB
+    with count([x]) as needs:
+        y = x + 1
+        z = y.view(2, -1).T  # the same storage
+        del y
+        w = z * 2
+        del z, w
+        x[0] = 3
+    assert needs.peak == pytest.approx(12 * MIB, rel=1e-4)
+    assert needs.now == pytest.approx(4 * MIB, rel=1e-4)
+
+
+def test_a_product_takes_its_arithmetic_or_its_traffic_whichever_is_longer():
+    a, b = torch.zeros(64, 32), torch.zeros(32, 16)
+    with count() as needs:
+        a @ b
+    traffic = 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert flops(needs.operations) == 2 * 64 * 32 * 16
+    assert seconds(needs.operations, Speed(1e3, 1, 1e12)) == pytest.approx(2 * 64 * 32 * 16 / 1e3)
+    assert seconds(needs.operations, Speed(1e12, 1, 1e3)) == pytest.approx(traffic / 1e3)
+    with count() as needs, torch.autocast("cpu", torch.bfloat16):
+        a @ b
+    assert seconds(needs.operations, Speed(1e12, 1e3, 1e12)) == pytest.approx(2 * 64 * 32 * 16 / 1e3, rel=1e-3)
+
+
+def test_the_networks_operations_are_those_counted_by_hand(recipe):
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, "all")
+    config, schema = pipeline.transformer.config, WORLD_SCHEMA
+    width, blocks, image = 96, 2, (64 // 4 // 2) ** 2
+    text, prompt = pipeline.prompts([""])[0].shape[1:]
+    token = 12 * width**2  # q k v out, and the feed-forward four times as wide
+    linear = (
+        image * 4 * config.in_channels * width + image * 4 * 16 * schema.num_classes * width + text * prompt * width
+    )
+    linear += (blocks - 1) * (2 * image + text) * token + image * token + 2 * image * width**2 + 3 * text * width**2
+    linear += image * width * 4 * config.in_channels
+    everything = 2 * image + text
+    attention = 2 * width * everything * ((blocks - 1) * everything + image + text)
+    modulation = width**2 * ((blocks - 1) * 18 + 6 + 2 + 2 + 2)  # of three streams; two of the last only look
+    embedding = 256 * width + width**2 + config.pooled_projection_dim * width + width**2
+    evaluate, steps = stages.paint(recipe, pipeline, 1, gpu=False).parts[0]
+    assert steps == recipe.sampling.steps
+    with count() as needs:
+        evaluate()
+    rows = 2  # guidance by the mask
+    assert flops(needs.operations) == 2 * rows * (linear + attention + modulation + embedding)
+    by_part = flops_by_module(evaluate, lambda name: name.split(".")[-1])
+    assert sum(by_part.values()) == flops(needs.operations)
+
+
+@pytest.mark.parametrize(("trainable", "checkpointing"), [("all", False), ("mask", True)])
+def test_a_pretended_step_needs_what_the_same_step_needs_at_work(recipe, checkpointing, trainable):
+    with pretend(gpu=False):
+        said = stages.train(recipe, pretended(recipe, trainable), checkpointing=checkpointing, gpu=False).count("")
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, trainable)
+    done = stages.train(recipe, pipeline, checkpointing=checkpointing, gpu=False).count("")
+    assert said.flops == done.flops > 0
+    assert said.peak == pytest.approx(done.peak, rel=0.01)
+    assert said.activations == pytest.approx(done.activations, rel=0.02)
+    assert said.weights + said.gradients + said.optimizer + said.average < said.peak
+
+
+def test_checkpointing_saves_memory_and_costs_a_forward_pass(recipe):
+    with pretend(gpu=False):
+        pipeline = pretended(recipe)
+        plain, saving = (stages.train(recipe, pipeline, checkpointing=on, gpu=False).count("") for on in (False, True))
+        with torch.no_grad(), count() as forward:
+            pipeline.training_loss(stages._batch(recipe, pipeline, recipe.generator.train.batch_size))
+    assert saving.activations < 0.8 * plain.activations
+    # All but the blocks runs once: embeddings and read-out, a few per cent.
+    assert flops(forward.operations) * 0.9 < saving.flops - plain.flops < flops(forward.operations)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_training_loop_needs_what_was_said(recipe, tmp_path, accumulate):
+    config = recipe.generator.train.model_copy(
+        update={"accumulate": accumulate, "steps": 2, "checkpoint_every": 99, "evaluate_every": 99}
+    )
+    generator = recipe.generator.model_copy(update={"train": config})
+    recipe = recipe.model_copy(update={"generator": generator})
+    with pretend(gpu=False):
+        said = stages.train(recipe, pretended(recipe), checkpointing=False, gpu=False).count("")
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, "all")
+    row = {name: tensor[0] for name, tensor in stages._batch(recipe, pipeline, 1).items() if name != "seed"}
+
+    class Rows:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, key):
+            return row
+
+    held = [x for part in (pipeline.transformer, pipeline.vae) for x in (*part.parameters(), *part.buffers())]
+    with count(held) as needs:
+        train(pipeline.transformer, pipeline.training_loss, Rows(), config, tmp_path, seed=0)
+    assert said.peak == pytest.approx(needs.peak, rel=0.03)
+    # The loop counts gradient norms as we do not, in no matrix product.
+    assert flops(needs.operations) == 2 * said.flops
+
+
+def test_painting_needs_what_was_said(recipe):
+    with pretend(gpu=False):
+        pipeline = pretended(recipe, None)
+        said = stages.paint(recipe, pipeline, 2, gpu=False).count("")
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, None)
+    masks = torch.zeros(2, 64, 64, dtype=torch.long)
+    held = [x for part in parts.modules(pipeline) for x in (*part.parameters(), *part.buffers())]
+    with count(held) as needs:
+        pipeline(masks, ["", ""], seeds=[0, 1], num_inference_steps=recipe.sampling.steps, output_type="pt")
+    assert said.peak == pytest.approx(needs.peak, rel=0.1)
+    assert said.flops == flops(needs.operations)
+
+
+def test_the_published_base_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        pipeline = parts.pipeline_of(load_recipe("sd35").recipe, WORLD_SCHEMA, "image+mask")
+    # Those of the files on the hub: autoencoder, CLIP-L, OpenCLIP-G, T5-XXL.
+    assert sum(p.numel() for p in pipeline.vae.parameters()) == 83_819_683
+    encoders = [sum(p.numel() for p in encoder.parameters()) for encoder in parts.text_encoders(pipeline)]
+    assert encoders == [123_650_304, 694_659_840, 4_762_310_656]
+    counted = parts.parameters(pipeline)
+    transformer = sum(counted[f"transformer, {name}"][0] for name in ("image", "text"))
+    assert transformer == pytest.approx(2.24e9, rel=0.01)
+    assert counted["transformer, text"][1] == 0
+    assert counted["transformer, mask"][0] == counted["transformer, mask"][1]
+
+
+def test_cards_are_found_by_name_and_by_memory():
+    assert cards.named("rtx-4090") is cards.CARDS["rtx4090"]
+    assert cards.named("48").memory == cards.named("48 GiB").memory == 0.92 * 48 * 2**30
+    with pytest.raises(TerraSynthError, match=r"(?s)found:\s+H1000.*RTX 4090.*--card 48"):
+        cards.named("H1000")
+    for nonsense in ("nan", "inf", "-3", "0", ""):
+        with pytest.raises(TerraSynthError):
+            cards.named(nonsense)
+
+
+def test_the_doctor_prints_every_stage_and_where_it_fits(recipe, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.model_dump_json(), encoding="utf-8")
+    command = ["doctor", "--plan", str(path), "--card", "H100", "--card", "0.001", "--set", "generator.trainable=lora"]
+    command += ["--set", "generator.blocks=1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    stages_of = "encode tiles, prompts|training step|preview|paint 2|paint 2, steered|with gradient checkpointing"
+    assert len(re.findall(rf"^  (?:{stages_of}) .* s +too large$", result.stdout, re.MULTILINE)) == 6
+    assert "All 6 steps on H100, at the data sheet's speed, so at least" in result.stdout
+
+
+def test_the_doctor_refuses_what_it_can_not_plan():
+    result = CliRunner().invoke(app, ["doctor", "--plan", "sd35", "--card", "48", "--set", "generator.base=some/one"])
+    assert result.exit_code == 2
+    assert "the configuration of the base model is not here" in result.stderr
+    assert CliRunner().invoke(app, ["doctor", "--card", "H100"]).exit_code == 2
+
+
+def test_what_is_pretended_leaves_nothing_behind():
+    layer = nn.Linear(2, 2)
+    with pretend(gpu=True):
+        pass
+    assert type(layer(torch.zeros(1, 2))) is torch.Tensor
