@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from terrasynth.errors import TerraSynthError
+from terrasynth.io import atomic_dir
 from terrasynth.recipe import TrainConfig
 from terrasynth.training import checkpoint
 from terrasynth.training.checkpoint import load_weights
@@ -143,20 +144,26 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert torch.equal(other.out.weight, model.into.weight)
 
 
-def test_a_failed_write_keeps_the_checkpoint_before_whole(tmp_path):
+def test_a_failed_write_keeps_the_checkpoint_before_whole(tmp_path, monkeypatch):
     stop_after_two(tmp_path / "run")
     run(tmp_path / "straight")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints/last").iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = 1500
     assert any(len(content) > limit for content in before.values())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(TerraSynthError, match="can not be written") as caught:
-            run(tmp_path / "run")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "run the same command again" in str(caught.value)
+
+    def on_a_full_disk(folder):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        return atomic_dir(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "atomic_dir", on_a_full_disk)
+        try:
+            with pytest.raises(TerraSynthError, match=r"step-00000004: no space to write") as caught:
+                run(tmp_path / "run")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "what was there before is unchanged" in str(caught.value)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run/checkpoints/last").iterdir()} == before
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"last", "step-00000002"}
     run(tmp_path / "run")

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from terrasynth.cli import Commands, app
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe_io import load_recipe, packaged
 
-COMMANDS = ["demo", "train", "generate", "study", "report", "recipe", "doctor"]
+COMMANDS = ["demo", "prepare", "train", "generate", "predict", "export", "study", "report", "recipe", "doctor"]
 
 
 def invoke(*arguments):
@@ -81,6 +82,11 @@ def test_a_fault_is_a_message_and_exit_code_2(command):
     assert "did you mean `sampling.steps`?" in result.stderr
     assert "Traceback" not in result.output
     assert result.stdout == ""
+
+
+def test_shards_belong_to_webdataset_alone(tmp_path):
+    result = invoke("export", str(tmp_path), "--to", "mmseg", "--out", str(tmp_path / "out"), "--shard-size", "3")
+    assert (result.exit_code, "only webdataset has shards" in result.stderr) == (2, True)
 
 
 def test_a_typing_mistake_shows_before_torch_is_loaded():
@@ -223,6 +229,14 @@ def test_the_commands_follow_one_another(tmp_path, monkeypatch):
     assert row["sampling"]["steps"] == 3
     assert (tmp_path / first).samefile(tmp_path / model / "../synthetic")
     assert len(list((tmp_path / again / "images").iterdir())) == 2
+
+    # The licence is stated afterwards, and goes along.
+    images = {path: path.stat().st_mtime_ns for path in (tmp_path / first).rglob("*.png")}
+    assert run("generate", "tiny.yaml", "--count", "2", "--license", "cc-by-4.0")[-1] == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / first).rglob("*.png")} == images
+    assert run("export", first, "--to", "mmseg", "--out", "elsewhere/mmseg") == ["elsewhere/mmseg"]
+    assert "license: cc-by-4.0\n" in (tmp_path / "elsewhere/mmseg/README.md").read_text(encoding="utf-8")
+    shutil.rmtree(tmp_path / "elsewhere")
 
     # A run elsewhere keeps its generator; the limit would stop a training.
     tmp_path.joinpath("runs/tiny-recipe").rename(tmp_path / "elsewhere")

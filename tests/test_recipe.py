@@ -3,9 +3,10 @@ from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import ArmConfig, DataConfig, Mix, Recipe, SegmentorConfig, StudyConfig, TrainConfig
 from terrasynth.recipe_io import explain, load_recipe, override_defaults, packaged
@@ -291,3 +292,115 @@ def test_sizes_that_can_not_be_are_refused_and_a_misspelt_recipe_is_recognised()
         load_recipe("demo", ["generator.autoencoder.channels=49", "generator.autoencoder.patch_size=4"])
     with pytest.raises(TerraSynthError, match="did you mean `demo`"):
         load_recipe("dmeo")
+
+
+# --- whatever is typed ------------------------------------------------------------------------------------------------
+
+
+def dotted(section=Recipe, prefix=""):
+    """Every key of a recipe."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if hasattr(field.annotation, "model_fields"):
+            yield from dotted(field.annotation, f"{prefix}{name}.")
+
+
+KEYS = sorted([*dotted(), "study.arms.1.mix", "study.seeds.0", "segmentor.options.a"])
+#: YAML that some part of PyYAML takes and another can not make sense of, or that grows without end.
+ODD = [
+    "2001-02-31",
+    "2001-01-01",
+    "!!timestamp x",
+    "!!int x",
+    "!!int ''",
+    "!!bool x",
+    "!!binary '%'",
+    "&a [*a]",
+    "&a {b: *a}",
+    "[&x0 [1, 1]" + "".join(f", &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)) + "]",
+    "{[1]: 2}",
+    "{<<: 3}",
+    "1:99",
+    ".inf",
+    "9" * 5000,
+    "[" * 300 + "]" * 300,
+    "[" * 1200,
+    "!!python/object/apply:os.system [x]",
+    "\ud800",
+    "%",
+    "*x",
+    "? a",
+]
+
+
+def told(call) -> str:
+    """The message of what `call` refuses, empty if it takes it; no other exception passes."""
+    try:
+        call()
+    except TerraSynthError as error:
+        return str(error)
+    return ""
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(
+    st.text(max_size=30)
+    | st.builds(
+        "{}={}".format, st.sampled_from(KEYS) | st.text(max_size=12), st.sampled_from(ODD) | st.text(max_size=12)
+    )
+)
+def test_any_override_is_taken_or_explained(override):
+    message = told(lambda: load_recipe("demo", [override]))
+    assert not message or "--set" in message
+    assert "Traceback" not in message
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(
+    st.binary(max_size=40)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=60).map(str.encode)
+    | st.builds("name: x\n{}: {}\n".format, st.sampled_from(KEYS), st.sampled_from(ODD)).map(
+        lambda text: text.encode(errors="ignore")
+    )
+)
+def test_any_file_is_a_recipe_or_explained(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    message = told(lambda: load_recipe(path))
+    assert not message or message.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_odd_values_are_explained_in_a_label_schema_too(tmp_path, value):
+    path = tmp_path / "classes.yaml"
+    path.write_bytes(f"classes: {value}\nignore_index: {value}\n".encode(errors="ignore"))
+    assert str(path) in told(lambda: LabelSchema.from_yaml(path))
+
+
+def test_aliases_that_stay_small_are_fine(write):
+    text = "name: mine\ngenerator: {train: &train {steps: 77, batch_size: 3}}\nsegmentor: {train: *train}\n"
+    recipe = load_recipe(write(text)).recipe
+    assert recipe.segmentor.train.steps == recipe.generator.train.steps == 77
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.data())
+def test_a_typing_mistake_in_any_key_is_answered_with_that_key(data):
+    """One letter more, less or other, or two exchanged, in a key of five letters or more."""
+    key = data.draw(st.sampled_from([key for key in dotted() if len(key.rpartition(".")[2]) >= 5]))
+    parents, dot, name = key.rpartition(".")
+    place = data.draw(st.integers(0, len(name) - 2))
+    letter = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz"))
+    typed = data.draw(
+        st.sampled_from(
+            [
+                name[:place] + letter + name[place:],
+                name[:place] + name[place + 1 :],
+                name[:place] + letter + name[place + 1 :],
+                name[:place] + name[place + 1] + name[place] + name[place + 2 :],
+            ]
+        )
+    )
+    siblings = {other.rpartition(".")[2] for other in dotted() if other.rpartition(".")[0] == parents}
+    assume(typed not in siblings)
+    assert f"did you mean `{key}`?" in fault("demo", [f"{parents}{dot}{typed}=1"])

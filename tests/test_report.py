@@ -198,6 +198,12 @@ def written(folder, results, gallery=None):
     return write_report(folder).read_text(encoding="utf-8")
 
 
+def test_tiles_that_were_left_out_are_counted(tmp_path):
+    results = study(FULL)
+    results["data"]["left_out"] = 3
+    assert "left out, because they could not be used: 3 tiles" in written(tmp_path, results)
+
+
 def painted_gallery(folder):
     (folder / "gallery").mkdir()
     entry = {"caption": "roads & water"}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from terrasynth.data.schema import LabelSchema
+from terrasynth.data.schema import LabelSchema, packaged_labels
 from terrasynth.errors import TerraSynthError
 
 CODINGS = ("onehot", "bits", "grey")
@@ -240,3 +240,105 @@ def test_too_many_classes_are_counted_and_not_listed():
 def test_a_missing_schema_file_shows_what_one_looks_like(tmp_path):
     with pytest.raises(TerraSynthError, match="classes:"):
         LabelSchema.from_yaml(tmp_path / "s.yaml")
+
+
+# --- stored values ---------------------------------------------------------------------------------------------------
+
+STORED = LabelSchema(("land", "water"), ((0, 255, 0), (0, 0, 255)), 255, ((0, 0, 0),), (3, 1), (0, 9))
+
+
+def test_stored_values_are_read_and_written():
+    stored = np.array([[3, 1, 0], [9, 1, 3]], np.uint16)
+    mask = STORED.from_index(stored)
+    np.testing.assert_array_equal(mask, [[0, 1, 255], [255, 1, 0]])
+    np.testing.assert_array_equal(STORED.to_index(mask), [[3, 1, 0], [0, 1, 3]])
+    # A file is shown in the same colours, whatever it stores.
+    np.testing.assert_array_equal(STORED.palette()[STORED.to_index(mask)], STORED.to_color(mask))
+    assert LabelSchema.from_dict(STORED.to_dict()) == STORED
+
+
+def test_without_stored_values_files_hold_the_class_indices():
+    mask = np.array([[0, 1, 2, 255]], np.uint8)
+    np.testing.assert_array_equal(LAND.to_index(mask), mask)
+    assert set(LAND.to_dict()) == {"classes", "ignore_index", "ignore_colors"}
+    assert set(LAND.to_dict()["classes"][0]) == {"name", "color"}
+    with pytest.raises(TerraSynthError, match="no class"):
+        LAND.to_index(np.array([[3]]))
+
+
+def test_a_stored_value_without_meaning_is_counted():
+    with pytest.raises(TerraSynthError) as caught:
+        STORED.from_index(np.array([[2, 2, 1]]), path="m.tif")
+    assert caught.value.found == "2 (2 px)"
+    assert caught.value.expected == "3 (land), 1 (water) or 0 or 9 (unlabelled)"
+    with pytest.raises(TerraSynthError) as caught:
+        STORED.from_index(np.array([2, 1]), counts=np.array([70, 5]))
+    assert caught.value.found == "2 (70 px)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{name: a, color: '#000001', value: 1}, {name: b, color: '#000002'}]", "every class needs a value, or none"),
+        ("[{name: a, color: '#000001', value: 1}, {name: b, color: '#000002', value: 1}]", "1 for a and b"),
+        (
+            "[{name: a, color: '#000001', value: 255}, {name: b, color: '#000002', value: 1}]",
+            "255 for a and unlabelled",
+        ),
+        ("[{name: a, color: '#000001', value: 256}, {name: b, color: '#000002', value: 1}]", "256"),
+        ("[{name: a, color: '#000001', value: x}, {name: b, color: '#000002', value: 1}]", "'x'"),
+        ("[{name: a, color: '#000001'}, {name: b, color: '#000002'}]\nignore_values: [1]", "1 for b and unlabelled"),
+        ("[{name: a, color: '#000001'}, {name: b, color: '#000002'}]\nignore_values: 7", "must be a list"),
+    ],
+)
+def test_bad_stored_values_are_explained(tmp_path, text, message):
+    (tmp_path / "classes.yaml").write_text(f"classes: {text}\n")
+    with pytest.raises(TerraSynthError) as caught:
+        LabelSchema.from_yaml(tmp_path / "classes.yaml")
+    assert message in str(caught.value)
+
+
+# --- packaged schemas ------------------------------------------------------------------------------------------------
+
+# What mmsegmentation and torchgeo list for these data sets, in the order of their indices.
+PUBLISHED = {
+    "loveda": [(255, 255, 255), (255, 0, 0), (255, 255, 0), (0, 0, 255), (159, 129, 183), (0, 255, 0), (255, 195, 128)],
+    "potsdam": [(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0)],
+    "vaihingen": [(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0)],
+    "deepglobe": [(0, 255, 255), (255, 255, 0), (255, 0, 255), (0, 255, 0), (0, 0, 255), (255, 255, 255)],
+    "openearthmap": [
+        (128, 0, 0), (0, 255, 36), (148, 148, 148), (255, 255, 255), (34, 97, 38), (0, 69, 255), (75, 181, 73),
+        (222, 31, 7),
+    ],
+    "isaid": [
+        (0, 0, 0), (0, 0, 63), (0, 63, 63), (0, 63, 0), (0, 63, 127), (0, 63, 191), (0, 63, 255), (0, 127, 63),
+        (0, 127, 127), (0, 0, 127), (0, 0, 191), (0, 0, 255), (0, 191, 127), (0, 127, 191), (0, 127, 255),
+        (0, 100, 155),
+    ],
+    "gid-15": [
+        (200, 0, 0), (250, 0, 150), (200, 150, 150), (250, 150, 150), (0, 200, 0), (150, 250, 0), (150, 200, 150),
+        (200, 0, 200), (150, 0, 250), (150, 150, 250), (250, 200, 0), (200, 200, 0), (0, 0, 200), (0, 150, 200),
+        (0, 200, 250),
+    ],
+}  # fmt: skip
+
+
+def test_packaged_schemas_have_the_published_colours():
+    assert {*PUBLISHED, "dubai", "fusu", "five-billion-pixels"} == set(packaged_labels())
+    for name, colors in PUBLISHED.items():
+        assert list(LabelSchema.load(name).colors) == colors
+    # Classes that both have, in the same colours.
+    gid, five = (LabelSchema.load(name) for name in ("gid-15", "five-billion-pixels"))
+    for name in {*gid.names} & {*five.names}:
+        assert gid.colors[gid.names.index(name)] == five.colors[five.names.index(name)]
+    assert [LabelSchema.load(name).num_classes for name in ("fusu", "five-billion-pixels")] == [17, 24]
+
+
+def test_a_schema_is_found_by_path_or_by_name(tmp_path):
+    assert LabelSchema.load("loveda") == LabelSchema.load("labels/loveda.yaml")
+    LAND.to_yaml(tmp_path / "mine.yaml")
+    assert LabelSchema.load(tmp_path / "mine.yaml") == LabelSchema.load("mine.yaml", [tmp_path]) == LAND
+    with pytest.raises(TerraSynthError) as caught:
+        LabelSchema.load("LovDA")
+    assert caught.value.fix == "did you mean `loveda`?"
+    assert "potsdam" in str(caught.value)

@@ -146,6 +146,24 @@ def test_an_image_that_can_not_be_used_is_named(tmp_path, pixels, message):
     assert caught.value.fix
 
 
+def test_all_images_that_can_not_be_used_are_named_or_left_out(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "0")
+    for index, name in enumerate(("a", "c")):
+        save(tmp_path / f"{name}.png", photograph(index))
+    good = cut_windows(tmp_path, source(), SIZE)
+    (tmp_path / "b.png").write_bytes(b"text")
+    (tmp_path / "d.png").write_bytes(b"")
+    with pytest.raises(TerraSynthError, match=r"2 of 4 images of \*\.png can not be used") as caught:
+        cut_windows(tmp_path, source(), SIZE)
+    names, windows = cut_windows(tmp_path, source(), SIZE, skip_bad=True)
+    said = capfd.readouterr().err
+    for name in ("b", "d"):
+        assert str(tmp_path / f"{name}.png") in str(caught.value)
+        assert str(tmp_path / f"{name}.png") in said
+    assert names == good[0]
+    assert torch.equal(windows, good[1])
+
+
 def test_a_truncated_image_is_named(tmp_path):
     save(tmp_path / "a.png", photograph(0))
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])

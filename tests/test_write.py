@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -115,6 +116,44 @@ def test_the_card_has_front_matter_classes_and_provenance(tmp_path):
     assert "| steering.strength | 0.1 |" in body
 
 
+def license_of(folder) -> str:
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])["license"]
+
+
+def test_the_licence_is_stated_at_any_time_and_changes_nothing_but_the_card(tmp_path, uninterrupted):
+    write(tmp_path / "set")
+    writer = SyntheticWriter(tmp_path / "set", SCHEMA, plan=PLAN, license="cc-by-4.0")
+    writer.finish()
+    assert license_of(tmp_path / "set") == "cc-by-4.0"
+    now = contents(tmp_path / "set")
+    assert {name for name in now if now[name] != uninterrupted[name]} == {"README.md"}
+    # Whoever adds samples later need not say it again; by hand it is stated in the card.
+    write(tmp_path / "set")
+    assert license_of(tmp_path / "set") == "cc-by-4.0"
+    card = tmp_path / "set" / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace("license: cc-by-4.0", "license: odbl"), encoding="utf-8")
+    write(tmp_path / "set")
+    assert license_of(tmp_path / "set") == "odbl"
+
+
+@pytest.mark.parametrize(
+    "text", ["no card", "---\n[1\n---\n", "---\nlicense: CC BY 4.0\n---\n", "---\nlicense:\n---\n"]
+)
+def test_a_card_that_states_no_licence_is_named_before_anything_is_painted(tmp_path, text):
+    write(tmp_path / "set", until=1)
+    (tmp_path / "set" / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(TerraSynthError, match=r"README\.md: (the dataset card has no|not the identifier)") as caught:
+        SyntheticWriter(tmp_path / "set", SCHEMA, plan=PLAN)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("license", ["CC BY 4.0", "", "a\nb", "https://x.org"])
+def test_a_licence_that_is_no_identifier_is_refused_and_nothing_is_begun(tmp_path, license):
+    with pytest.raises(TerraSynthError, match="not the identifier of a licence"):
+        SyntheticWriter(tmp_path / "set", SCHEMA, plan=PLAN, license=license)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_classes_are_beside_the_masks(tmp_path):
     write(tmp_path / "set")
     assert LabelSchema.from_dict(read_json(tmp_path / "set" / "schema.json")) == SCHEMA
@@ -194,6 +233,17 @@ def test_a_damaged_sample_is_painted_again(tmp_path, uninterrupted, damage):
     assert contents(tmp_path / "set") == uninterrupted
 
 
+def test_a_mask_whose_image_never_came_goes_when_fewer_are_wanted(tmp_path, uninterrupted):
+    write(tmp_path / "set", until=COUNT - 1)
+    orphan = tmp_path / "set" / "masks" / f"{COUNT - 1:06d}.png"
+    shutil.copy(tmp_path / "set" / "masks" / "000000.png", orphan)
+    SyntheticWriter(tmp_path / "set", SCHEMA, plan=PLAN).finish()
+    assert not orphan.exists()
+    assert len(load_synthetic(tmp_path / "set")) == COUNT - 1
+    write(tmp_path / "set")
+    assert contents(tmp_path / "set") == uninterrupted
+
+
 # --- whose folder ----------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +298,24 @@ def test_a_dataset_that_lost_or_gained_files_is_refused(tmp_path):
         load_synthetic(tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: {**row, "id": "../../elsewhere"},
+        lambda row: {**row, "file_name": "images/../../elsewhere.png"},
+        lambda row: {**row, "id": "000000", "file_name": "images/000000.png", "mask_file_name": "masks/000000.png"},
+    ],
+    ids=["id", "path", "one sample twice"],
+)
+def test_rows_that_lead_elsewhere_are_refused(tmp_path, change):
+    write(tmp_path / "set")
+    path = tmp_path / "set" / "metadata.jsonl"
+    *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join([*lines, json.dumps(change(json.loads(last))) + "\n"]), encoding="utf-8")
+    with pytest.raises(TerraSynthError, match=r"metadata\.jsonl: the rows are damaged"):
+        read_manifest(tmp_path / "set")
+
+
 def test_a_damaged_image_or_row_is_named(tmp_path):
     write(tmp_path / "set")
     path = tmp_path / "set" / "images" / "000001.png"
@@ -262,3 +330,14 @@ def test_a_damaged_image_or_row_is_named(tmp_path):
 def test_a_folder_that_is_no_synthetic_dataset_is_named(tmp_path):
     with pytest.raises(TerraSynthError, match="not a synthetic dataset"):
         load_synthetic(tmp_path)
+
+
+def test_masks_are_written_as_the_schema_stores_them(tmp_path):
+    schema = LabelSchema.load("loveda")
+    writer = SyntheticWriter(tmp_path / "out", schema, plan={})
+    mask = torch.tensor([[0, 6], [255, 2]], dtype=torch.uint8)
+    writer.add("a", torch.zeros(3, 2, 2, dtype=torch.uint8), mask, {"seed": 1})
+    writer.finish()
+    assert np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png")).tolist() == [[1, 7], [0, 3]]
+    assert torch.equal(load_synthetic(tmp_path / "out").masks[0], mask)
+    assert "| 7 | agricultural | 1 | 25.00% |" in (tmp_path / "out" / "README.md").read_text()

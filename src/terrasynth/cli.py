@@ -11,8 +11,9 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,6 +111,49 @@ Jobs = Annotated[
         "each needs memory of its own.",
     ),
 ]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Go on without tiles, masks and images that can not be used, and list them. (default: list them and end)",
+    ),
+]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+Bands = Annotated[
+    Any,
+    typer.Option(
+        metavar="R,G,B",
+        parser=_whole_numbers,
+        help="Numbers of the bands to show as red, green and blue, counted from 1; or of one, for grey. (default: the "
+        "only one or the only three beside alpha)",
+    ),
+]
+StretchRange = Annotated[
+    Any,
+    typer.Option(
+        metavar="LOW,HIGH",
+        parser=_numbers,
+        help="Stored values that become black and white, in all scenes alike; a pair for all bands, or one after the "
+        "other for each. Needed unless the bands are 8-bit, which stay as they are.",
+    ),
+]
+Percentiles = Annotated[
+    Any,
+    typer.Option(
+        metavar="LOW,HIGH",
+        parser=_numbers,
+        help="Instead of --stretch: these percentiles of each band over all scenes together, as 2,98.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
@@ -120,6 +164,15 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"terrasynth {__version__}")
         raise typer.Exit
+
+
+class ExportFormat(StrEnum):
+    """The keys of `terrasynth.data.export.FORMATS`, known before anything heavy is loaded."""
+
+    MMSEG = "mmseg"
+    COCO_PANOPTIC = "coco-panoptic"
+    COCO_SEMANTIC = "coco-semantic"
+    WEBDATASET = "webdataset"
 
 
 @app.callback()
@@ -151,7 +204,160 @@ def demo(out: Out = None) -> None:
     Paints procedural scenes, trains a generator on 16 labelled tiles, paints more with it, trains a segmentor with
     and without them, and writes a report. Repeating the command shows the finished report.
     """
-    _study("demo", None, out, None, None, jobs=None)
+    _study("demo", None, out, None, (), jobs=None)
+
+
+class Edges(StrEnum):
+    """What becomes of less than a tile at the right and lower edge."""
+
+    shift = "shift"
+    drop = "drop"
+
+
+class Split(StrEnum):
+    """What goes to a split as a whole."""
+
+    scene = "scene"
+    blocks = "blocks"
+
+
+class MaskCoding(StrEnum):
+    """How mask rasters are coded."""
+
+    auto = "auto"
+    indices = "index"
+    colors = "color"
+
+
+@app.command(
+    epilog=_example("terrasynth prepare scenes --out tiles/mine --labels classes.yaml --size 256 --split blocks")
+)
+def prepare(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", exists=True, file_okay=False, help="Folder of the scenes and their masks."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Folder of the tiles.")],
+    labels: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE", help="Label schema: a packaged one (`loveda`, `potsdam`, ...) or a YAML file."
+        ),
+    ],
+    images: Annotated[
+        str,
+        typer.Option(
+            metavar="PATTERN",
+            help="The scenes under SRC: GeoTIFF of any size, PNG or JPEG. What the wildcards stand for is a scene's "
+            "name.",
+        ),
+    ] = "images/*",
+    masks: Annotated[
+        str,
+        typer.Option(
+            metavar="PATTERN",
+            help="Their masks under SRC, whose wildcards stand for the same: index, palette or RGB rasters, GeoJSON or "
+            "other polygons (`terrasynth\\[vector]`); or one vector file for all scenes.",
+        ),
+    ] = "masks/*",
+    size: Annotated[int, typer.Option(metavar="PIXELS", min=8, help="Side of the tiles. Nothing is resampled.")] = 256,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=1,
+            help="From one tile to the next; less than --size makes them overlap. (default: --size)",
+        ),
+    ] = None,
+    edges: Annotated[
+        Edges,
+        typer.Option(
+            help="What is left at the right and lower edge of a scene or block: `shift` covers it with one more tile, "
+            "shifted back; `drop` leaves it out."
+        ),
+    ] = Edges.shift,
+    bands: Bands = None,
+    stretch: StretchRange = None,
+    percentiles: Percentiles = None,
+    mask_coding: Annotated[
+        MaskCoding, typer.Option(help="How mask rasters are coded; `auto` refuses what can be read in two ways.")
+    ] = MaskCoding.auto,
+    class_attribute: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What holds the class of a polygon: its name, or its value.")
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="Class of ground without a polygon. (default: it is unlabelled)"),
+    ] = None,
+    split: Annotated[
+        Split,
+        typer.Option(
+            help="Whole scenes go to training, validation and test, scenes that overlap together; or `blocks` of each. "
+            "Never random tiles."
+        ),
+    ] = Split.scene,
+    block: Annotated[
+        int | None, typer.Option(metavar="PIXELS", min=1, help="Side of a block. (default: four tiles)")
+    ] = None,
+    fractions: Annotated[
+        Any,
+        typer.Option(metavar="TRAIN,VAL,TEST", parser=_numbers, help="Shares of the tiles. (default: 0.7,0.15,0.15)"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which scenes or blocks go where.")] = 0,
+    caption: Annotated[
+        str, typer.Option(metavar="TEXT", help="Caption of a tile; `{classes}` becomes the classes present.")
+    ] = "a satellite image of {classes}",
+    skip_unlabelled: Annotated[
+        bool, typer.Option("--skip-unlabelled", help="Leave out tiles without a labelled pixel.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without the scenes that can not be used, and list them in DIR.")
+    ] = False,
+) -> None:
+    """Cut scenes and their masks into tiles, split by place, with a recipe that a study runs on.
+
+    Every pixel is read once before anything is written, and all bad files are named together. CRS and transform are
+    kept. Stopped or killed, the same command goes on.
+    """
+    from terrasynth.data.prepare import PrepareSettings
+    from terrasynth.data.prepare import prepare as cut
+
+    settings = PrepareSettings(
+        labels=labels,
+        images=images,
+        masks=masks,
+        size=size,
+        stride=stride,
+        edges=edges.value,
+        bands=bands,
+        ranges=_pairs(stretch),
+        percentiles=percentiles,
+        mask_coding=mask_coding.value,
+        class_attribute=class_attribute,
+        background=background,
+        split=split.value,
+        block=block,
+        fractions=fractions or (0.7, 0.15, 0.15),
+        seed=seed,
+        caption=caption,
+        skip_unlabelled=skip_unlabelled,
+        skip_bad=skip_bad,
+    )
+    made = cut(source, out, settings)
+    typer.echo(f"{made.histogram}\n")
+    if made.stretch:
+        typer.echo(f"Shown with {made.stretch}: give `terrasynth predict` the same.")
+    typer.echo(f"{made.recipe}\nNext: terrasynth study {shlex.quote(str(made.recipe))}")
+
+
+def _pairs(numbers: tuple[float, ...] | None) -> tuple[tuple[float, float], ...] | None:
+    if numbers is None:
+        return None
+    if len(numbers) % 2:
+        raise typer.BadParameter(
+            "give LOW,HIGH for all bands, or LOW,HIGH,LOW,HIGH,... for each", param_hint="--stretch"
+        )
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 @app.command(epilog=_example("terrasynth train dubai16 --data tiles/dubai --set generator.train.steps=2000"))
@@ -160,6 +366,7 @@ def train(
     data: Data = None,
     out: Out = None,
     max_minutes: MaxMinutes = None,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Train the generator of RECIPE, and nothing that it does not need.
@@ -168,7 +375,7 @@ def train(
     its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
     """
     with _every_process() as speaks:
-        unit = _open(recipe, data, out, max_minutes, overrides).generator
+        unit = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad)).generator
     model = unit.folder / "model"
     if speaks:
         typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
@@ -184,7 +391,8 @@ def generate(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="A recipe (its generator is trained if the run's folder has none) or a model's folder.",
+            help="A recipe (its generator is trained if the run's folder has none), a model's folder, or a packaged "
+            "model (`terrasynth-tiny`).",
         ),
     ],
     data: Data = None,
@@ -210,10 +418,20 @@ def generate(
         int | None,
         typer.Option(metavar="N", min=1, help="How many images. (default: one per mask)"),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MASK",
+            exists=True,
+            dir_okay=False,
+            help="Paint one picture of the size of this mask raster, whatever it is, in the same place on the ground.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", file_okay=False, help="Folder of the data set. (default: synthetic/ beside the model)"
+            metavar="DIR|FILE",
+            help="Folder of the data set (default: synthetic/ beside the model); with --like, the file (.tif).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run; image i derives its own from it and i.")] = 0,
@@ -226,6 +444,13 @@ def generate(
             help="Steer with this trained segmentor (control-rectify flow matching).",
         ),
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Licence of the images, for the card, as `cc-by-4.0`. (default: what the card says, or unknown)",
+        ),
+    ] = None,
     max_minutes: Annotated[
         float | None,
         typer.Option(
@@ -236,33 +461,47 @@ def generate(
             "the same command goes on. Painting is not limited.",
         ),
     ] = None,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
     Image i depends on its mask, the seed and i alone. Stopped or killed, the same command adds what is missing. With a
-    model's folder, `--set` takes keys of `sampling` and `steering` only.
+    model's folder, `--set` takes keys of `sampling` and `steering` only. With --like, one GeoTIFF instead.
     """
     from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
-    if model.is_dir():
-        if masks is None:
+    if like is not None and (masks is not None or count is not None or steer is not None):
+        raise typer.BadParameter(
+            "these belong to a data set, and --like asks for one picture", param_hint="--masks, --count, --steer"
+        )
+    if like is not None and out is None:
+        raise typer.BadParameter("name the picture, as painted.tif", param_hint="--out")
+    if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
+        if masks is None and like is None:
             raise typer.BadParameter("a model alone has no masks to paint; give their folder", param_hint="--masks")
         if data or run or max_minutes is not None:
             raise typer.BadParameter(
                 "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
             )
-        painted: Path | Tiles = masks
+        painted: Path | Tiles | None = masks
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
-        opened = _open(source, data, run, max_minutes, overrides)
+        opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
         model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 
+    _silence_libraries()
+    if like is not None and out is not None:
+        from terrasynth.systems.large import paint_like
+
+        typer.echo(paint_like(model, like, out, sampling=settings.sampling, seed=seed))
+        return
+
     from terrasynth.study.generate import generate as paint
 
-    _silence_libraries()
+    assert painted is not None
     folder = paint(
         model,
         painted,
@@ -272,8 +511,43 @@ def generate(
         segmentor=steer,
         count=count,
         seed=seed,
+        license=license,
+        skip_bad=skip_bad,
     )
     typer.echo(folder)
+
+
+@app.command(epilog=_example("terrasynth export painted --to mmseg --out exports/mmseg"))
+def export(
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATASET", exists=True, file_okay=False, help="Folder that `terrasynth generate` wrote."
+        ),
+    ],
+    to: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="`mmseg`: image and annotation folders with a config; `coco-panoptic`: JSON and a PNG of segments; "
+            "`coco-semantic`: JSON with run lengths; `webdataset`: tar shards."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the export: new, empty, or an earlier one.")],
+    shard_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Samples in a tar file of webdataset. (default: 1000)")
+    ] = None,
+) -> None:
+    """Write a synthetic data set in the layout of another tool.
+
+    DATASET itself is a Hugging Face image folder, which `datasets.load_dataset` reads, and torchgeo reads it with
+    `terrasynth.data.torchgeo.SyntheticTiles`. Killed, the same command starts again and ends with the same files.
+    """
+    if shard_size is not None and to != ExportFormat.WEBDATASET:
+        raise typer.BadParameter("only webdataset has shards", param_hint="--shard-size")
+
+    from terrasynth.data.export import export as write
+
+    typer.echo(write(dataset, to, out, shard_size=shard_size or 1000))
 
 
 @app.command(epilog=_example("terrasynth study dubai16 --data tiles/dubai --set study.seeds=[0,1,2,3,4]"))
@@ -283,6 +557,7 @@ def study(
     out: Out = None,
     max_minutes: MaxMinutes = None,
     jobs: Jobs = 1,
+    skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
     """Answer the question for RECIPE: would synthetic data help this task, by how much, and how sure is that?
@@ -290,7 +565,69 @@ def study(
     Trains the generator, paints, trains the segmentor once per arm and seed, and writes report.html. Stopped or
     killed, the same command goes on from what is finished.
     """
-    _study(recipe, data, out, max_minutes, overrides, jobs)
+    _study(recipe, data, out, max_minutes, _settings(overrides, skip_bad), jobs)
+
+
+@app.command(
+    epilog=_example("terrasynth predict runs/mine/cells/real-seed-0-1a2b3c4d/segmentor scene.tif --out classes.tif")
+)
+def predict(
+    segmentor: Annotated[
+        Path,
+        typer.Argument(metavar="SEGMENTOR", exists=True, file_okay=False, help="Folder of a trained segmentor."),
+    ],
+    scenes: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SCENE...", exists=True, help="GeoTIFFs of any size, PNGs or JPEGs, or folders of them."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE|DIR", help="The class map of one scene (.tif), or a folder for those of all."
+        ),
+    ],
+    size: Annotated[int, typer.Option(metavar="PIXELS", min=32, help="Side of the windows.")] = 512,
+    overlap: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=0,
+            help="What neighbouring windows share, where their probabilities are blended. (default: --size / 4)",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
+    bands: Bands = None,
+    stretch: StretchRange = None,
+    percentiles: Percentiles = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Label schema with the colours and values of the classes. (default: that of the training tiles)",
+        ),
+    ] = None,
+) -> None:
+    """Predict the class of every pixel of SCENE: cloud-optimised GeoTIFFs with CRS, colours and class names.
+
+    --bands and --stretch must be those of the training tiles; `terrasynth prepare` prints them. Stopped or killed, the
+    same command goes on.
+    """
+    from terrasynth.data.raster import Stretch
+    from terrasynth.data.schema import LabelSchema
+
+    # What is wrong with the options shows before torch is loaded.
+    shown = Stretch(bands, _pairs(stretch))
+    schema = None if labels is None else LabelSchema.load(labels)
+
+    from terrasynth.tasks.predict import PredictSettings
+    from terrasynth.tasks.predict import predict as map_classes
+
+    _silence_libraries()
+    settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown, percentiles)
+    for path in map_classes(segmentor, scenes, out, settings, schema=schema):
+        typer.echo(path)
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))
@@ -363,7 +700,7 @@ def _study(
     data: Path | None,
     out: Path | None,
     max_minutes: float | None,
-    overrides: list[str] | None,
+    overrides: Sequence[str],
     jobs: int | None,
 ) -> None:
     """`jobs: None` takes one process for each of the cores, up to four."""
@@ -382,13 +719,15 @@ def _study(
     typer.echo(f"{verdict(read_results(page.parent)).headline}\n{page}")
 
 
-def _open(
-    name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: list[str] | None
-) -> Study:
+def _settings(overrides: list[str] | None, skip_bad: bool) -> list[str]:
+    return [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])]
+
+
+def _open(name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: Sequence[str]) -> Study:
     """The study of a recipe. The recipe is read before torch is: a typing mistake shows at once."""
     from terrasynth.recipe_io import load_recipe
 
-    loaded = load_recipe(name, overrides or (), data=data)
+    loaded = load_recipe(name, overrides, data=data)
 
     from terrasynth.study.run import Study
 

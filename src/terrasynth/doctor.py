@@ -25,7 +25,12 @@ __all__ = ["Check", "check_hub", "check_package", "checks", "plan", "run"]
 # Where the name to import is not the name to install with underscores.
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 #: What the extras of the package are for.
-EXTRAS = {"peft": "low-rank adapters (`trainable: lora`)", "track": "TensorBoard logs of training"}
+EXTRAS = {
+    "peft": "low-rank adapters (`trainable: lora`)",
+    "torchgeo": "datasets to and from torchgeo (`terrasynth.data.torchgeo`)",
+    "track": "TensorBoard logs of training",
+    "vector": "masks from GeoPackage, Shapefile and FlatGeobuf",
+}
 _COLORS = {"ok": "green", "note": "yellow", "FAILED": "red"}
 _GIB = 2**30
 

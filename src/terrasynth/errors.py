@@ -5,12 +5,12 @@ Also how changed settings are told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OutOfTime", "TerraSynthError", "changes", "flat"]
+__all__ = ["OutOfTime", "TerraSynthError", "changes", "combined", "flat", "listed"]
 
 
 class OutOfTime(Exception):
@@ -52,6 +52,39 @@ class TerraSynthError(Exception):
         if fix is not None:
             lines.append(f"  to do:    {fix}")
         super().__init__("\n".join(lines))
+
+    def line(self) -> str:
+        """Where, what is wrong and what was found, on one line."""
+        where = "" if self.path is None else f"{self.path}: "
+        return where + self.problem + ("" if self.found is None else f" ({self.found})")
+
+
+def listed(items: Sequence[str], separator: str = ", ", shown: int | None = 10) -> str:
+    """Some of many, and how many more there are; `shown: None` lists all."""
+    rest = 0 if shown is None else len(items) - shown
+    return separator.join(items[:shown]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def combined(errors: Sequence[TerraSynthError], problem: str, shown: int | None = 10) -> TerraSynthError:
+    """All bad files in one message; a single one keeps its own.
+
+    Args:
+        errors: what is wrong with each, at least one.
+        problem: what they have in common.
+        shown: how many are listed; None lists all.
+    """
+    if len(errors) == 1:
+        return errors[0]
+
+    def distinct(values: Iterable[object]) -> str | None:
+        return "; ".join(dict.fromkeys(str(value) for value in values if value is not None)) or None
+
+    return TerraSynthError(
+        problem,
+        found="\n    " + listed([error.line() for error in errors], "\n    ", shown),
+        expected=distinct(error.expected for error in errors[:10]),
+        fix=distinct(error.fix for error in errors[:10]),
+    )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -114,7 +114,8 @@ class DataConfig(_Config):
     test: SplitConfig = SplitConfig(folder="test", list="test.txt")
     """Test tiles: evaluated once per finished cell, never used otherwise."""
     label_schema: Path | None = None
-    """YAML file of class names, colours and ignore index (`kind: folder`); relative to the recipe, then to `root`."""
+    """YAML file of class names, colours and ignore index (`kind: folder`), relative to the recipe, then to `root`; or
+    the name of a packaged one (`loveda`, `potsdam`, ...)."""
     mask_coding: Literal["auto", "index", "color"] = "auto"
     """How mask files are coded: `index` (pixel value = class), `color` (palette or RGB colours of the schema);
     `auto` takes the one that fits and refuses where both would."""
@@ -122,6 +123,9 @@ class DataConfig(_Config):
     """Side of the square tiles in pixels, everywhere downstream."""
     fit: Literal["resize", "crop"] = "resize"
     """How larger tiles become `image_size`: shrink the whole tile, or cut its centre out."""
+    skip_bad: bool = False
+    """Go on without tiles and images that can not be used, and list them; otherwise one of them ends the run.
+    `--skip-bad` sets it."""
     caption: str = "a satellite image of {classes}"
     """Caption of a tile; `{classes}` becomes the names of the classes present."""
     world: WorldConfig = WorldConfig()

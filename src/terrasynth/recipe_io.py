@@ -21,10 +21,13 @@ from pydantic.fields import FieldInfo
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import Recipe
 
-__all__ = ["LoadedRecipe", "YamlLoader", "explain", "load_recipe", "override_defaults", "packaged"]
+__all__ = ["LoadedRecipe", "explain", "load_recipe", "load_yaml", "override_defaults", "packaged"]
 
 _FOLDER = Path(__file__).parent / "recipes"
 _WIDTH = 110
+#: Of a YAML file: values, aliases written out, and levels of them. A recipe has some hundred values on six levels.
+_LARGEST = 100_000
+_DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,40 @@ def explain(recipe: Recipe) -> str:
 # --- YAML ---------------------------------------------------------------------------------------------------------
 
 
-class YamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice is a mistake and 1e-5 a number."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that 1e-5 is a number and that all it raises is YAMLError.
+
+    A key given twice is a mistake. Aliases are fine, but not those that make a small file huge or endless.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Measure the document, then do as PyYAML does."""
+        self._measure(node, {})
+        return super().construct_document(node)
+
+    def _measure(self, node: yaml.Node, known: dict[yaml.Node, tuple[int, int]], above: int = 0) -> tuple[int, int]:
+        """How many values a node has, and how deep they go, with its aliases written out."""
+        if node not in known:
+            if above > _DEEPEST:
+                raise yaml.composer.ComposerError(None, None, "nested too deeply", node.start_mark)
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
+            below = [self._measure(part, known, above + 1) for part in inner]
+            known[node] = 1 + sum(size for size, _ in below), 1 + max((depth for _, depth in below), default=0)
+        size, depth = known[node]
+        if size > _LARGEST or above + depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "too large, or nested too deeply", node.start_mark)
+        return size, depth
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Do as PyYAML does; what it can not make sense of (31 February) is a fault at a place."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError, LookupError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"not a valid {kind}: {error}", node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Refuse a key given twice, then do as PyYAML does."""
@@ -131,7 +166,7 @@ class YamlLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `YamlLoader` reads back unchanged."""
+    """Writes what `load_yaml` reads back unchanged."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -144,15 +179,27 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
-for _class in (YamlLoader, _Dumper):
+for _class in (_Loader, _Dumper):
     # YAML 1.1 wants a dot in the number and a sign in the exponent; nobody else does.
     _exponent = re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _exponent, list("-+.0123456789"))
 
 
+def load_yaml(text: str | bytes) -> Any:
+    """The values of a YAML document: plain ones, lists and dicts.
+
+    Raises:
+        yaml.YAMLError: whatever is wrong with it.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.load(path.read_bytes(), YamlLoader)  # noqa: S506 (a SafeLoader)
+        document = load_yaml(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError) as error:
         near = difflib.get_close_matches(path.stem, packaged(), n=1)
         raise TerraSynthError(
@@ -226,7 +273,7 @@ def _assign(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise TerraSynthError(f"--set {override}", found="no key and value", expected="--set key.sub=value")
     try:
-        value = yaml.load(text, YamlLoader)  # noqa: S506 (a SafeLoader)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise TerraSynthError(
             f"--set {override}: the value is not YAML", found=_position(error), fix="put it in quotes"

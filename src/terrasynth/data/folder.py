@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from terrasynth.data.read import common_coding, read_image, read_mask
-from terrasynth.data.schema import LabelSchema
+from terrasynth.data.read import common_coding, read_image, read_mask, refuse_bad_files
+from terrasynth.data.schema import LabelSchema, packaged_labels
 from terrasynth.data.unlabelled import cut_windows, find_images, merged_schema, pseudo_masks
 from terrasynth.data.world import WORLD_SCHEMA, render
-from terrasynth.data.write import read_manifest
-from terrasynth.errors import TerraSynthError
+from terrasynth.data.write import Rows, read_manifest
+from terrasynth.errors import TerraSynthError, listed
 from terrasynth.io import IMAGE_SUFFIXES, digest
 from terrasynth.progress import say
 from terrasynth.recipe import DataConfig, SplitConfig, WorldConfig
@@ -40,13 +40,12 @@ __all__ = [
     "load_masks",
     "load_synthetic",
     "load_tiles",
+    "read_samples",
     "unlabelled_windows",
 ]
 
 Split = Literal["train", "validation", "test"]
 _Array = NDArray[np.uint8]
-
-_SHOWN = 10
 
 
 class Sample(TypedDict):
@@ -70,6 +69,7 @@ class Tiles:
         masks: uint8 (N, S, S): class index, or the schema's `ignore_index`.
         schema: the classes.
         caption: template of the captions of `sample`; one for all, or one a tile.
+        left_out: how many more the split has that can not be used (`data.skip_bad`).
     """
 
     ids: tuple[str, ...]
@@ -77,6 +77,7 @@ class Tiles:
     masks: Tensor
     schema: LabelSchema
     caption: str | tuple[str, ...] = "a satellite image of {classes}"
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -143,7 +144,8 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
         base: folder that a relative `label_schema` starts from, before `root`.
 
     Raises:
-        TerraSynthError: anything that is wrong with the data, with every bad file of the split in one message.
+        TerraSynthError: anything that is wrong with the data, with every bad file of the split in one message. With
+            `skip_bad` such files are listed on standard error, as long as others are left.
     """
     if config.kind == "world":
         return _render_world(config.world, split, config.image_size, config.caption)
@@ -151,7 +153,7 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
     if config.kind == "unlabelled":
         return _load_unlabelled(config, split, root)
     schema = _load_schema(config, root, base)
-    images, masks, ids = [], [], []
+    images, masks, kept = [], [], []
     problems: list[TerraSynthError] = []
     pairs = _pair_files(config, split, root, problems)
     total = len(pairs) + len(problems)
@@ -169,54 +171,57 @@ def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) ->
                 )
             images.append(_fit_image(image, config, image_path))
             masks.append({coding: _fit_mask(mask, config) for coding, mask in readings.items()})
-            ids.append(name)
+            kept.append((name, mask_path))
         except TerraSynthError as error:
             problems.append(error)
-    if problems:
-        raise _combined(problems, split, total)
-    coding = common_coding(masks, [mask for _, _, mask in pairs], schema, chosen=config.mask_coding)
+    refuse_bad_files(problems, total, f"tiles of the {split} split", skip_bad=config.skip_bad)
+    coding = common_coding(masks, [path for _, path in kept], schema, chosen=config.mask_coding)
     tiles = Tiles(
-        tuple(ids),
+        tuple(name for name, _ in kept),
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(np.stack([readings[coding] for readings in masks])),
         schema,
         config.caption,
+        len(problems),
     )
     if tiles.unlabelled == len(tiles):
         raise TerraSynthError(
             f"no tile of the {split} split has a labelled pixel",
-            path=pairs[0][2].parent,
-            found=f"{len(tiles)} masks, all {schema.ignore_index} (read as {coding})",
+            path=kept[0][1].parent,
+            found=f"{len(tiles)} masks, unlabelled everywhere (read as {coding})",
             fix="check ignore_index and ignore_colors of the label schema, and data.mask_coding",
         )
     return tiles
 
 
-def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tuple[tuple[str, ...], Tensor]:
+def load_masks(
+    folder: str | Path, schema: LabelSchema, image_size: int, *, skip_bad: bool = False
+) -> tuple[tuple[str, ...], Tensor]:
     """Load every mask of a folder, without images: layouts to paint.
 
     Args:
         folder: mask files, coded as `load_tiles` reads them.
         schema: their classes.
         image_size: what they are brought to, by the most frequent or middle class.
+        skip_bad: leave out files that can not be used, and list them on standard error.
 
     Returns:
         The names without suffix, and uint8 masks (N, S, S).
 
     Raises:
-        TerraSynthError: anything that is wrong, with every bad file in one message.
+        TerraSynthError: anything that is wrong, with every bad file in one message, unless `skip_bad`.
     """
     folder = Path(folder)
     config = DataConfig(image_size=image_size)
     files = _by_stem(folder, "--masks")
     if not files:
         raise TerraSynthError("no masks here", path=folder, expected=", ".join(IMAGE_SUFFIXES), fix="correct --masks")
-    paths = [several[0] for several in files.values()]
+    paths: list[Path] = []
     masks, problems = [], []
-    for path, several in zip(paths, files.values(), strict=True):
+    for path, *others in files.values():
         try:
-            if len(several) > 1:
-                raise _several(several)
+            if others:
+                raise _several([path, *others])
             readings = read_mask(path, schema, config.mask_coding)
             shape = next(iter(readings.values())).shape
             if min(shape) < image_size:
@@ -228,10 +233,10 @@ def load_masks(folder: str | Path, schema: LabelSchema, image_size: int) -> tupl
                     fix="cut larger masks",
                 )
             masks.append({coding: _fit_mask(mask, config) for coding, mask in readings.items()})
+            paths.append(path)
         except TerraSynthError as error:
             problems.append(error)
-    if problems:
-        raise _combined(problems, folder.name, len(paths))
+    refuse_bad_files(problems, len(files), f"masks of {folder}", skip_bad=skip_bad)
     try:
         coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
     except TerraSynthError as error:
@@ -254,9 +259,37 @@ def load_synthetic(folder: str | Path) -> Tiles:
     Raises:
         TerraSynthError: the folder is no such dataset, is unfinished, or has files missing, added or damaged.
     """
-    folder = Path(folder)
     schema, rows = read_manifest(folder)
-    images, masks = [], []
+    ids, images, masks = [], [], []
+    for row, image, mask in read_samples(folder, schema, rows):
+        ids.append(row["id"])
+        images.append(image)
+        masks.append(mask)
+    return Tiles(
+        tuple(ids),
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.stack(masks)),
+        schema,
+    )
+
+
+def read_samples(
+    folder: str | Path, schema: LabelSchema, rows: Rows | Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], _Array, _Array]]:
+    """Read samples of a synthetic dataset one after the other.
+
+    Args:
+        folder: of the dataset.
+        schema: its classes.
+        rows: which samples; `read_manifest` has them all.
+
+    Yields:
+        Row, image uint8 (H, W, 3) and mask uint8 (H, W), of every sample that is whole.
+
+    Raises:
+        TerraSynthError: some are not: after the last one, with all of them in one message.
+    """
+    folder = Path(folder)
     problems: list[TerraSynthError] = []
     for row in rows:
         try:
@@ -268,23 +301,17 @@ def load_synthetic(folder: str | Path) -> Tiles:
                     path=folder / row["mask_file_name"],
                     found=_size(mask.shape),
                 )
-            images.append(image)
-            masks.append(mask)
         except TerraSynthError as error:
             problems.append(error)
+        else:
+            yield row, image, mask
     if problems:
         raise TerraSynthError(
             f"{len(problems)} of {len(rows)} samples are damaged",
             path=folder,
-            found="\n    " + _listed([f"{e.path}: {e.problem}" for e in problems], separator="\n    "),
+            found="\n    " + listed([f"{e.path}: {e.problem}" for e in problems], separator="\n    "),
             fix="delete these files and run the command that painted them again",
         )
-    return Tiles(
-        tuple(row["id"] for row in rows),
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(np.stack(masks)),
-        schema,
-    )
 
 
 def join(parts: Sequence[Tiles]) -> Tiles:
@@ -323,7 +350,7 @@ def check_splits(**splits: Tiles) -> None:
     if shared:
         raise TerraSynthError(
             "splits share tiles: the test would reward memory",
-            found=_listed(sorted(shared), separator=", "),
+            found=listed(sorted(shared), separator=", "),
             expected="every tile in one split only",
             fix="take these tiles out of one of the split lists",
         )
@@ -378,7 +405,7 @@ def unlabelled_windows(config: DataConfig, schema: LabelSchema) -> Tiles | None:
     ids: list[str] = []
     images, captions = [], []
     for number, source in enumerate(config.unlabelled):
-        names, windows = cut_windows(root, source, config.image_size)
+        names, windows = cut_windows(root, source, config.image_size, skip_bad=config.skip_bad)
         ids += [f"source-{number}-{name}" for name in names]
         images.append(windows)
         captions += [source.caption] * len(names)
@@ -450,21 +477,10 @@ def _load_schema(config: DataConfig, root: Path, base: Path | None) -> LabelSche
         raise TerraSynthError(
             "the recipe names no label schema",
             path=root,
-            expected='a YAML file with classes: [{name: building, color: "#3C1098"}, ...]',
-            fix="write one and set data.label_schema",
+            expected='a YAML file with classes: [{name: building, color: "#3C1098"}, ...], or a packaged schema',
+            fix=f"write one and set data.label_schema, or take one of {', '.join(packaged_labels())}",
         )
-    # The last one, so that a packaged recipe still finds its schema when it is copied and changed.
-    packaged = Path(__file__).parents[1] / "recipes"
-    candidates = [folder / config.label_schema for folder in (base or Path(), root, packaged)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return LabelSchema.from_yaml(candidate)
-    raise TerraSynthError(
-        "the label schema is missing",
-        path=config.label_schema,
-        expected=f"at {' or '.join(dict.fromkeys(str(candidate) for candidate in candidates))}",
-        fix="check data.label_schema",
-    )
+    return LabelSchema.load(config.label_schema, [base or Path(), root])
 
 
 def _pair_files(
@@ -508,7 +524,7 @@ def _pair_files(
 
 def _several(paths: Sequence[Path]) -> TerraSynthError:
     return TerraSynthError(
-        "several files with one name", path=paths[0], found=_listed([path.name for path in paths]), fix="keep one"
+        "several files with one name", path=paths[0], found=listed([path.name for path in paths]), fix="keep one"
     )
 
 
@@ -518,7 +534,7 @@ def _by_stem(folder: Path, keys: str) -> dict[str, list[Path]]:
         raise TerraSynthError(
             "no such folder",
             path=folder,
-            found=f"{folder.parent} has {_listed(beside)}" if beside else None,
+            found=f"{folder.parent} has {listed(beside)}" if beside else None,
             fix=f"correct {keys}",
         )
     files: dict[str, list[Path]] = {}
@@ -560,7 +576,7 @@ def _read_list(path: Path, split: Split, images: Mapping[str, Any]) -> list[str]
         raise TerraSynthError(
             "the split list names tiles more than once",
             path=path,
-            found=_listed(repeated, separator=", "),
+            found=listed(repeated, separator=", "),
             fix="remove the repetitions: they would weigh these tiles more",
         )
     return names
@@ -617,27 +633,3 @@ def _centre(pixels: _Array, size: int) -> _Array:
 
 def _size(shape: Sequence[int]) -> str:
     return f"{shape[1]} x {shape[0]}"
-
-
-def _listed(items: Sequence[str], separator: str = ", ") -> str:
-    more = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return separator.join(items[:_SHOWN]) + more
-
-
-def _combined(problems: Sequence[TerraSynthError], split: str, total: int) -> TerraSynthError:
-    """All bad files of a split in one message."""
-    if len(problems) == 1:
-        return problems[0]
-
-    def distinct(values: Iterable[object]) -> list[str]:
-        return list(dict.fromkeys(str(value) for value in values if value is not None))
-
-    lines = [
-        f"{error.path}: {error.problem}" + ("" if error.found is None else f" ({error.found})") for error in problems
-    ]
-    return TerraSynthError(
-        f"{len(problems)} of {total} tiles of the {split} split can not be used",
-        found="\n    " + _listed(lines, separator="\n    "),
-        expected="; ".join(distinct(error.expected for error in problems[:_SHOWN])) or None,
-        fix="; ".join(distinct(error.fix for error in problems[:_SHOWN])) or None,
-    )

@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terrasynth.data.schema import LabelSchema
-from terrasynth.errors import TerraSynthError
+from terrasynth.errors import TerraSynthError, combined
 from terrasynth.io import Pixels, open_image
+from terrasynth.progress import say
 
-__all__ = ["common_coding", "read_image", "read_mask"]
+__all__ = ["common_coding", "mask_readings", "read_image", "read_mask", "refuse_bad_files"]
 
 _Array = NDArray[np.uint8]
-_Decoder = Callable[[_Array], _Array]
+_Counts = NDArray[np.int64]
+# Stored values, and how many pixels each of them stands for, to classes.
+_Decoder = Callable[[_Array, _Counts | None], _Array]
 
 _GREYS = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
 
@@ -30,10 +33,13 @@ def read_image(path: Path) -> _Array:
     pixels = open_image(path)
     values = pixels.values
     if values.dtype != np.uint8:
+        numbers = values[np.isfinite(values)]
+        extent = f"values {numbers.min()} to {numbers.max()}" if numbers.size else "no values"
+        lost = values.size - numbers.size
         raise TerraSynthError(
             "the image is not 8-bit",
             path=path,
-            found=f"{values.dtype}, values {values.min()} to {values.max()}",
+            found=f"{values.dtype}, {extent}" + (f", and {lost} that are no numbers (NaN or infinity)" if lost else ""),
             expected="uint8",
             fix="convert it, with one range for all tiles, for example `gdal_translate -ot Byte -scale LOW HIGH 0 255`",
         )
@@ -86,7 +92,21 @@ def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]
             expected="PNG or TIFF",
             fix="export it again",
         )
-    pixels = open_image(path)
+    return mask_readings(open_image(path), schema, coding, path)
+
+
+def mask_readings(
+    pixels: Pixels, schema: LabelSchema, coding: str, path: Path, counts: _Counts | None = None
+) -> dict[str, _Array]:
+    """Read the pixels of a mask in every coding that they fit, as `read_mask` does.
+
+    Args:
+        pixels: the whole mask; or the different pixels that occur in it, whose readings are those of the mask.
+        schema: the classes.
+        coding: `auto`, or the only one to try.
+        path: is only named in messages.
+        counts: how often each of `pixels` occurs, (H, W), in messages; once, by default.
+    """
     values = _without_alpha(pixels.values, path)
     if values.dtype.kind not in "iu":
         raise TerraSynthError(
@@ -107,41 +127,66 @@ def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]
                 expected="one band of class indices" + ("" if coding == "index" else ", or RGB colours in uint8"),
                 fix="set data.mask_coding: color if these are colours" if coding == "index" else "export it again",
             )
-        return {"color": schema.from_color(values, path=path)}
+        return {"color": schema.from_color(values, path=path, counts=counts)}
     if values.dtype != np.uint8:
         if coding == "color":
             raise TerraSynthError("the mask is not 8-bit colour", path=path, found=values.dtype, expected="uint8")
-        return {"index": schema.from_index(values, path=path)}
+        index = {"index": schema.from_index(values, path=path, counts=counts)}
+        return _without_data(index, values, pixels.nodata, schema, path)
 
     colors = _palette(pixels, path) if pixels.palette is not None else _GREYS
     decoders: dict[str, _Decoder] = {
-        "index": lambda values: schema.from_index(values, path=path),
-        "color": lambda values: schema.from_color(colors[values], path=path),
+        "index": lambda values, counts: schema.from_index(values, path=path, counts=counts),
+        "color": lambda values, counts: schema.from_color(colors[values], path=path, counts=counts),
     }
     if coding != "auto":
         decoders = {coding: decoders[coding]}
     elif pixels.palette is None:
-        decoders["grey"] = lambda values: _from_grey(values, schema, path)
+        decoders["grey"] = lambda values, counts: _from_grey(values, schema, path)
     present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).astype(np.uint8)
     readings = {}
     for name, decode in decoders.items():
         try:
             table = np.zeros(256, dtype=np.uint8)
-            table[present] = decode(present)
+            table[present] = decode(present, None)
             readings[name] = table[values]
         except TerraSynthError:
             continue
     if not readings:
-        raise _unreadable(decoders, values, path)
-    return readings
+        raise _unreadable(decoders, values, counts, path)
+    return _without_data(readings, values, pixels.nodata, schema, path)
 
 
-def _unreadable(decoders: Mapping[str, _Decoder], values: _Array, path: Path) -> TerraSynthError:
+def _without_data(
+    readings: dict[str, _Array], values: NDArray[Any], nodata: float | None, schema: LabelSchema, path: Path
+) -> dict[str, _Array]:
+    """The readings under which pixels without data are unlabelled."""
+    empty = np.flatnonzero(values == nodata)
+    if not empty.size:
+        return readings
+    meanings = {coding: int(reading.flat[empty[0]]) for coding, reading in readings.items()}
+    fit = {coding: readings[coding] for coding, value in meanings.items() if value == schema.ignore_index}
+    if not fit:
+        names = dict.fromkeys(schema.names[value] for value in meanings.values())
+        raise TerraSynthError(
+            "the nodata value of the mask is a class as well",
+            path=path,
+            found=f"nodata {nodata:g}, which is {' or '.join(names)} in the label schema",
+            expected="a nodata value that means unlabelled, or none",
+            fix="if these pixels are of that class: `gdal_edit.py -unsetnodata FILE`; if they are unlabelled, give "
+            f"them the value {schema.stored_ignore[0]}",
+        )
+    return fit
+
+
+def _unreadable(
+    decoders: Mapping[str, _Decoder], values: _Array, counts: _Counts | None, path: Path
+) -> TerraSynthError:
     """Why none of the codings fits."""
     errors = {}
     for name, decode in decoders.items():
         try:
-            decode(values)
+            decode(values, counts)
         except TerraSynthError as error:
             errors[name] = error
     if "color" not in errors or "grey" in errors:
@@ -167,9 +212,21 @@ def _from_grey(values: _Array, schema: LabelSchema, path: Path) -> _Array:
 
 
 def common_coding(
-    masks: Sequence[Mapping[str, _Array]], paths: Sequence[Path], schema: LabelSchema, *, chosen: str
+    masks: Sequence[Mapping[str, _Array]],
+    paths: Sequence[Path],
+    schema: LabelSchema,
+    *,
+    chosen: str,
+    pixels: Callable[[Path], Pixels] = open_image,
 ) -> str:
-    """The coding that all masks of the split fit.
+    """The coding that all masks fit.
+
+    Args:
+        masks: what `read_mask` or `mask_readings` gave for each.
+        paths: their files.
+        schema: the classes.
+        chosen: `auto`, or the coding that was asked for.
+        pixels: gives the pixels of one of the files again, for a message.
 
     Raises:
         TerraSynthError: there is none, or two that would mean different classes.
@@ -180,9 +237,9 @@ def common_coding(
     if {"index", "color"} <= common:
         for readings, path in zip(masks, paths, strict=True):
             if not np.array_equal(readings["index"], readings["color"]):
-                raise _ambiguity(path, schema)
+                raise _ambiguity(pixels(path), path, schema)
     if "index" in common:
-        if _seen(masks, "index") == {0, 255}:
+        if _seen(masks, "index") == {0, 255} and schema.stored[0] == 0 and 255 in schema.stored_ignore:
             raise TerraSynthError(
                 "the masks are black and white, which can be read in two ways",
                 path=paths[0].parent,
@@ -211,10 +268,28 @@ def _seen(masks: Sequence[Mapping[str, _Array]], coding: str) -> set[int]:
     return {int(value) for readings in masks for value in np.flatnonzero(np.bincount(readings[coding].ravel()))}
 
 
-def _ambiguity(path: Path, schema: LabelSchema) -> TerraSynthError:
-    pixels = open_image(path)
+def refuse_bad_files(problems: Sequence[TerraSynthError], total: int, what: str, *, skip_bad: bool) -> None:
+    """Tell all bad files in one message; with `skip_bad`, on standard error, so that the others can be used.
+
+    Args:
+        problems: what is wrong with each of them.
+        total: how many files there are, with the others.
+        what: they are, in the plural.
+        skip_bad: go on without them.
+
+    Raises:
+        TerraSynthError: there are some, and `skip_bad` is off or no other file is left.
+    """
+    if not problems:
+        return
+    if not skip_bad or len(problems) == total:
+        raise combined(problems, f"{len(problems)} of {total} {what} can not be used")
+    say("\n    ".join([f"left out: {len(problems)} of {total} {what}", *(error.line() for error in problems)]))
+
+
+def _ambiguity(pixels: Pixels, path: Path, schema: LabelSchema) -> TerraSynthError:
     values = pixels.values if pixels.values.ndim == 2 else pixels.values[..., 0]
-    readings = read_mask(path, schema, "auto")
+    readings = mask_readings(pixels, schema, "auto", path)
     names = {**dict(enumerate(schema.names)), schema.ignore_index: "unlabelled"}
 
     def spell(coding: str) -> str:

@@ -1,7 +1,8 @@
 """What the classes are called, what colours they have, and how a mask is coded, in files and for networks.
 
 A mask holds one class index per pixel, 0..K-1, and `ignore_index` where a pixel is unlabelled. Every coding here keeps
-the unlabelled pixels apart from every class, and every coding decodes to exactly the mask it came from.
+the unlabelled pixels apart from every class, and every coding decodes to exactly the mask it came from. Mask files may
+store other values than the indices (`values`): whatever is read or written as a file follows the schema.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write
-from terrasynth.recipe_io import YamlLoader
+from terrasynth.recipe_io import load_yaml
 
-__all__ = ["Coding", "Color", "LabelSchema"]
+__all__ = ["Coding", "Color", "LabelSchema", "find_labels", "packaged_labels"]
 
 Color = tuple[int, int, int]
 #: How a mask enters a network; `LabelSchema.encode` and `LabelSchema.decode` take the name.
@@ -32,7 +33,20 @@ Coding = Literal["onehot", "bits", "grey"]
 
 #: In place of class names where a mask has no labelled pixel.
 _NOTHING_LABELLED = "unlabelled terrain"
+_FOLDER = Path(__file__).parents[1] / "recipes"
 _EXAMPLE = 'classes: [{name: building, color: "#3C1098"}, {name: road, color: "#6EC1E4"}]'
+
+
+def packaged_labels() -> list[str]:
+    """Names of the label schemas that come with TerraSynth."""
+    return sorted(path.stem for path in (_FOLDER / "labels").glob("*.yaml"))
+
+
+def find_labels(name: str | Path, folders: Sequence[Path] = (Path(),)) -> Path | None:
+    """The file that `LabelSchema.load` reads for these arguments; None if there is none."""
+    # The packaged recipes name their schemas by path, and are copied and changed.
+    paths = [*(folder / name for folder in (*folders, _FOLDER)), _FOLDER / "labels" / f"{name}.yaml"]
+    return next((path for path in paths if path.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,10 @@ class LabelSchema:
         ignore_index: the mask value of unlabelled pixels: 0..255, and no class index.
         ignore_colors: the RGB colours of unlabelled pixels in colour-coded files, none of them a class colour; the
             first is the one that is written.
+        values: K distinct values, 0..255, that stand for the classes in index-coded files; None if these are the class
+            indices.
+        ignore_values: the values of unlabelled pixels in index-coded files, none of them a class's; the first is the
+            one that is written. None of them means `ignore_index` alone.
 
     Raises:
         TerraSynthError: any of the above does not hold.
@@ -54,6 +72,8 @@ class LabelSchema:
     colors: tuple[Color, ...]
     ignore_index: int = 255
     ignore_colors: tuple[Color, ...] = ((0, 0, 0),)
+    values: tuple[int, ...] | None = None
+    ignore_values: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.names) > 255:
@@ -107,19 +127,51 @@ class LabelSchema:
                 expected=f"{self.num_classes} to 255 (the {self.num_classes} classes are 0 to {self.num_classes - 1})",
                 fix="set ignore_index: 255",
             )
+        self._check_stored()
+
+    def _check_stored(self) -> None:
+        if len(self.stored) != self.num_classes:
+            raise TerraSynthError(
+                "every class needs a value, or none",
+                found=f"{self.num_classes} names and {len(self.stored)} values",
+                fix="give each class its `value` in the mask files",
+            )
+        for value in (*self.stored, *self.ignore_values):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
+                raise TerraSynthError("not a value of an 8-bit mask", found=repr(value), expected="0 to 255")
+        if (repeated := _repeated((*self.stored, *self.stored_ignore))) is not None:
+            owners = [name for name, value in zip(self.names, self.stored, strict=True) if value == repeated]
+            owners += ["unlabelled"] * self.stored_ignore.count(repeated)
+            raise TerraSynthError(
+                "the values in mask files must be distinct",
+                found=f"{repeated} for {' and '.join(owners)}",
+                fix="correct `value` of the classes, or ignore_values (ignore_index, if that is not given)",
+            )
 
     @property
     def num_classes(self) -> int:
         """K."""
         return len(self.names)
 
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """What index-coded files store for the K classes."""
+        return tuple(range(self.num_classes)) if self.values is None else self.values
+
+    @property
+    def stored_ignore(self) -> tuple[int, ...]:
+        """What index-coded files store for unlabelled pixels; the first is written."""
+        return self.ignore_values or (self.ignore_index,)
+
     # --- as a file -------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dict(cls, value: Any, *, path: str | Path | None = None) -> LabelSchema:
-        """Read the form that `to_dict` writes: `classes` (name and colour each), `ignore_index`, `ignore_colors`.
+        """Read the form that `to_dict` writes.
 
-        A colour is `"#RRGGBB"` or `[R, G, B]`. `path` is only named in messages.
+        That is `classes` (a name and a colour each, and a `value` each if the files do not store the class indices),
+        `ignore_index`, `ignore_colors` and `ignore_values`. A colour is `"#RRGGBB"` or `[R, G, B]`. `path` is only
+        named in messages.
 
         Raises:
             TerraSynthError: a key or value is missing, unknown or invalid.
@@ -135,15 +187,14 @@ class LabelSchema:
 
     @classmethod
     def _from_dict(cls, value: Any) -> LabelSchema:
-        _check_keys(
-            value, ("classes", "ignore_index", "ignore_colors"), required=("classes",), where="the label schema"
-        )
+        known = ("classes", "ignore_index", "ignore_colors", "ignore_values")
+        _check_keys(value, known, required=("classes",), where="the label schema")
         classes = value["classes"]
         if not isinstance(classes, Sequence) or isinstance(classes, str):
             raise TerraSynthError("`classes` must be a list", found=repr(classes), expected=_EXAMPLE)
         names, colors = [], []
         for index, entry in enumerate(classes):
-            _check_keys(entry, ("name", "color"), required=("name", "color"), where=f"class {index}")
+            _check_keys(entry, ("name", "color", "value"), required=("name", "color"), where=f"class {index}")
             names.append(entry["name"])
             colors.append(_parse_color(entry["color"], where=f"`color` of class {index} ({entry['name']})"))
         ignore_index = value.get("ignore_index", 255)
@@ -154,22 +205,58 @@ class LabelSchema:
             raise TerraSynthError(
                 "`ignore_colors` must be a list", found=repr(ignore_colors), expected='ignore_colors: ["#000000"]'
             )
+        ignore_values = value.get("ignore_values", [])
+        if not isinstance(ignore_values, Sequence) or isinstance(ignore_values, str):
+            raise TerraSynthError(
+                "`ignore_values` must be a list", found=repr(ignore_values), expected="ignore_values: [0]"
+            )
+        values = tuple(entry["value"] for entry in classes if "value" in entry)
         return cls(
             names=tuple(names),
             colors=tuple(colors),
             ignore_index=ignore_index,
             ignore_colors=tuple(_parse_color(color, where="`ignore_colors`") for color in ignore_colors),
+            values=values or None,
+            ignore_values=tuple(ignore_values),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The schema as JSON-able values; `from_dict` reads it back."""
+        classes: list[dict[str, Any]] = [
+            {"name": name, "color": _hex(color)} for name, color in zip(self.names, self.colors, strict=True)
+        ]
+        for entry, value in zip(classes, self.values or (), strict=False):
+            entry["value"] = value
         return {
-            "classes": [
-                {"name": name, "color": _hex(color)} for name, color in zip(self.names, self.colors, strict=True)
-            ],
+            "classes": classes,
             "ignore_index": self.ignore_index,
             "ignore_colors": [_hex(color) for color in self.ignore_colors],
+            **({"ignore_values": list(self.ignore_values)} if self.ignore_values else {}),
         }
+
+    @classmethod
+    def load(cls, name: str | Path, folders: Sequence[Path] = (Path(),)) -> LabelSchema:
+        """Read a label schema by the path of its YAML file, or a packaged one by its name (`loveda`).
+
+        Args:
+            name: a path, or a name of `packaged_labels`; a file of that name comes first.
+            folders: where a relative path may start.
+
+        Raises:
+            TerraSynthError: there is no such file and no such name, or it is no label schema.
+        """
+        if (file := find_labels(name, folders)) is not None:
+            return cls.from_yaml(file)
+        candidates = [folder / name for folder in (*folders, _FOLDER)]
+        known = packaged_labels()
+        near = difflib.get_close_matches(Path(name).stem.lower(), known, n=1)
+        raise TerraSynthError(
+            "the label schema is missing",
+            path=name,
+            expected=f"a file {' or '.join(dict.fromkeys(str(candidate) for candidate in candidates))}, or one of the "
+            f"packaged label schemas: {', '.join(known)}",
+            fix=f"did you mean `{near[0]}`?" if near else "correct the name, or write the file",
+        )
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> LabelSchema:
@@ -180,7 +267,7 @@ class LabelSchema:
         """
         path = Path(path)
         try:
-            value = yaml.load(path.read_text(encoding="utf-8-sig"), YamlLoader)  # noqa: S506 (a SafeLoader)
+            value = load_yaml(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise TerraSynthError(
                 "no such file", path=path, expected=f"a label schema, for example\n    {_EXAMPLE}", fix="write one"
@@ -197,52 +284,101 @@ class LabelSchema:
 
     # --- in image files (numpy, uint8) ------------------------------------------------------------------------------
 
-    def from_index(self, values: NDArray[Any], *, path: str | Path | None = None) -> NDArray[np.uint8]:
-        """Check stored class indices (H, W) of any integer type; returns them as uint8.
+    def from_index(
+        self,
+        values: NDArray[Any],
+        *,
+        path: str | Path | None = None,
+        counts: NDArray[np.integer] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Read the values that an index-coded file stores, of any integer type, as class indices of the same shape.
+
+        Args:
+            values: (H, W).
+            path: is only named in messages.
+            counts: how many pixels each element of `values` stands for, in messages; one, by default.
 
         Raises:
-            TerraSynthError: a value is neither a class index nor `ignore_index`. `path` is only named in messages.
+            TerraSynthError: a value stands neither for a class nor for unlabelled pixels.
         """
-        found, counts = np.unique(values, return_counts=True)
-        wrong = [
-            (value, count)
-            for value, count in zip(found.tolist(), counts.tolist(), strict=True)
-            if not 0 <= value < self.num_classes and value != self.ignore_index
-        ]
+        found, inverse, times = np.unique(values, return_inverse=True, return_counts=True)
+        if counts is not None:
+            times = np.bincount(inverse.ravel(), weights=counts.ravel()).astype(np.int64)
+        known = {value: index for index, value in enumerate(self.stored)}
+        known |= dict.fromkeys(self.stored_ignore, self.ignore_index)
+        wrong = [(v, n) for v, n in zip(found.tolist(), times.tolist(), strict=True) if v not in known]
         if wrong:
             raise TerraSynthError(
                 "mask values that are no class",
                 path=path,
                 found=_some([f"{value} ({count} px)" for value, count in wrong]),
-                expected=f"0 to {self.num_classes - 1} ({', '.join(self.names)}) or {self.ignore_index} (unlabelled)",
+                expected=self._stored_meanings(),
                 fix="correct the mask, or the classes and ignore_index of the label schema",
             )
-        return values.astype(np.uint8)
+        classes = np.array([known[value] for value in found.tolist()], dtype=np.uint8)
+        return classes[inverse].reshape(values.shape)
+
+    def _stored_meanings(self) -> str:
+        unlabelled = " or ".join(map(str, self.stored_ignore))
+        if self.values is None:
+            return f"0 to {self.num_classes - 1} ({', '.join(self.names)}) or {unlabelled} (unlabelled)"
+        meanings = [f"{value} ({name})" for value, name in zip(self.values, self.names, strict=True)]
+        return f"{', '.join(meanings)} or {unlabelled} (unlabelled)"
+
+    def to_index(self, mask: NDArray[Any]) -> NDArray[np.uint8]:
+        """What an index-coded file stores for a mask (H, W) of class indices; `from_index` reads it back.
+
+        Raises:
+            TerraSynthError: an element is neither a class index nor `ignore_index`.
+        """
+        plain = replace(self, values=None, ignore_values=())
+        table = np.zeros(256, dtype=np.uint8)
+        table[: self.num_classes] = self.stored
+        table[self.ignore_index] = self.stored_ignore[0]
+        return table[plain.from_index(mask)]
 
     def to_color(self, mask: NDArray[Any] | Tensor) -> NDArray[np.uint8]:
         """Colour a mask (H, W) -> (H, W, 3)."""
         return self._color_table[np.asarray(mask, dtype=np.uint8)]
 
-    def from_color(self, rgb: NDArray[np.uint8], *, path: str | Path | None = None) -> NDArray[np.uint8]:
+    def from_color(
+        self,
+        rgb: NDArray[np.uint8],
+        *,
+        path: str | Path | None = None,
+        counts: NDArray[np.integer] | None = None,
+    ) -> NDArray[np.uint8]:
         """Read colours (..., 3) as class indices (...).
 
+        Args:
+            rgb: the colours.
+            path: is only named in messages.
+            counts: how many pixels each colour stands for, in messages; one, by default.
+
         Raises:
-            TerraSynthError: a colour is neither a class's nor one of `ignore_colors`. `path` is only named in messages.
+            TerraSynthError: a colour is neither a class's nor one of `ignore_colors`.
         """
         keys = _color_keys(rgb)
         known, indices = self._sorted_keys
         position = np.searchsorted(known, keys).clip(max=len(known) - 1)
         unknown = known[position] != keys
         if unknown.any():
-            raise self._unknown_colors(keys[unknown], path)
+            weights = None if counts is None else counts[unknown]
+            raise self._unknown_colors(keys[unknown], weights, path)
         return indices[position]
 
     def palette(self) -> NDArray[np.uint8]:
-        """The colours of all 256 values of an indexed PNG, (256, 3); values that mean nothing are black."""
-        return self._color_table.copy()
+        """The colours of all 256 values of an index-coded file, (256, 3); values that mean nothing are black."""
+        table = np.zeros((256, 3), dtype=np.uint8)
+        table[list(self.stored)] = self.colors
+        table[list(self.stored_ignore)] = self.ignore_colors[0]
+        return table
 
-    def _unknown_colors(self, keys: NDArray[np.int32], path: str | Path | None) -> TerraSynthError:
-        found, counts = np.unique(keys, return_counts=True)
+    def _unknown_colors(
+        self, keys: NDArray[np.int32], weights: NDArray[np.integer] | None, path: str | Path | None
+    ) -> TerraSynthError:
+        found, inverse = np.unique(keys, return_inverse=True)
+        counts = np.bincount(inverse, weights=weights).astype(np.int64)
         names = (*self.names, *["unlabelled"] * len(self.ignore_colors))
         colors = np.array((*self.colors, *self.ignore_colors))
         lines = []

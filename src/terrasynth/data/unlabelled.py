@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from terrasynth.data.read import read_image
+from terrasynth.data.read import read_image, refuse_bad_files
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import IMAGE_SUFFIXES, digest
@@ -54,7 +54,7 @@ def find_images(root: Path, source: SourceConfig) -> list[Path]:
     return paths
 
 
-def cut_windows(root: Path, source: SourceConfig, size: int) -> tuple[list[str], Tensor]:
+def cut_windows(root: Path, source: SourceConfig, size: int, *, skip_bad: bool = False) -> tuple[list[str], Tensor]:
     """Square windows of every image of a source, brought to one size.
 
     The side of a window is drawn between `scale[0]` and `scale[1]` times `size` (and the shorter side of the image),
@@ -64,30 +64,38 @@ def cut_windows(root: Path, source: SourceConfig, size: int) -> tuple[list[str],
         root: folder that `source.images` starts from.
         source: which images, how many windows of each, how large.
         size: S.
+        skip_bad: leave out images that can not be used, and list them on standard error.
 
     Returns:
         N names and uint8 images (N, 3, S, S).
 
     Raises:
-        TerraSynthError: there are no such images, or one can not be read or is too small.
+        TerraSynthError: there are no such images, or some can not be read or are too small: all in one message.
     """
     paths = find_images(root, source)
     names, windows = [], []
+    problems: list[TerraSynthError] = []
     with track(len(paths), f"cutting {source.images}", unit="images") as progress:
         for path in paths:
-            image = read_image(path)
-            if min(image.shape[:2]) < round(source.scale[0] * size):
-                raise TerraSynthError(
-                    "the image is smaller than a window",
-                    path=path,
-                    found=f"{image.shape[1]} x {image.shape[0]}",
-                    expected=f"at least {round(source.scale[0] * size)} on both sides",
-                    fix="lower the `scale` of its source in data.unlabelled",
-                )
-            for index in range(source.windows):
-                windows.append(_window(image, source.scale, size, seed=int(digest("window", path.name, index), 16)))
-                names.append(f"{path.relative_to(root).as_posix()}-{index:03d}")
+            try:
+                image = read_image(path)
+                if min(image.shape[:2]) < round(source.scale[0] * size):
+                    raise TerraSynthError(
+                        "the image is smaller than a window",
+                        path=path,
+                        found=f"{image.shape[1]} x {image.shape[0]}",
+                        expected=f"at least {round(source.scale[0] * size)} on both sides",
+                        fix="lower the `scale` of its source in data.unlabelled",
+                    )
+            except TerraSynthError as error:
+                problems.append(error)
+            else:
+                for index in range(source.windows):
+                    seed = int(digest("window", path.name, index), 16)
+                    windows.append(_window(image, source.scale, size, seed))
+                    names.append(f"{path.relative_to(root).as_posix()}-{index:03d}")
             progress.advance()
+    refuse_bad_files(problems, len(paths), f"images of {source.images}", skip_bad=skip_bad)
     return names, torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -5,7 +5,7 @@ row), and stays one while it grows:
 
     .terrasynth.json    whose folder this is: the settings that every sample depends on
     schema.json         the classes
-    masks/ID.png        8-bit class indices, with the schema's colours as palette
+    masks/ID.png        what the schema stores for the classes (their indices, usually), with its colours as palette
     images/ID.png       RGB; its text chunks say `synthetic=1` and hold the sample's row
     metadata.jsonl      the rows, and
     README.md           the dataset card: written by `finish`
@@ -19,22 +19,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from terrasynth.data.card import Contents, check_license, dataset_card, front_matter
 from terrasynth.data.schema import LabelSchema
-from terrasynth.errors import TerraSynthError, changes, flat
+from terrasynth.errors import TerraSynthError, changes
 from terrasynth.io import atomic_write, open_image, read_json, remove_incomplete, write_json
 
-__all__ = ["SyntheticWriter", "read_manifest"]
+__all__ = ["Rows", "SyntheticWriter", "read_manifest", "read_plan"]
 
 _MARKER = ".terrasynth.json"
 _ROW = "terrasynth"
@@ -49,10 +48,11 @@ class SyntheticWriter:
         schema: the classes of the masks.
         plan: everything that the samples depend on, as JSON-able values; shown in the dataset card.
         title: heading of the dataset card.
-        license: SPDX or Hugging Face identifier of the licence of the images, for the card.
+        license: SPDX or Hugging Face identifier of the licence of the images, for the card; None leaves what the card
+            says, `unknown` in a new one. No sample depends on it.
 
     Raises:
-        TerraSynthError: the folder holds something else, or samples of another plan.
+        TerraSynthError: the folder holds something else, or samples of another plan; or that is no identifier.
     """
 
     def __init__(
@@ -62,16 +62,19 @@ class SyntheticWriter:
         *,
         plan: Mapping[str, Any],
         title: str = "Synthetic remote-sensing tiles",
-        license: str = "unknown",
+        license: str | None = None,
     ) -> None:
+        if license is not None:
+            check_license(license)
         self.folder = Path(folder)
         self.schema = schema
         self.plan = json.loads(json.dumps({**plan, "schema": schema.to_dict()}))
         self.title = title
-        self.license = license
         self._versions = {name: version(name) for name in ("terrasynth", "torch", "diffusers")}
         self._whole: set[str] = set()
         self._claim()
+        # Now, and not after hours of painting, because this reads what somebody may have edited.
+        self.license = license or front_matter(self.folder).get("license", "unknown")
         write_json(self.folder / "schema.json", schema.to_dict())
         for folder in (self.folder, self.folder / "images", self.folder / "masks"):
             folder.mkdir(exist_ok=True)
@@ -140,11 +143,11 @@ class SyntheticWriter:
             raise ValueError(f"not a file name: {id!r}")
         if image.shape[0] != 3 or image.shape[1:] != mask.shape:
             raise ValueError(f"image {tuple(image.shape)} and mask {tuple(mask.shape)} do not belong together")
-        indices = self.schema.from_index(mask.cpu().numpy())
+        indices = self.schema.to_index(mask.cpu().numpy())
         height, width = mask.shape
-        names = {"file_name": f"images/{id}.png", "mask_file_name": f"masks/{id}.png", "id": id}
+        names = _names(id)
         sizes = {"width": width, "height": height, "versions": self._versions, "synthetic": True}
-        full_row = {**names, **row, **sizes}
+        full_row = {**names, "id": id, **row, **sizes}
 
         picture = Image.fromarray(indices)
         picture.putpalette(self.schema.palette().tobytes())
@@ -168,70 +171,37 @@ class SyntheticWriter:
         rows = [row for id in sorted(self.done()) if (row := _read_row(self.folder / "images" / f"{id}.png"))]
         if not rows:
             raise TerraSynthError("nothing was painted", path=self.folder)
+        for mask in (self.folder / "masks").glob("*.png"):
+            # Left by a kill before its image came, and never painted since: the run after that asked for fewer.
+            if not (self.folder / "images" / mask.name).is_file():
+                mask.unlink()
+        contents = Contents()
+        for row in rows:
+            contents.add(row, open_image(self.folder / row["mask_file_name"]).values)
+        card = dataset_card(
+            contents,
+            self.schema,
+            self.plan,
+            title=self.title,
+            license=self.license,
+            files=_FILES.format(ignore=self.schema.stored_ignore[0]),
+            loading=_LOADING,
+            front={"configs": [{"config_name": "default", "data_files": _DATA_FILES}]},
+        )
         with atomic_write(self.folder / "README.md") as partial:
-            partial.write_text(self._card(rows), encoding="utf-8")
+            partial.write_text(card, encoding="utf-8")
         # Last: a folder with this file is a finished one.
         with atomic_write(self.folder / "metadata.jsonl") as partial:
             partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return self.folder
 
-    def _card(self, rows: list[dict[str, Any]]) -> str:
-        pixels, tiles = np.zeros(256, dtype=np.int64), np.zeros(256, dtype=np.int64)
-        for row in rows:
-            counts = np.bincount(open_image(self.folder / row["mask_file_name"]).values.ravel(), minlength=256)
-            pixels += counts
-            tiles += counts > 0
-        names = [*enumerate(self.schema.names), (self.schema.ignore_index, "(unlabelled)")]
-        classes = "\n".join(
-            f"| {index} | {name} | {tiles[index]} | {pixels[index] / pixels.sum():.2%} |" for index, name in names
-        )
-        settings = {key: value for key, value in self.plan.items() if key != "schema"}
-        provenance = "\n".join(f"| {key} | {value} |" for key, value in flat(settings).items())
-        front = {
-            "license": self.license,
-            "pretty_name": self.title,
-            "task_categories": ["image-segmentation"],
-            "tags": ["synthetic", "remote-sensing", "terrasynth"],
-            "size_categories": [_size_category(len(rows))],
-            "configs": [{"config_name": "default", "data_files": _DATA_FILES}],
-        }
-        return _CARD.format(
-            front=yaml.safe_dump(front, sort_keys=False),
-            title=self.title,
-            count=len(rows),
-            versions=", ".join(f"{name} {number}" for name, number in self._versions.items()),
-            classes=classes,
-            ignore=self.schema.ignore_index,
-            provenance=provenance,
-            license=_UNKNOWN_LICENSE if self.license == "unknown" else self.license,
-        )
-
 
 _DATA_FILES = [{"split": "train", "path": ["metadata.jsonl", "images/*.png", "masks/*.png"]}]
-_UNKNOWN_LICENSE = (
-    "not stated. It follows from the licences of the training tiles and of the base model: state it before sharing."
+_FILES = (
+    "Each is an image (`images/`), its mask (`masks/`, 8-bit values of the classes with a palette; {ignore} is "
+    "unlabelled) and a row of `metadata.jsonl`."
 )
-_CARD = """\
----
-{front}---
-# {title}
-
-**These images are synthetic.** A generative model painted them from label masks; they show no real place. Every image
-says so in its PNG text (`synthetic=1`), together with its seed and its row of `metadata.jsonl`.
-
-{count} samples, each an image (`images/`), its mask (`masks/`, 8-bit class indices with a palette; {ignore} is
-unlabelled) and a row. Written by {versions}. Licence: {license}
-
-| index | class | tiles | pixels |
-|---|---|---|---|
-{classes}
-
-## Settings
-| setting | value |
-|---|---|
-{provenance}
-
-## Loading
+_LOADING = """\
 ```python
 from datasets import load_dataset                      # columns image, mask, and the row
 
@@ -240,11 +210,38 @@ dataset = load_dataset("path/to/this/folder", split="train")
 from terrasynth.data.folder import load_synthetic      # tensors
 
 tiles = load_synthetic("path/to/this/folder")
-```
-"""
+```"""
 
 
-def read_manifest(folder: str | Path) -> tuple[LabelSchema, list[dict[str, Any]]]:
+class Rows:
+    """The rows of a finished dataset, in the order of their ids, read from the file whenever they are iterated."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._count = sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            # Not str.splitlines: a prompt may hold the other line ends of Unicode.
+            with self._path.open(encoding="utf-8", newline="\n") as lines:
+                for line in lines:
+                    row = json.loads(line)
+                    for key, name in _names(row["id"]).items():
+                        if row[key] != name:
+                            raise ValueError(f"{key} of {row['id']} is {row[key]}, not {name}")
+                    yield row
+        except (ValueError, KeyError, TypeError) as error:
+            raise TerraSynthError("the rows are damaged", path=self._path, found=repr(error), fix=_REBUILD) from error
+
+
+def _names(id: str) -> dict[str, str]:
+    return {"file_name": f"images/{id}.png", "mask_file_name": f"masks/{id}.png"}
+
+
+def read_manifest(folder: str | Path) -> tuple[LabelSchema, Rows]:
     """The classes and the rows of a finished synthetic dataset.
 
     Raises:
@@ -258,25 +255,28 @@ def read_manifest(folder: str | Path) -> tuple[LabelSchema, list[dict[str, Any]]
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise TerraSynthError("the synthetic dataset is not finished", path=folder, fix=_REBUILD)
-    try:
-        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
-        names = {
-            kind: {row[key] for row in rows} for kind, key in (("images", "file_name"), ("masks", "mask_file_name"))
-        }
-        rows[0]["id"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise TerraSynthError("the rows are damaged", path=metadata, found=repr(error), fix=_REBUILD) from error
-    for kind, named in names.items():
-        there = {f"{kind}/{path.name}" for path in (folder / kind).glob("*.png")}
+    rows = Rows(metadata)
+    named = {row["id"] for row in rows}
+    if len(named) < max(1, len(rows)):
+        raise TerraSynthError(
+            "the rows are damaged", path=metadata, found=f"{len(rows)} rows of {len(named)} samples", fix=_REBUILD
+        )
+    for kind in ("images", "masks"):
+        there = {path.stem for path in (folder / kind).glob("*.png")}
         if there != named:
             raise TerraSynthError(
                 f"the {kind} and the rows do not match",
                 path=folder,
                 found=f"{len(named - there)} missing, {len(there - named)} unknown: "
-                + ", ".join(sorted(there ^ named)[:5]),
+                + ", ".join(f"{kind}/{id}.png" for id in sorted(there ^ named)[:5]),
                 fix=_REBUILD,
             )
     return LabelSchema.from_dict(read_json(folder / "schema.json"), path=folder / "schema.json"), rows
+
+
+def read_plan(folder: str | Path) -> dict[str, Any]:
+    """Everything that the samples of a dataset depend on: what `SyntheticWriter` was given as `plan`."""
+    return dict(read_json(Path(folder) / _MARKER)["plan"])
 
 
 def _read_row(path: Path) -> dict[str, Any] | None:
@@ -286,10 +286,3 @@ def _read_row(path: Path) -> dict[str, Any] | None:
             return json.loads(image.info[_ROW])
     except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError):
         return None
-
-
-def _size_category(count: int) -> str:
-    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K")):
-        if count < limit:
-            return name
-    return "100K<n<1M"

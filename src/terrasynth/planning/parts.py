@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from terrasynth.data.schema import LabelSchema
+from terrasynth.data.schema import LabelSchema, find_labels
 from terrasynth.data.world import WORLD_SCHEMA
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import read_json
@@ -62,9 +62,10 @@ def label_schema(recipe: Recipe, base: Path) -> LabelSchema | None:
     data = recipe.data
     if data.kind != "folder":
         return WORLD_SCHEMA
-    folders = (base, data.root or base) if data.label_schema is not None else ()
-    paths = [folder / data.label_schema for folder in folders]  # type: ignore[operator]  # not None: see above
-    return next((LabelSchema.from_yaml(path) for path in paths if path.is_file()), None)
+    if data.label_schema is None:
+        return None
+    file = find_labels(data.label_schema, (base, data.root or base))
+    return None if file is None else LabelSchema.from_yaml(file)
 
 
 def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None) -> TODSynthPipeline:

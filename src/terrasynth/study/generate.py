@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from terrasynth.data.card import check_license
 from terrasynth.data.folder import Tiles, load_masks
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import SamplingConfig, SteeringConfig
@@ -25,6 +26,8 @@ def generate(
     segmentor: Path | None = None,
     count: int | None = None,
     seed: int = 0,
+    license: str | None = None,
+    skip_bad: bool = False,
 ) -> Path:
     """Paint a synthetic dataset with a trained model: `terrasynth generate`.
 
@@ -37,12 +40,19 @@ def generate(
         segmentor: folder of the segmentor that steers; None paints without steering.
         count: how many images; by default one per mask.
         seed: of the run.
+        license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
+        skip_bad: leave out mask files that can not be used, and list them on standard error.
+
+    Raises:
+        TerraSynthError: anything of this is not what it should be.
     """
+    if license is not None:
+        check_license(license)  # before the model is loaded
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(model).to(device)
     if isinstance(masks, Path):
         size = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
-        ids, layouts = load_masks(masks, pipeline.schema, size)
+        ids, layouts = load_masks(masks, pipeline.schema, size, skip_bad=skip_bad)
     else:
         ids, layouts = masks.ids, masks.masks
     steer = None
@@ -70,4 +80,5 @@ def generate(
             "segmentor": None if segmentor is None else model_digest(segmentor),
         },
         steering=steer,
+        license=license,
     )

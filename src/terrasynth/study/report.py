@@ -69,6 +69,7 @@ class _Data(_Part):
     image_size: int
     source: str
     unlabelled: int = 0
+    left_out: int = 0
 
 
 class _Curve(_Part):
@@ -468,7 +469,8 @@ def _setup(results: Results) -> list[tuple[str, str]]:
             "Data",
             f"{data.train} training, {data.validation} validation and {data.test} test tiles of {data.image_size} × "
             f"{data.image_size} pixels ({data.source}); {len(results.classes)} classes"
-            + (f"; {data.unlabelled} windows of unlabelled images" if data.unlabelled else ""),
+            + (f"; {data.unlabelled} windows of unlabelled images" if data.unlabelled else "")
+            + (f"; left out, because they could not be used: {data.left_out} tiles" if data.left_out else ""),
         ),
         ("Segmentor", f"{segmentor.architecture}, {segmentor.encoder}, {weights}; {_segmentor_training(results)}"),
         (

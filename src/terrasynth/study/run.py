@@ -431,6 +431,7 @@ class Study:
                 "data": {
                     **{name: len(split) for name, split in tiles.items()},
                     "unlabelled": 0 if self.unlabelled is None or not adding else len(self.unlabelled),
+                    "left_out": sum(split.left_out for split in tiles.values()),
                     "image_size": self.recipe.data.image_size,
                     "source": "procedural world" if self.recipe.data.kind == "world" else "image and mask folders",
                 },

@@ -14,7 +14,7 @@ from torch import Tensor
 from terrasynth.data.augment import view
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import digest
+from terrasynth.io import digest, weights_digest
 from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
@@ -86,6 +86,7 @@ def paint(
     *,
     provenance: Mapping[str, Any],
     steering: Callable[[Tensor], Steering] | None = None,
+    license: str | None = None,
     between: Callable[[], None] | None = None,
     label: str = "painting",
 ) -> Path:
@@ -100,6 +101,7 @@ def paint(
         folder: new, or begun by the same call.
         provenance: recorded with every sample: model, recipe, steering.
         steering: makes the steering of a batch from its masks, from `steering_for`.
+        license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
         between: called before every batch; may raise to stop in good order.
         label: names the progress bar.
     """
@@ -108,6 +110,7 @@ def paint(
         pipeline.schema,
         # Not the number of jobs: a finished dataset may be continued.
         plan={**provenance, "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest()[:16]},
+        license=license,
     )
     done = writer.done()
     if len(done) > len(jobs):
@@ -177,8 +180,4 @@ def model_digest(model: str | Path) -> str:
     folder = Path(packaged_or(model))
     if not folder.is_dir():
         return digest(str(model))
-    hashes = []
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
-    return digest(hashes)
+    return weights_digest(folder)

@@ -29,6 +29,7 @@ from terrasynth.sampling.flow import (
     FlowStep,
     Solver,
     Steering,
+    Velocity,
     condition_or_null,
     flow_batch,
     guidance_terms,
@@ -335,8 +336,37 @@ class TODSynthPipeline(DiffusionPipeline):
             TerraSynthError: the masks' size does not fit, or their number differs from the prompts' or seeds'.
         """
         self._check(masks, prompts, seeds)
-        device, dtype = self._execution_device, self.transformer.dtype
+        device = self._execution_device
         masks = masks.to(device)
+        shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
+        with autocast(device, precision):
+            latents = sample_flow(
+                self.velocity(masks, prompts, text_scale, mask_scale, guidance_interval),
+                seeded_noise(seeds, shape).to(device),
+                self.shifted(shift),
+                num_inference_steps,
+                solver=solver,
+                steering=steering,
+                decode=self.decode,
+                callback=callback,
+            )
+            images = self.decode(latents)
+        if output_type == "pil":
+            images = self.numpy_to_pil(images.movedim(1, -1).cpu().numpy())
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images)
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        masks: Tensor,
+        prompts: Sequence[str] | None = None,
+        text_scale: float = 1.0,
+        mask_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Velocity:
+        """The guided velocity under B masks (B, H, W) and prompts; see `__call__`. It takes B latents."""
+        device, dtype = masks.device, self.transformer.dtype
         if prompts is None:
             prompts = [self.schema.caption(mask, self.config.caption) for mask in masks.cpu()]
         embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
@@ -355,26 +385,13 @@ class TODSynthPipeline(DiffusionPipeline):
                 }
             return self.transformer(hidden_states=z.to(dtype), timestep=timestep, **known[used], return_dict=False)[0]
 
-        shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
-        scheduler = self.scheduler
-        if shift is not None:
-            scheduler = type(scheduler).from_config(scheduler.config, shift=shift)
-        with autocast(device, precision):
-            latents = sample_flow(
-                guided_velocity(predict, guidance_terms(text_scale, mask_scale), guidance_interval),
-                seeded_noise(seeds, shape).to(device),
-                scheduler,
-                num_inference_steps,
-                solver=solver,
-                steering=steering,
-                decode=self.decode,
-                callback=callback,
-            )
-            images = self.decode(latents)
-        if output_type == "pil":
-            images = self.numpy_to_pil(images.movedim(1, -1).cpu().numpy())
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images)
+        return guided_velocity(predict, guidance_terms(text_scale, mask_scale), guidance_interval)
+
+    def shifted(self, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler, with another timestep shift if one is given."""
+        if shift is None:
+            return self.scheduler
+        return type(self.scheduler).from_config(self.scheduler.config, shift=shift)
 
     def _check(self, masks: Tensor, prompts: Sequence[str] | None, seeds: Sequence[int]) -> None:
         side = self.factor * self.transformer.config.patch_size

@@ -90,6 +90,7 @@ class Segmentor(nn.Module):
         num_classes: K.
         ignore_index: the value of unlabelled pixels in targets.
         class_names: K names in the order of the logits; None as long as they are not known.
+        schema: the label schema of its training tiles, with their colours; None as long as it is not known.
     """
 
     mean: Tensor
@@ -112,6 +113,7 @@ class Segmentor(nn.Module):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.class_names = class_names
+        self.schema: LabelSchema | None = None
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).reshape(3, 1, 1), persistent=False)
 
@@ -300,6 +302,7 @@ class Segmentor(nn.Module):
             "num_classes": self.num_classes,
             "class_names": self.class_names,
             "ignore_index": self.ignore_index,
+            "label_schema": None if self.schema is None else self.schema.to_dict(),
         }
         if self.config.architecture in _TRANSFORMERS:
             # All sizes, so that loading never asks the hub.
@@ -348,6 +351,8 @@ class Segmentor(nn.Module):
                 ignore_index=description["ignore_index"],
                 class_names=None if names is None else tuple(names),
             )
+            if description.get("label_schema") is not None:  # older files have none
+                segmentor.schema = LabelSchema.from_dict(description["label_schema"], path=folder / "config.json")
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise TerraSynthError(
                 "the segmentor can not be loaded",
@@ -463,6 +468,7 @@ def fit(
                 found=f"{len(tiles)} tiles, every pixel {segmentor.ignore_index}",
                 fix="check the label schema and the coding of the masks",
             )
+    segmentor.schema = train.schema
     dataset = _Augmented(train) if synthetic is None else _Augmented(train, synthetic)
 
     def mixed_loss(batch: dict[str, Tensor], kept: Tensor) -> Tensor:

@@ -25,8 +25,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,22 +71,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-@contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise TerraSynthError(
-            "the weights can not be written",
-            path=path,
-            found=str(error),
-            fix="make room on the disk and run the same command again; it goes on from the checkpoint before",
-        ) from error
-
-
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write `weights(model)` to a safetensors file that replaces `path` in one step."""
-    with _full_disk(path), atomic_write(path) as partial:
+    with atomic_write(path) as partial:
         _write(partial, weights(model))
 
 
@@ -119,11 +105,11 @@ def save(
         state: JSON-able; what `read_state` gives back, with `versions` added.
 
     Raises:
-        TerraSynthError: the disk is full or refuses; the checkpoint before is still whole.
+        TerraSynthError: the disk is full; the checkpoint before is still whole.
     """
     checkpoints = run / "checkpoints"
     folder = checkpoints / f"step-{state['step']:08d}"
-    with _full_disk(folder), atomic_dir(folder) as partial:
+    with atomic_dir(folder) as partial:
         _write(partial / _WEIGHTS, weights(model))
         _write(partial / _OPTIMIZER, _optimizer_tensors(optimizer))
         if ema is not None:

@@ -36,7 +36,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import atomic_write, remove_incomplete
+from terrasynth.io import atomic_write, full_disk, remove_incomplete
 from terrasynth.progress import say, track
 from terrasynth.recipe import TrainConfig
 from terrasynth.training import checkpoint
@@ -181,8 +181,9 @@ class _Log:
             return
         # NaN is no JSON; a metric that is undefined is null.
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        with full_disk(self._file.name):
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

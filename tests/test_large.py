@@ -1,0 +1,215 @@
+"""Pictures larger than the model: the blended velocity against a sum by hand, and the file in the mask's place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from affine import Affine
+from rasterio.errors import NotGeoreferencedWarning
+from typer.testing import CliRunner
+
+from terrasynth.cli import app
+from terrasynth.data.blending import cover
+from terrasynth.data.world import WORLD_SCHEMA, render
+from terrasynth.errors import TerraSynthError
+from terrasynth.recipe import SamplingConfig
+from terrasynth.sampling.tiles import blended_velocity, patches
+from terrasynth.systems.generate import load_pipeline, model_digest, sampling_arguments
+from terrasynth.systems.large import paint_large, paint_like
+
+SAMPLING = SamplingConfig(steps=2, batch_size=4)
+PLACE = {"crs": "EPSG:32640", "transform": Affine(0.5, 0, 300_000, 0, -0.5, 2_800_000)}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("terrasynth-tiny")
+
+
+@pytest.fixture(scope="module")
+def layout():
+    return torch.from_numpy(render(11, size=100)[1][:70])
+
+
+def test_patches_weigh_one_everywhere_and_keep_it_when_scaled():
+    windows = patches(cover(9, 4, 2), cover(14, 5, 1))
+    for factor in (1, 3):
+        total = torch.zeros(9 * factor, 14 * factor)
+        for window in (window.scaled(factor) for window in windows):
+            total[window.rows, window.columns] += window.weight
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_the_blended_velocity_is_the_weighted_sum_over_windows():
+    windows = patches(cover(9, 4, 2), cover(14, 5, 1))
+    seen = []
+
+    def velocity(latents, timestep):
+        seen.append(timestep.tolist())
+        return latents.flip(-1) * torch.arange(1, len(latents) + 1).view(
+            -1, 1, 1, 1
+        )  # looks around, differs in a batch
+
+    latents = torch.randn(1, 3, 9, 14)
+    found = blended_velocity([(windows[:5], velocity), (windows[5:], velocity)])(latents, torch.tensor([700.0]))
+    expected = np.zeros((3, 9, 14))
+    for position, window in enumerate(windows):
+        rank = position % 5 + 1 if position < 5 else position - 4
+        for row in range(window.rows.start, window.rows.stop):
+            for column in range(window.columns.start, window.columns.stop):
+                weight = window.weight[row - window.rows.start, column - window.columns.start]
+                mirrored = window.columns.start + window.columns.stop - 1 - column
+                expected[:, row, column] += weight.item() * rank * latents[0, :, row, mirrored].numpy()
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
+    assert seen == [[700.0] * 5, [700.0] * (len(windows) - 5)]
+
+
+def test_a_mask_of_the_model_size_is_painted_as_by_the_pipeline(pipeline):
+    mask = torch.from_numpy(render(3, size=64)[1])
+    alone = pipeline(mask[None].long(), seeds=[5], output_type="pt", **sampling_arguments(SAMPLING)).images[0]
+    large = paint_large(pipeline, mask, seed=5, sampling=SAMPLING)
+    torch.testing.assert_close(large, (alone * 255).round().byte(), atol=1, rtol=0)
+
+
+def test_a_larger_one_depends_on_the_seed_and_not_on_the_batch(pipeline, layout):
+    image = paint_large(pipeline, layout, seed=5, sampling=SAMPLING)
+    assert image.shape == (3, 70, 100)
+    assert torch.equal(image, paint_large(pipeline, layout, seed=5, sampling=SAMPLING))
+    one = paint_large(pipeline, layout, seed=5, sampling=SamplingConfig(steps=2, batch_size=1))
+    assert (image.int() - one.int()).abs().max() <= 1
+    other = paint_large(pipeline, layout, seed=6, sampling=SAMPLING)
+    assert (image.int() - other.int()).abs().float().mean() > 3
+
+
+def test_there_is_no_seam_where_windows_begin(pipeline, layout):
+    """Neighbouring pixels differ no more where windows begin or end than where other tokens do."""
+    flat = torch.full((64, 160), WORLD_SCHEMA.names.index("field"), dtype=torch.uint8)
+    image = paint_large(pipeline, flat, seed=1, sampling=SamplingConfig(steps=4)).float()
+    steps = (image[:, :, 1:] - image[:, :, :-1]).abs().mean((0, 1))
+    starts = cover(20, 8, 4).starts
+    borders = [start * 8 - 1 for start in starts[1:]] + [(start + 8) * 8 - 1 for start in starts[:-1]]
+    assert steps[borders].mean() < 1.2 * steps[7::8].mean()
+
+
+def test_the_picture_lies_where_the_mask_lies_and_says_that_it_is_synthetic(tmp_path, layout):
+    mask = tmp_path / "mask.tif"
+    rgb = np.moveaxis(WORLD_SCHEMA.to_color(layout), -1, 0)
+    with rasterio.open(mask, "w", driver="GTiff", count=3, dtype="uint8", width=100, height=70, **PLACE) as file:
+        file.write(rgb)
+    out = tmp_path / "painted.tif"
+    options = ["--seed", "5", "--set", "sampling.steps=2", "--set", "sampling.batch_size=4"]
+    result = CliRunner().invoke(app, ["generate", "terrasynth-tiny", "--like", str(mask), "--out", str(out), *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{out}\n"
+    with rasterio.open(out) as file:
+        assert (file.crs.to_epsg(), file.transform, file.shape) == (32640, PLACE["transform"], (70, 100))
+        tags = file.tags()
+        assert (tags["synthetic"], tags["seed"], tags["source_mask"]) == ("1", "5", "mask.tif")
+        assert tags["model"] == model_digest("terrasynth-tiny")
+        expected = paint_large(load_pipeline("terrasynth-tiny"), layout, seed=5, sampling=SAMPLING)
+        np.testing.assert_array_equal(file.read(), expected.numpy())
+
+
+@pytest.fixture
+def mask(tmp_path, layout):
+    path = tmp_path / "mask.tif"
+    with rasterio.open(path, "w", driver="GTiff", count=1, dtype="uint8", width=100, height=70, **PLACE) as file:
+        file.write(layout.numpy(), 1)
+    return path
+
+
+@pytest.mark.parametrize("moment", ["fsync 1", "replace 1", "fsync 2"])
+def test_a_run_killed_ends_as_one_that_was_not(tmp_path, mask, moment):
+    """Killed before the file is complete, before it is in its place, and right after."""
+    whole, out = tmp_path / "whole.tif", tmp_path / "out.tif"
+    paint_like("terrasynth-tiny", mask, whole, sampling=SAMPLING, seed=5)
+    child = os.fork()
+    if child == 0:
+        name, _, number = moment.partition(" ")
+        owner = os if name == "fsync" else Path
+        done, left = getattr(owner, name), int(number)
+
+        def killing(*arguments):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done(*arguments)
+
+        setattr(owner, name, killing)
+        try:
+            paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert out.exists() == (moment == "fsync 2")
+    assert len(list(tmp_path.iterdir())) == 3  # the mask, the whole one, and the new one or a part of it
+    paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.tif", "out.tif", "whole.tif"]
+
+
+def test_the_same_command_leaves_its_picture_and_another_is_refused(tmp_path, mask, layout):
+    out = tmp_path / "out.tif"
+    for _ in range(2):
+        paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+    before = out.stat().st_mtime_ns
+    paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+    assert out.stat().st_mtime_ns == before
+    for changes in ({"seed": 6}, {"sampling": SamplingConfig(steps=3, batch_size=4)}):
+        with pytest.raises(TerraSynthError, match="was made of something else"):
+            paint_like("terrasynth-tiny", mask, out, **{"sampling": SAMPLING, "seed": 5, **changes})
+    with pytest.raises(TerraSynthError, match="was made of something else"):
+        paint_like("terrasynth-tiny", mask, mask, sampling=SAMPLING, seed=5)
+    with rasterio.open(mask, "r+") as file:
+        file.write(1 - layout.numpy().clip(max=1), 1)
+    with pytest.raises(TerraSynthError, match="was made of something else"):
+        paint_like("terrasynth-tiny", mask, out, sampling=SAMPLING, seed=5)
+
+
+def test_a_mask_without_a_place_and_one_with_nodata(tmp_path, layout):
+    values = layout.numpy().copy()
+    values[:20, :30] = 99
+    for name, options in (("plain", {}), ("placed", PLACE)):
+        path = tmp_path / f"{name}.tif"
+        profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "width": 100, "height": 70, "nodata": 99}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path, "w", **profile, **options) as file:
+                file.write(values, 1)
+            paint_like("terrasynth-tiny", path, tmp_path / f"{name}-out.tif", sampling=SAMPLING)
+    values[:20, :30] = WORLD_SCHEMA.ignore_index
+    expected = paint_large(load_pipeline("terrasynth-tiny"), torch.from_numpy(values), seed=0, sampling=SAMPLING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(tmp_path / "plain-out.tif") as plain, rasterio.open(tmp_path / "placed-out.tif") as placed:
+            assert (plain.crs, placed.crs.to_epsg()) == (None, 32640)
+            np.testing.assert_array_equal(plain.read(), expected.numpy())
+            np.testing.assert_array_equal(placed.read(), expected.numpy())
+
+
+def test_what_can_not_be_painted_is_explained(tmp_path, monkeypatch):
+    mask = tmp_path / "mask.tif"
+    with rasterio.open(mask, "w", driver="GTiff", count=1, dtype="uint8", width=100, height=70, **PLACE) as file:
+        file.write(np.full((1, 70, 100), 77, np.uint8))
+    for arguments, message in (
+        (["--like", str(mask), "--out", str(tmp_path / "a.png")], "a name that ends in .tif"),
+        (["--like", str(mask)], "--out"),
+        (["--like", str(mask), "--out", "a.tif", "--count", "3"], "--masks, --count, --steer"),
+    ):
+        result = CliRunner().invoke(app, ["generate", "terrasynth-tiny", *arguments])
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+    with pytest.raises(TerraSynthError, match="mask values that are no class"):
+        paint_like("terrasynth-tiny", mask, tmp_path / "a.tif", sampling=SAMPLING)
+    monkeypatch.setattr("terrasynth.systems.large.MAX_PIXELS", 100)
+    with pytest.raises(TerraSynthError, match="too large to paint"):
+        paint_like("terrasynth-tiny", mask, tmp_path / "a.tif", sampling=SAMPLING)
