@@ -76,6 +76,17 @@ def test_the_header_says_what_rasterio_says(tmp_path):
             assert raster.grid.part(Window(3, 4, 5, 6)).transform == source.window_transform(Window(3, 4, 5, 6))
 
 
+@pytest.mark.parametrize(
+    "turned",
+    [Affine.scale(1, -1), Affine.scale(-1, 1), Affine.scale(-1, -1), Affine.rotation(30), Affine.rotation(200)],
+    ids=["south-up", "mirrored", "both", "rotated", "rotated over"],
+)
+def test_bounds_enclose_every_pixel_however_the_rows_run(turned):
+    grid = Grid(90, 70, None, Affine.translation(300_000, 2_800_000) * turned * Affine.scale(0.5, -0.25))
+    corners = np.array([grid.transform * (x, y) for x in range(91) for y in range(71)])
+    np.testing.assert_allclose(grid.bounds(), [*corners.min(0), *corners.max(0)], rtol=0, atol=1e-6)
+
+
 def test_stripes_cover_every_pixel_once(tmp_path, monkeypatch):
     monkeypatch.setattr("terrasynth.data.raster._STRIPE", 900)
     for options in ({"tiled": True, "blockxsize": 32, "blockysize": 16}, {"blockysize": 1}, {"blockysize": 70}):

@@ -18,7 +18,6 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags
-from rasterio.transform import array_bounds
 from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
@@ -65,8 +64,10 @@ class Grid:
 
     def bounds(self) -> tuple[float, float, float, float]:
         """West, south, east, north of the smallest upright box around the raster, in its CRS."""
-        west, south, east, north = array_bounds(self.height, self.width, self.transform or Affine.identity())
-        return west, south, east, north
+        transform = self.transform or Affine.identity()
+        # A scene may be stored south-up, mirrored or rotated, so no corner is known to be the upper left one.
+        xs, ys = zip(*(transform * (x, y) for x in (0, self.width) for y in (0, self.height)), strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
 
     def coincides(self, other: Grid) -> bool:
         """Whether all four corners of the two lie within a hundredth of a pixel of each other; the CRS may differ."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from affine import Affine
+
 from terrasynth.data.masks import Survey, survey
 from terrasynth.data.raster import Grid, Raster, Stretch, open_raster
 from terrasynth.data.schema import LabelSchema
@@ -274,7 +276,8 @@ def _common_grid(scene: Scene, image: Grid, mask: Grid) -> Grid:
             fix="warp the mask to the image: `gdalwarp -t_srs … -te … -tr … -r near`",
         )
     if not image.coincides(mask):
-        (left, _, _, top), (its_left, _, _, its_top) = image.bounds(), mask.bounds()
+        # Where the first pixel begins: of a mask stored in another order, the box on the ground is the same.
+        (left, top), (its_left, its_top) = ((grid.transform or Affine.identity()) * (0, 0) for grid in (image, mask))
         raise TerraSynthError(
             "image and mask do not lie on the same pixels",
             path=scene.mask,

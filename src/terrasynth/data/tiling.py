@@ -6,7 +6,6 @@ blocks of several tiles, go to one split, and no tile reaches over the border of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -128,8 +127,8 @@ def _box(grid: Grid, crs: CRS | None) -> tuple[float, float, float, float]:
     transform = grid.transform
     assert transform is not None
     west, south, east, north = grid.bounds()
-    half = math.hypot(transform.a, transform.d) / 2
-    box = west + half, south + half, east - half, north - half
+    x, y = (abs(transform.a) + abs(transform.b)) / 2, (abs(transform.d) + abs(transform.e)) / 2
+    box = west + x, south + y, east - x, north - y
     return box if grid.crs in (None, crs) else transform_bounds(grid.crs, crs, *box)
 
 
