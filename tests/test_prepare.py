@@ -352,7 +352,15 @@ def shifted(number, columns):
     return {"crs": "EPSG:32640", "transform": place(number)["transform"] * Affine.translation(columns, 0)}
 
 
+def without_earth(source, number):
+    """Put a scene and its mask in a CRS that says nothing about where on Earth it is."""
+    local = 'LOCAL_CS["building site",UNIT["metre",1]]'
+    for kind, bands in (("images", noise(number)), ("masks", areas(number))):
+        tiff(source / kind / f"s{number}.tif", bands, **{**place(number), "crs": local})
+
+
 BAD = {
+    "s3.tif: the CRS of the scene can not be compared with that of the others (": lambda s: without_earth(s, 3),
     "s0.tif: image and mask have different CRSs (EPSG:32639, and EPSG:32640": lambda s: tiff(
         s / "masks" / "s0.tif", areas(0), **{**place(), "crs": "EPSG:32639"}
     ),
@@ -402,7 +410,8 @@ def test_a_bad_file_is_told_before_anything_is_written_or_skipped_and_listed(sou
     ranges = ((0.0, 255.0),) if "no numbers" in message else None
     assert message.split(" (")[0].partition(": ")[2] in failure(source, ranges=ranges)
     made = cut(source, skip_bad=True, ranges=ranges)
-    assert {row["scene"] for row in rows(made.recipe.parent)} == {"s1", "s2", "s3"}
+    bad = Path(message.partition(":")[0]).stem
+    assert {row["scene"] for row in rows(made.recipe.parent)} == {"s0", "s1", "s2", "s3"} - {bad}
     assert message in (made.recipe.parent / "bad_files.txt").read_text()
 
 
@@ -414,6 +423,16 @@ def test_all_bad_files_are_in_one_message(source):
     assert all(f"masks/s{number}.tif: the file is empty" in text for number in range(3))
     with pytest.raises(TerraSynthError, match="too little to split"):
         cut(source, skip_bad=True)
+
+
+def test_scenes_that_are_all_in_one_local_crs_are_compared(source):
+    for number in range(4):
+        without_earth(source, number)
+    assert sum(cut(source).counts.values()) == 48
+    tiff(source / "masks" / "s0.tif", areas(0), **place(0))
+    tiff(source / "images" / "s0.tif", noise(0), **place(0))
+    with pytest.raises(TerraSynthError, match=r"3 of 4 scenes[\s\S]*'building site', and EPSG:32640 in the first"):
+        cut(source, source.parent / "b")
 
 
 def test_a_png_takes_the_place_of_its_partner_and_this_is_said(source, capsys, monkeypatch):

@@ -38,7 +38,7 @@ from terrasynth.data.raster import Grid, Stretch, check_percentiles, open_raster
 from terrasynth.data.scenes import Checked, PolygonFile, check_scenes, find_scenes
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
-from terrasynth.data.tiling import SPLITS, assign, regions, tiles
+from terrasynth.data.tiling import SPLITS, apart, assign, regions, tiles
 from terrasynth.errors import TerraSynthError, changes, combined, listed
 from terrasynth.io import atomic_write, file_digest, new_tiff, open_image, read_json, remove_incomplete, write_json
 from terrasynth.progress import say, track
@@ -170,6 +170,9 @@ def prepare(source: str | Path, out: str | Path, settings: PrepareSettings) -> P
     coding, lookups, faults = _settle(checked, schema, settings)
     bad += faults
     checked = [one for one in checked if one.survey is None or one.survey.path in lookups]
+    faults = apart({one.scene.image: one.grid for one in checked})
+    bad += faults
+    checked = [one for one in checked if one.scene.image not in {fault.path for fault in faults}]
     if bad and (not settings.skip_bad or not checked):
         hint = " (--skip-bad goes on without them)" if checked else ""
         raise combined(bad, f"{len(bad)} of {total} scenes can not be used{hint}", shown=None)
