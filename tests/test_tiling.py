@@ -118,7 +118,9 @@ def test_scenes_overlap_however_their_rows_are_stored(x, y, both):
     same = {"a": turned(at(0), x, y), "b": turned(at(0), x, y) if both else at(0)}
     if both:
         blocks = regions(same, "blocks", 100)
-        assert {part.unit for part in blocks if part.scene == "a"} == {part.unit for part in blocks if part.scene == "b"}
+        assert {part.unit for part in blocks if part.scene == "a"} == {
+            part.unit for part in blocks if part.scene == "b"
+        }
     else:
         with pytest.raises(TerraSynthError, match="pixels do not coincide"):
             regions(same, "blocks", 100)

@@ -7,6 +7,7 @@ A GeoTIFF is decoded window by window. PNG and JPEG can not be, so they are deco
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags
+from rasterio.errors import CRSError, RasterioError
 from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
@@ -28,8 +31,19 @@ from terrasynth.progress import track
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-__all__ = ["Grid", "Raster", "Stretch", "check_percentiles", "open_raster", "percentile_ranges"]
+__all__ = [
+    "NO_TRANSFORM",
+    "Grid",
+    "Raster",
+    "Stretch",
+    "check_percentiles",
+    "crs_name",
+    "open_raster",
+    "percentile_ranges",
+]
 
+#: What rasterio raises where there is no way from one CRS to another; the last has no public name.
+NO_TRANSFORM = (RasterioError, CRSError, CPLE_BaseError)
 #: Pixels of one stripe: a pass over a whole raster holds this many at a time.
 _STRIPE = 2 * 1024 * 1024
 #: Pixels that percentiles are taken from, over all scenes together.
@@ -78,6 +92,13 @@ class Grid:
         return (self.width, self.height) == (other.width, other.height) and all(
             math.dist(corner, there) < 0.01 for corner, there in zip(corners, moved, strict=True)
         )
+
+
+def crs_name(crs: CRS | None) -> str:
+    """As EPSG:32640; of a CRS without a number, the kind and the name."""
+    text = "no CRS" if crs is None else crs.to_string()
+    found = re.match(r'(\w+)\["([^"]*)"', text)
+    return text if found is None else f"{found[1]} {found[2]!r}"
 
 
 class Raster:

@@ -6,21 +6,17 @@ blocks of several tiles, go to one split, and no tile reaches over the border of
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-# rasterio gives it no public name, and lets it through as it is.
-from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from terrasynth.data.raster import Grid
+from terrasynth.data.raster import NO_TRANSFORM, Grid, crs_name
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest, gdal_environment
 
@@ -143,24 +139,17 @@ def apart(scenes: Mapping[Path, Grid]) -> list[TerraSynthError]:
             continue
         try:
             _box(grid, common)
-        except (RasterioError, CPLE_BaseError):
+        except NO_TRANSFORM:
             faults.append(
                 TerraSynthError(
                     "the CRS of the scene can not be compared with that of the others",
                     path=path,
-                    found=f"{_name(grid.crs)}, and {_name(common)} in the first scene",
+                    found=f"{crs_name(grid.crs)}, and {crs_name(common)} in the first scene",
                     expected="CRSs between which coordinates can be transformed, so that scenes that overlap are known",
                     fix="correct the CRS (`gdal_edit.py -a_srs EPSG:… FILE`), or prepare these scenes by themselves",
                 )
             )
     return faults
-
-
-def _name(crs: CRS | None) -> str:
-    """As EPSG:32640; of a CRS without a number, the kind and the name."""
-    text = "no CRS" if crs is None else crs.to_string()
-    found = re.match(r'(\w+)\["([^"]*)"', text)
-    return text if found is None else f"{found[1]} {found[2]!r}"
 
 
 def _box(grid: Grid, crs: CRS | None) -> tuple[float, float, float, float]:
