@@ -204,6 +204,42 @@ def test_no_data_is_black_and_unlabelled_and_one_stretch_holds_for_all(source):
     assert images == {name: data for name, data in contents(again.recipe.parent).items() if name.startswith("images")}
 
 
+def test_near_infrared_that_the_file_calls_alpha_loses_no_ground(source, capsys, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "")
+    for number in range(4):
+        bands = noise(number, 4)
+        bands[3, :, :20] = 0  # water
+        tiff(source / "images" / f"s{number}.tif", bands, **place(number))
+    text = failure(source)
+    assert text.startswith("4 of 4 scenes can not be used")
+    assert all(part in text for part in ("near infrared", "--bands 1,2,3", "-colorinterp_4 undefined"))
+    capsys.readouterr()
+    out = cut(source, bands=(1, 2, 3)).recipe.parent
+    assert "not for transparency: 4 scenes" in capsys.readouterr().err
+    for row in rows(out):
+        rect = np.s_[row["row"] : row["row"] + SIZE, row["column"] : row["column"] + SIZE]
+        assert row["unlabelled"] == (areas(int(row["scene"][1]))[rect] == 255).sum()
+
+
+def test_masks_and_alpha_bands_leave_pixels_unlabelled_and_the_share_is_said(source, capsys, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "")
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[:, :40] = True  # four fifths
+    for number in range(4):
+        bands = np.concatenate([noise(number), np.where(inside, 255, 0)[None].astype(np.uint8)])
+        tiff(source / "images" / f"s{number}.tif", bands if number < 3 else noise(3), **place(number))
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source / "masks" / f"s{number}.tif", "r+") as f:
+            f.write_mask(np.arange(HEIGHT)[:, None] + np.zeros(WIDTH) < 30)
+    made = cut(source)
+    assert "without data: 20.0% of s0, 20.0% of s1, 20.0% of s2\n" in capsys.readouterr().err
+    for row in rows(made.recipe.parent):
+        rect = np.s_[row["row"] : row["row"] + SIZE, row["column"] : row["column"] + SIZE]
+        expected = np.where(inside | (row["scene"] == "s3"), areas(int(row["scene"][1])), 255)
+        expected[30:] = 255
+        with rasterio.open(made.recipe.parent / "masks" / row["split"] / f"{row['id']}.tif") as tile:
+            np.testing.assert_array_equal(tile.read(1), expected[rect])
+
+
 def test_polygons_in_one_file_for_all_scenes(source):
     import shapely
     from rasterio.warp import transform_geom

@@ -168,7 +168,7 @@ def test_floats_have_no_data_where_one_shown_band_says_so(tmp_path, nodata):
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
 def test_transparent_pixels_have_no_data(tmp_path, suffix):
     bands, path = noise(4), tmp_path / f"a{suffix}"
-    bands[3] = RANDOM.choice([0, 100, 255], bands[3].shape)
+    bands[3] = RANDOM.choice([0, 255], bands[3].shape)
     if suffix == ".png":
         Image.fromarray(np.moveaxis(bands, 0, -1)).save(path)
     else:
@@ -222,6 +222,43 @@ def test_a_single_value_has_no_percentiles(tmp_path):
     path = tiff(tmp_path / "a.tif", np.full((3, 5, 5), 7, np.uint16))
     with pytest.raises(TerraSynthError, match="--stretch"):
         percentile_ranges([path], None, (2, 98))
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_a_fourth_band_that_may_be_a_colour_is_not_taken_for_transparency(tmp_path, suffix):
+    """GDAL calls the fourth of four 8-bit bands alpha, unless told otherwise: near infrared is 0 over water."""
+    bands, path = noise(4), tmp_path / f"a{suffix}"
+    bands[3, 10:30] = 0
+    if suffix == ".png":
+        Image.fromarray(np.moveaxis(bands, 0, -1)).save(path)
+    else:
+        with rasterio.open(tiff(path, bands)) as file:
+            assert file.colorinterp[3] is ColorInterp.alpha
+    message = refused(path)
+    assert "is band 4 transparency, or a colour" in message
+    assert "--bands 1,2,3" in message
+    assert ("-colorinterp_4 undefined" in message) == (suffix == ".tif")
+    for chosen in ((1, 2, 3), (4, 1, 2)):
+        pixels, valid = rgb(path, bands=chosen)
+        assert valid.all()
+        np.testing.assert_array_equal(pixels, np.moveaxis(bands[np.array(chosen) - 1], 0, -1))
+    low, high = np.percentile(bands[:3].reshape(3, -1), (2, 98), axis=1)
+    np.testing.assert_allclose(percentile_ranges([path], (1, 2, 3), (2, 98)), np.stack([low, high], 1))
+    with pytest.raises(TerraSynthError, match="transparency"):
+        percentile_ranges([path], None, (2, 98))
+    if suffix == ".tif":  # what `gdal_edit.py -colorinterp_4 undefined` does
+        with rasterio.open(path, "r+") as file:
+            file.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.undefined]
+        assert "which bands are red, green and blue?" in refused(path)
+        assert rgb(path, bands=(1, 2, 3))[1].all()
+
+
+def test_an_alpha_band_of_16_bits_may_end_at_either(tmp_path):
+    bands = noise(4, dtype=np.uint16)
+    for opaque in (255, 65535):
+        bands[3] = RANDOM.choice([0, opaque], bands[3].shape)
+        path = tiff(tmp_path / f"{opaque}.tif", bands, photometric="RGB", ALPHA="YES")
+        np.testing.assert_array_equal(rgb(path, ranges=((0, 255),))[1], bands[3] != 0)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
