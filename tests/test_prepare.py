@@ -381,6 +381,49 @@ def test_other_settings_and_other_files_are_told_apart(source):
         cut(source, source.parent / "mine")
 
 
+SIDECARS = {
+    "a validity mask": (lambda s: write_msk(s / "images" / "s0.tif"), r"image\.\.tif\.msk: \(not set\) -> "),
+    "a validity mask of the mask": (lambda s: write_msk(s / "masks" / "s0.tif"), r"mask\.\.tif\.msk: \(not set\) -> "),
+    "a nodata value in GDAL's notes": (
+        lambda s: (s / "images" / "s0.tif.aux.xml").write_text(
+            "<PAMDataset>"
+            + "".join(f'<PAMRasterBand band="{n}"><NoDataValue>7</NoDataValue></PAMRasterBand>' for n in (1, 2, 3))
+            + "</PAMDataset>"
+        ),
+        r"image\.nodata: None -> 7\.0",
+    ),
+    "a world file": (
+        lambda s: [(s / kind / "s0.tfw").write_text("0.5\n0\n0\n0.5\n4\n5\n") for kind in ("images", "masks")],
+        r"scenes\.s0\.transform: None -> \[0\.5, 0\.0, 3\.75, 0\.0, 0\.5, 4\.75\]",
+    ),
+}
+
+
+def write_msk(path):
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as file:
+        file.write_mask(np.eye(HEIGHT, WIDTH) > 0)
+
+
+@pytest.mark.parametrize("sidecar", SIDECARS)
+def test_files_beside_a_scene_that_change_it_are_noticed(source, sidecar):
+    add, message = SIDECARS[sidecar]
+    if sidecar == "a world file":  # is read for a TIFF without a place only
+        for kind, bands in (("images", noise(0)), ("masks", areas(0))):
+            tiff(source / kind / "s0.tif", bands)
+    cut(source)
+    (source / "images" / "s0.tif.ovr").touch()  # a neighbour that changes nothing
+    (source / "images" / "s0.txt").touch()
+    cut(source)
+    add(source)
+    with pytest.raises(TerraSynthError, match=message):
+        cut(source)
+
+
+def test_the_scenes_themselves_are_no_place_for_tiles(source):
+    with pytest.raises(TerraSynthError, match="--out is SRC"):
+        cut(source, source.parent / "other" / ".." / "src")
+
+
 # --- what is wrong with the files ------------------------------------------------------------------------------------
 
 
