@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.windows
+import torch
 import yaml
 from affine import Affine
 from PIL import Image
@@ -23,6 +24,7 @@ from terrasynth.data.folder import check_splits, load_tiles
 from terrasynth.data.prepare import PrepareSettings, prepare
 from terrasynth.data.scenes import _key
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe_io import load_recipe
 
@@ -417,6 +419,18 @@ def test_files_beside_a_scene_that_change_it_are_noticed(source, sidecar):
     add(source)
     with pytest.raises(TerraSynthError, match=message):
         cut(source)
+
+
+def test_the_legend_of_the_sheet_has_unlabelled_ground_if_there_is_some():
+    grey = (120, 121, 122)
+    schema = LabelSchema(SCHEMA.names, SCHEMA.colors, 255, (grey,))
+    images = {"image": torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)}
+    for values, there in (((0, 1), False), ((0, 255), True)):
+        masks = torch.tensor(values, dtype=torch.uint8)[:, None, None].expand(2, SIZE, SIZE)
+        tiles, sheet = contact_sheet(images, masks, schema), contact_sheet(images, masks, schema, legend=True)
+        legend = np.asarray(sheet)[tiles.height - 12 :]  # below the tiles and their margin
+        assert (legend == grey).all(-1).any() == there
+        assert (legend == schema.colors[2]).all(-1).any()  # a class that no tile has
 
 
 def test_the_scenes_themselves_are_no_place_for_tiles(source):
