@@ -280,8 +280,10 @@ def test_json_round_trips_and_refuses_nan(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
 def test_what_is_no_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(TerraSynthError, match="not a JSON file"):
+    with pytest.raises(TerraSynthError, match=r"not a JSON file[\s\S]*delete it and run again"):
         read_json(tmp_path / "a.json")
+    with pytest.raises(TerraSynthError, match="draw it again"):
+        read_json(tmp_path / "a.json", fix="draw it again")
 
 
 def test_digests_depend_on_values_not_on_key_order():

@@ -158,6 +158,27 @@ def test_nodata_is_unlabelled_unless_it_is_a_class(tmp_path):
     assert "-unsetnodata" in str(faults[0])
 
 
+@pytest.mark.parametrize("internal", [True, False], ids=["inside", "msk"])
+@pytest.mark.parametrize("encode", [lambda mask: mask, SCHEMA.to_color], ids=["index", "RGB"])
+def test_what_the_validity_mask_leaves_out_is_unlabelled_whatever_it_holds(tmp_path, internal, encode):
+    mask, valid = areas(), np.kron(RANDOM.random((8, 10)) < 0.7, np.ones((5, 5), bool))
+    mask[~valid & (mask != 255)] = 1
+    hidden = encode(mask)
+    hidden[3, 4], valid[3, 4] = 77, False  # no class at all
+    path = save(tmp_path / "a.tif", hidden)
+    empty = save(tmp_path / "b.tif", hidden)
+    for file, there in ((path, valid), (empty, np.zeros_like(valid))):
+        with warnings.catch_warnings(), rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
+            warnings.simplefilter("ignore")
+            with rasterio.open(file, "r+") as target:
+                target.write_mask(there)
+    assert (tmp_path / "a.tif.msk").exists() is not internal
+    _, lookups, faults = settled([path, empty])
+    assert faults == []
+    np.testing.assert_array_equal(windowed(path, lookups[path]), np.where(valid, mask, 255))
+    assert (windowed(empty, lookups[empty]) == 255).all()
+
+
 def test_what_is_no_mask_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("terrasynth.data.masks._MOST", 500)
     many = save(tmp_path / "a.tif", RANDOM.integers(0, 256, (40, 50, 3)).astype(np.uint8))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.windows
+import torch
 import yaml
 from affine import Affine
 from PIL import Image
@@ -23,6 +24,7 @@ from terrasynth.data.folder import check_splits, load_tiles
 from terrasynth.data.prepare import PrepareSettings, prepare
 from terrasynth.data.scenes import _key
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe_io import load_recipe
 
@@ -204,6 +206,42 @@ def test_no_data_is_black_and_unlabelled_and_one_stretch_holds_for_all(source):
     assert images == {name: data for name, data in contents(again.recipe.parent).items() if name.startswith("images")}
 
 
+def test_near_infrared_that_the_file_calls_alpha_loses_no_ground(source, capsys, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "")
+    for number in range(4):
+        bands = noise(number, 4)
+        bands[3, :, :20] = 0  # water
+        tiff(source / "images" / f"s{number}.tif", bands, **place(number))
+    text = failure(source)
+    assert text.startswith("4 of 4 scenes can not be used")
+    assert all(part in text for part in ("near infrared", "--bands 1,2,3", "-colorinterp_4 undefined"))
+    capsys.readouterr()
+    out = cut(source, bands=(1, 2, 3)).recipe.parent
+    assert "not for transparency: 4 scenes" in capsys.readouterr().err
+    for row in rows(out):
+        rect = np.s_[row["row"] : row["row"] + SIZE, row["column"] : row["column"] + SIZE]
+        assert row["unlabelled"] == (areas(int(row["scene"][1]))[rect] == 255).sum()
+
+
+def test_masks_and_alpha_bands_leave_pixels_unlabelled_and_the_share_is_said(source, capsys, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "")
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[:, :40] = True  # four fifths
+    for number in range(4):
+        bands = np.concatenate([noise(number), np.where(inside, 255, 0)[None].astype(np.uint8)])
+        tiff(source / "images" / f"s{number}.tif", bands if number < 3 else noise(3), **place(number))
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source / "masks" / f"s{number}.tif", "r+") as f:
+            f.write_mask(np.arange(HEIGHT)[:, None] + np.zeros(WIDTH) < 30)
+    made = cut(source)
+    assert "without data: 20.0% of s0, 20.0% of s1, 20.0% of s2\n" in capsys.readouterr().err
+    for row in rows(made.recipe.parent):
+        rect = np.s_[row["row"] : row["row"] + SIZE, row["column"] : row["column"] + SIZE]
+        expected = np.where(inside | (row["scene"] == "s3"), areas(int(row["scene"][1])), 255)
+        expected[30:] = 255
+        with rasterio.open(made.recipe.parent / "masks" / row["split"] / f"{row['id']}.tif") as tile:
+            np.testing.assert_array_equal(tile.read(1), expected[rect])
+
+
 def test_polygons_in_one_file_for_all_scenes(source):
     import shapely
     from rasterio.warp import transform_geom
@@ -345,6 +383,61 @@ def test_other_settings_and_other_files_are_told_apart(source):
         cut(source, source.parent / "mine")
 
 
+SIDECARS = {
+    "a validity mask": (lambda s: write_msk(s / "images" / "s0.tif"), r"image\.\.tif\.msk: \(not set\) -> "),
+    "a validity mask of the mask": (lambda s: write_msk(s / "masks" / "s0.tif"), r"mask\.\.tif\.msk: \(not set\) -> "),
+    "a nodata value in GDAL's notes": (
+        lambda s: (s / "images" / "s0.tif.aux.xml").write_text(
+            "<PAMDataset>"
+            + "".join(f'<PAMRasterBand band="{n}"><NoDataValue>7</NoDataValue></PAMRasterBand>' for n in (1, 2, 3))
+            + "</PAMDataset>"
+        ),
+        r"image\.nodata: None -> 7\.0",
+    ),
+    "a world file": (
+        lambda s: [(s / kind / "s0.tfw").write_text("0.5\n0\n0\n0.5\n4\n5\n") for kind in ("images", "masks")],
+        r"scenes\.s0\.transform: None -> \[0\.5, 0\.0, 3\.75, 0\.0, 0\.5, 4\.75\]",
+    ),
+}
+
+
+def write_msk(path):
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as file:
+        file.write_mask(np.eye(HEIGHT, WIDTH) > 0)
+
+
+@pytest.mark.parametrize("sidecar", SIDECARS)
+def test_files_beside_a_scene_that_change_it_are_noticed(source, sidecar):
+    add, message = SIDECARS[sidecar]
+    if sidecar == "a world file":  # is read for a TIFF without a place only
+        for kind, bands in (("images", noise(0)), ("masks", areas(0))):
+            tiff(source / kind / "s0.tif", bands)
+    cut(source)
+    (source / "images" / "s0.tif.ovr").touch()  # a neighbour that changes nothing
+    (source / "images" / "s0.txt").touch()
+    cut(source)
+    add(source)
+    with pytest.raises(TerraSynthError, match=message):
+        cut(source)
+
+
+def test_the_legend_of_the_sheet_has_unlabelled_ground_if_there_is_some():
+    grey = (120, 121, 122)
+    schema = LabelSchema(SCHEMA.names, SCHEMA.colors, 255, (grey,))
+    images = {"image": torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)}
+    for values, there in (((0, 1), False), ((0, 255), True)):
+        masks = torch.tensor(values, dtype=torch.uint8)[:, None, None].expand(2, SIZE, SIZE)
+        tiles, sheet = contact_sheet(images, masks, schema), contact_sheet(images, masks, schema, legend=True)
+        legend = np.asarray(sheet)[tiles.height - 12 :]  # below the tiles and their margin
+        assert (legend == grey).all(-1).any() == there
+        assert (legend == schema.colors[2]).all(-1).any()  # a class that no tile has
+
+
+def test_the_scenes_themselves_are_no_place_for_tiles(source):
+    with pytest.raises(TerraSynthError, match="--out is SRC"):
+        cut(source, source.parent / "other" / ".." / "src")
+
+
 # --- what is wrong with the files ------------------------------------------------------------------------------------
 
 
@@ -352,7 +445,15 @@ def shifted(number, columns):
     return {"crs": "EPSG:32640", "transform": place(number)["transform"] * Affine.translation(columns, 0)}
 
 
+def without_earth(source, number):
+    """Put a scene and its mask in a CRS that says nothing about where on Earth it is."""
+    local = 'LOCAL_CS["building site",UNIT["metre",1]]'
+    for kind, bands in (("images", noise(number)), ("masks", areas(number))):
+        tiff(source / kind / f"s{number}.tif", bands, **{**place(number), "crs": local})
+
+
 BAD = {
+    "s3.tif: the CRS of the scene can not be compared with that of the others (": lambda s: without_earth(s, 3),
     "s0.tif: image and mask have different CRSs (EPSG:32639, and EPSG:32640": lambda s: tiff(
         s / "masks" / "s0.tif", areas(0), **{**place(), "crs": "EPSG:32639"}
     ),
@@ -402,7 +503,8 @@ def test_a_bad_file_is_told_before_anything_is_written_or_skipped_and_listed(sou
     ranges = ((0.0, 255.0),) if "no numbers" in message else None
     assert message.split(" (")[0].partition(": ")[2] in failure(source, ranges=ranges)
     made = cut(source, skip_bad=True, ranges=ranges)
-    assert {row["scene"] for row in rows(made.recipe.parent)} == {"s1", "s2", "s3"}
+    bad = Path(message.partition(":")[0]).stem
+    assert {row["scene"] for row in rows(made.recipe.parent)} == {"s0", "s1", "s2", "s3"} - {bad}
     assert message in (made.recipe.parent / "bad_files.txt").read_text()
 
 
@@ -414,6 +516,16 @@ def test_all_bad_files_are_in_one_message(source):
     assert all(f"masks/s{number}.tif: the file is empty" in text for number in range(3))
     with pytest.raises(TerraSynthError, match="too little to split"):
         cut(source, skip_bad=True)
+
+
+def test_scenes_that_are_all_in_one_local_crs_are_compared(source):
+    for number in range(4):
+        without_earth(source, number)
+    assert sum(cut(source).counts.values()) == 48
+    tiff(source / "masks" / "s0.tif", areas(0), **place(0))
+    tiff(source / "images" / "s0.tif", noise(0), **place(0))
+    with pytest.raises(TerraSynthError, match=r"3 of 4 scenes[\s\S]*'building site', and EPSG:32640 in the first"):
+        cut(source, source.parent / "b")
 
 
 def test_a_png_takes_the_place_of_its_partner_and_this_is_said(source, capsys, monkeypatch):

@@ -76,6 +76,17 @@ def test_the_header_says_what_rasterio_says(tmp_path):
             assert raster.grid.part(Window(3, 4, 5, 6)).transform == source.window_transform(Window(3, 4, 5, 6))
 
 
+@pytest.mark.parametrize(
+    "turned",
+    [Affine.scale(1, -1), Affine.scale(-1, 1), Affine.scale(-1, -1), Affine.rotation(30), Affine.rotation(200)],
+    ids=["south-up", "mirrored", "both", "rotated", "rotated over"],
+)
+def test_bounds_enclose_every_pixel_however_the_rows_run(turned):
+    grid = Grid(90, 70, None, Affine.translation(300_000, 2_800_000) * turned * Affine.scale(0.5, -0.25))
+    corners = np.array([grid.transform * (x, y) for x in range(91) for y in range(71)])
+    np.testing.assert_allclose(grid.bounds(), [*corners.min(0), *corners.max(0)], rtol=0, atol=1e-6)
+
+
 def test_stripes_cover_every_pixel_once(tmp_path, monkeypatch):
     monkeypatch.setattr("terrasynth.data.raster._STRIPE", 900)
     for options in ({"tiled": True, "blockxsize": 32, "blockysize": 16}, {"blockysize": 1}, {"blockysize": 70}):
@@ -157,7 +168,7 @@ def test_floats_have_no_data_where_one_shown_band_says_so(tmp_path, nodata):
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
 def test_transparent_pixels_have_no_data(tmp_path, suffix):
     bands, path = noise(4), tmp_path / f"a{suffix}"
-    bands[3] = RANDOM.choice([0, 100, 255], bands[3].shape)
+    bands[3] = RANDOM.choice([0, 255], bands[3].shape)
     if suffix == ".png":
         Image.fromarray(np.moveaxis(bands, 0, -1)).save(path)
     else:
@@ -211,6 +222,43 @@ def test_a_single_value_has_no_percentiles(tmp_path):
     path = tiff(tmp_path / "a.tif", np.full((3, 5, 5), 7, np.uint16))
     with pytest.raises(TerraSynthError, match="--stretch"):
         percentile_ranges([path], None, (2, 98))
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_a_fourth_band_that_may_be_a_colour_is_not_taken_for_transparency(tmp_path, suffix):
+    """GDAL calls the fourth of four 8-bit bands alpha, unless told otherwise: near infrared is 0 over water."""
+    bands, path = noise(4), tmp_path / f"a{suffix}"
+    bands[3, 10:30] = 0
+    if suffix == ".png":
+        Image.fromarray(np.moveaxis(bands, 0, -1)).save(path)
+    else:
+        with rasterio.open(tiff(path, bands)) as file:
+            assert file.colorinterp[3] is ColorInterp.alpha
+    message = refused(path)
+    assert "is band 4 transparency, or a colour" in message
+    assert "--bands 1,2,3" in message
+    assert ("-colorinterp_4 undefined" in message) == (suffix == ".tif")
+    for chosen in ((1, 2, 3), (4, 1, 2)):
+        pixels, valid = rgb(path, bands=chosen)
+        assert valid.all()
+        np.testing.assert_array_equal(pixels, np.moveaxis(bands[np.array(chosen) - 1], 0, -1))
+    low, high = np.percentile(bands[:3].reshape(3, -1), (2, 98), axis=1)
+    np.testing.assert_allclose(percentile_ranges([path], (1, 2, 3), (2, 98)), np.stack([low, high], 1))
+    with pytest.raises(TerraSynthError, match="transparency"):
+        percentile_ranges([path], None, (2, 98))
+    if suffix == ".tif":  # what `gdal_edit.py -colorinterp_4 undefined` does
+        with rasterio.open(path, "r+") as file:
+            file.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.undefined]
+        assert "which bands are red, green and blue?" in refused(path)
+        assert rgb(path, bands=(1, 2, 3))[1].all()
+
+
+def test_an_alpha_band_of_16_bits_may_end_at_either(tmp_path):
+    bands = noise(4, dtype=np.uint16)
+    for opaque in (255, 65535):
+        bands[3] = RANDOM.choice([0, opaque], bands[3].shape)
+        path = tiff(tmp_path / f"{opaque}.tif", bands, photometric="RGB", ALPHA="YES")
+        np.testing.assert_array_equal(rgb(path, ranges=((0, 255),))[1], bands[3] != 0)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -102,6 +102,38 @@ def test_scenes_that_overlap_stay_together_and_neighbours_do_not():
     assert units == {"a": "a", "b": "b", "c": "b", "d": "b", "e": "e", "plain": "plain", "other": "other"}
 
 
+def turned(grid, x=1, y=1):
+    """The same ground, stored from right to left (x = -1) or from south to north (y = -1)."""
+    corner = Affine.translation(grid.width * (x < 0), grid.height * (y < 0))
+    return Grid(grid.width, grid.height, grid.crs, grid.transform * corner * Affine.scale(x, y))
+
+
+@pytest.mark.parametrize(("x", "y"), [(1, -1), (-1, 1), (-1, -1)], ids=["south-up", "mirrored", "both"])
+@pytest.mark.parametrize("both", [True, False])
+def test_scenes_overlap_however_their_rows_are_stored(x, y, both):
+    other = [turned(at(moved), x, y) if both else at(moved) for moved in (150, 300)]
+    scenes = {"a": turned(at(0), x, y), "b": other[0], "c": turned(at(0, -150), x, y), "d": turned(at(900), x, y)}
+    units = {part.scene: part.unit for part in regions(scenes, "scene", 0)}
+    assert units == {"a": "a", "b": "a", "c": "c", "d": "d"}  # 200 m wide, 150 m high: c lies below a
+    same = {"a": turned(at(0), x, y), "b": turned(at(0), x, y) if both else at(0)}
+    if both:
+        blocks = regions(same, "blocks", 100)
+        assert {part.unit for part in blocks if part.scene == "a"} == {
+            part.unit for part in blocks if part.scene == "b"
+        }
+    else:
+        with pytest.raises(TerraSynthError, match="pixels do not coincide"):
+            regions(same, "blocks", 100)
+
+
+def test_rotated_scenes_and_flat_pixels_overlap_by_their_boxes():
+    centre = Affine.translation(300_100, 2_799_925)
+    rotated = Grid(400, 300, UTM, centre * Affine.rotation(120) * Affine.scale(0.5) * Affine.translation(-200, -150))
+    flat = Grid(4, 3, UTM, Affine(50, 0, 300_000, 0, -0.5, 2_799_900))  # pixels a hundred times as wide as high
+    units = {part.scene: part.unit for part in regions({"a": at(0), "b": rotated, "c": flat}, "scene", 0)}
+    assert units == {"a": "a", "b": "a", "c": "a"}
+
+
 def test_scenes_in_two_crs_are_compared():
     west, south, east, north = transform_bounds(UTM, "EPSG:4326", *at(100).bounds())
     degrees = Grid(100, 100, CRS.from_epsg(4326), Affine((east - west) / 100, 0, west, 0, (south - north) / 100, north))

@@ -171,6 +171,20 @@ def test_what_is_no_geojson_of_polygons_is_explained(tmp_path, text, message):
     assert message in refused(tmp_path / "a.geojson")
 
 
+def test_a_broken_file_of_the_user_is_not_to_be_deleted(tmp_path):
+    path = geojson(tmp_path / "a.geojson")
+    path.write_text(path.read_text()[:-40])
+    message = refused(path)
+    assert "ogr2ogr" in message
+    assert "delete" not in message
+
+
+def test_a_scene_that_lies_nowhere_on_earth_is_explained(tmp_path):
+    local = CRS.from_wkt('LOCAL_CS["building site",UNIT["metre",1]]')
+    message = refused(geojson(tmp_path / "a.geojson"), grid=Grid(60, 50, local, GRID.transform))
+    assert "OGC:CRS84 to LOCAL_CS 'building site' of" in message
+
+
 def test_a_scene_without_a_place_has_none_for_polygons(tmp_path):
     path = geojson(tmp_path / "a.geojson")
     assert "no CRS" in refused(path, grid=Grid(60, 50))

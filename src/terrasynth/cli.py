@@ -133,8 +133,9 @@ Bands = Annotated[
     typer.Option(
         metavar="R,G,B",
         parser=_whole_numbers,
-        help="Numbers of the bands to show as red, green and blue, counted from 1; or of one, for grey. (default: the "
-        "only one or the only three beside alpha)",
+        help="Numbers of the bands to show as red, green and blue, counted from 1; or of one, for grey. Given, they "
+        "switch transparency off: an alpha band is one as any other. (default: the only one or the only three beside "
+        "alpha)",
     ),
 ]
 StretchRange = Annotated[

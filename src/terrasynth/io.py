@@ -455,8 +455,12 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, *, fix: str = "delete it and run again") -> Any:
     """Read a JSON file.
+
+    Args:
+        path: the file.
+        fix: what to do if it is not JSON; by default as for a file that TerraSynth wrote.
 
     Raises:
         TerraSynthError: the file is missing or is not JSON.
@@ -467,7 +471,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise TerraSynthError("no such file", path=path, fix="check the path") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TerraSynthError("not a JSON file", path=path, found=str(error), fix="delete it and run again") from error
+        raise TerraSynthError("not a JSON file", path=path, found=str(error), fix=fix) from error
 
 
 def digest(*values: Any) -> str:

@@ -29,7 +29,7 @@ _MOST = 65_536
 
 @dataclass(frozen=True)
 class Survey:
-    """The different pixels of a mask raster.
+    """The different pixels of a mask raster, without those that its validity mask leaves out.
 
     Attributes:
         path: the file.
@@ -55,7 +55,7 @@ class Lookup:
     Attributes:
         keys: as `Survey.keys`.
         classes: uint8 (n,), class index or `ignore_index` of each.
-        ignore_index: what all other pixels, the nodata value, mean.
+        ignore_index: what all other pixels mean: the nodata value, and what the file's validity mask leaves out.
     """
 
     keys: NDArray[np.int64]
@@ -68,7 +68,10 @@ class Lookup:
         if not len(self.keys):
             return np.full(keys.shape, self.ignore_index, dtype=np.uint8)
         position = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[position] == keys, self.classes[position], np.uint8(self.ignore_index))
+        known = self.keys[position] == keys
+        if (unmasked := raster.unmasked(window)) is not None:
+            known &= unmasked
+        return np.where(known, self.classes[position], np.uint8(self.ignore_index))
 
 
 def survey(raster: Raster, windows: Iterator[Window] | None = None) -> Survey:
@@ -91,7 +94,10 @@ def survey(raster: Raster, windows: Iterator[Window] | None = None) -> Survey:
         )
     keys, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     for window in windows or raster.stripes():
-        keys, counts = _counted(keys, counts, _keys(raster.read(window)).ravel())
+        found, unmasked = _keys(raster.read(window)), raster.unmasked(window)
+        found = found.ravel() if unmasked is None else found[unmasked]
+        if found.size:
+            keys, counts = _counted(keys, counts, found)
         if len(keys) > _MOST:
             raise TerraSynthError(
                 "the mask has too many different values to be one of classes",

@@ -38,9 +38,19 @@ from terrasynth.data.raster import Grid, Stretch, check_percentiles, open_raster
 from terrasynth.data.scenes import Checked, PolygonFile, check_scenes, find_scenes
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
-from terrasynth.data.tiling import SPLITS, assign, regions, tiles
+from terrasynth.data.tiling import SPLITS, apart, assign, regions, tiles
 from terrasynth.errors import TerraSynthError, changes, combined, listed
-from terrasynth.io import atomic_write, file_digest, new_tiff, open_image, read_json, remove_incomplete, write_json
+from terrasynth.io import (
+    TIFF_SUFFIXES,
+    atomic_write,
+    file_digest,
+    new_tiff,
+    open_image,
+    open_tiff,
+    read_json,
+    remove_incomplete,
+    write_json,
+)
 from terrasynth.progress import say, track
 
 __all__ = ["PrepareSettings", "Prepared", "prepare"]
@@ -155,10 +165,16 @@ def prepare(source: str | Path, out: str | Path, settings: PrepareSettings) -> P
         settings: how.
 
     Raises:
-        TerraSynthError: anything that is wrong with the files, all in one message, unless `skip_bad`; `out` holds
-            something else; or too little is left to split.
+        TerraSynthError: anything that is wrong with the files, all in one message, unless `skip_bad`; `out` is
+            `source`, or holds something else; or too little is left to split.
     """
     source, out = Path(source), Path(out)
+    if out.resolve() == source.resolve():
+        raise TerraSynthError(
+            "--out is SRC, the folder of the scenes",
+            path=out,
+            fix=f"choose another, as --out {out.resolve().name}-tiles",
+        )
     schema = LabelSchema.load(settings.labels, [Path(), source])
     polygons = PolygonFile(schema, settings.class_attribute, settings.background)
     scenes, bad = find_scenes(source, settings.images, settings.masks, out)
@@ -170,6 +186,9 @@ def prepare(source: str | Path, out: str | Path, settings: PrepareSettings) -> P
     coding, lookups, faults = _settle(checked, schema, settings)
     bad += faults
     checked = [one for one in checked if one.survey is None or one.survey.path in lookups]
+    faults = apart({one.scene.image: one.grid for one in checked})
+    bad += faults
+    checked = [one for one in checked if one.scene.image not in {fault.path for fault in faults}]
     if bad and (not settings.skip_bad or not checked):
         hint = " (--skip-bad goes on without them)" if checked else ""
         raise combined(bad, f"{len(bad)} of {total} scenes can not be used{hint}", shown=None)
@@ -237,17 +256,18 @@ def _plan(
     """Everything that the tiles depend on."""
     files = {path for one in checked for path in (one.scene.image, one.scene.mask)}
     with track(len(files), "digests", unit="files") as progress:
-        digests = {}
+        stored = {}
         for path in files:
-            digests[path] = [file_digest(part) for part in _parts(path)]
+            stored[path] = _stored(path)
             progress.advance()
     scenes = {
         one.scene.name: {
             "image": one.scene.image.relative_to(source).as_posix(),
             "mask": one.scene.mask.relative_to(source).as_posix(),
-            "contents": [digests[one.scene.image], digests[one.scene.mask]],
+            "contents": {"image": stored[one.scene.image], "mask": stored[one.scene.mask]},
             "size": [one.grid.width, one.grid.height],
             "crs": None if one.grid.crs is None else one.grid.crs.to_string(),
+            "transform": None if one.grid.transform is None else list(one.grid.transform[:6]),
         }
         for one in checked
     }
@@ -266,11 +286,19 @@ def _plan(
     return value
 
 
-def _parts(path: Path) -> list[Path]:
-    """The files that hold what is read as one: a Shapefile has its attributes and its CRS in others."""
-    if path.suffix.lower() != ".shp":
-        return [path]
-    return [part for suffix in (".shp", ".dbf", ".prj") if (part := path.with_suffix(suffix)).exists()]
+def _stored(path: Path) -> dict[str, Any]:
+    """What is read as one file: the digest of each of its parts by suffix, and the nodata value."""
+    if path.suffix.lower() not in TIFF_SUFFIXES:
+        # A Shapefile has its attributes and its CRS in others.
+        suffixes = (".shp", ".dbf", ".prj", ".cpg") if path.suffix.lower() == ".shp" else (path.suffix,)
+        parts = [part for suffix in suffixes if (part := path.with_suffix(suffix)).exists()]
+        return {part.name.removeprefix(path.stem): file_digest(part) for part in parts}
+    with open_tiff(path) as source:
+        # GDAL says which of its neighbours it reads as well: a mask, a world file, its own notes. Overviews
+        # are smaller copies, which nothing here reads.
+        parts = sorted({path.absolute(), *map(Path, source.files)})
+        digests = {part.name.removeprefix(path.stem): file_digest(part) for part in parts if part.suffix != ".ovr"}
+        return {**digests, "nodata": None if source.nodata is None else str(source.nodata)}
 
 
 def _claim(out: Path, plan: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ A GeoTIFF is decoded window by window. PNG and JPEG can not be, so they are deco
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags
-from rasterio.transform import array_bounds
+from rasterio.errors import CRSError, RasterioError
 from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
@@ -29,8 +31,19 @@ from terrasynth.progress import track
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-__all__ = ["Grid", "Raster", "Stretch", "check_percentiles", "open_raster", "percentile_ranges"]
+__all__ = [
+    "NO_TRANSFORM",
+    "Grid",
+    "Raster",
+    "Stretch",
+    "check_percentiles",
+    "crs_name",
+    "open_raster",
+    "percentile_ranges",
+]
 
+#: What rasterio raises where there is no way from one CRS to another; the last has no public name.
+NO_TRANSFORM = (RasterioError, CRSError, CPLE_BaseError)
 #: Pixels of one stripe: a pass over a whole raster holds this many at a time.
 _STRIPE = 2 * 1024 * 1024
 #: Pixels that percentiles are taken from, over all scenes together.
@@ -65,8 +78,10 @@ class Grid:
 
     def bounds(self) -> tuple[float, float, float, float]:
         """West, south, east, north of the smallest upright box around the raster, in its CRS."""
-        west, south, east, north = array_bounds(self.height, self.width, self.transform or Affine.identity())
-        return west, south, east, north
+        transform = self.transform or Affine.identity()
+        # A scene may be stored south-up, mirrored or rotated, so no corner is known to be the upper left one.
+        xs, ys = zip(*(transform * (x, y) for x in (0, self.width) for y in (0, self.height)), strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
 
     def coincides(self, other: Grid) -> bool:
         """Whether all four corners of the two lie within a hundredth of a pixel of each other; the CRS may differ."""
@@ -77,6 +92,13 @@ class Grid:
         return (self.width, self.height) == (other.width, other.height) and all(
             math.dist(corner, there) < 0.01 for corner, there in zip(corners, moved, strict=True)
         )
+
+
+def crs_name(crs: CRS | None) -> str:
+    """As EPSG:32640; of a CRS without a number, the kind and the name."""
+    text = "no CRS" if crs is None else crs.to_string()
+    found = re.match(r'(\w+)\["([^"]*)"', text)
+    return text if found is None else f"{found[1]} {found[2]!r}"
 
 
 class Raster:
@@ -114,7 +136,8 @@ class Raster:
         self.palette = tiff_palette(source)
         # One value for all bands is the TIFF's rule.
         self.nodata = source.nodata
-        self._has_mask = MaskFlags.per_dataset in source.mask_flag_enums[0]
+        # An alpha band and a nodata value count as masks to GDAL; here they are heard by themselves.
+        self._has_mask = not {MaskFlags.all_valid, MaskFlags.alpha, MaskFlags.nodata} & {*source.mask_flag_enums[0]}
         if ColorInterp.alpha in source.colorinterp:
             self.alpha = source.colorinterp.index(ColorInterp.alpha) + 1
         if not placed and source.gcps[0]:
@@ -161,28 +184,61 @@ class Raster:
             return self._values[[band - 1 for band in bands], *window.toslices()]
         return self._source.read(bands, window=window)
 
-    def valid(self, values: NDArray[Any], window: Window, bands: Sequence[int]) -> NDArray[np.bool_] | None:
+    def unmasked(self, window: Window) -> NDArray[np.bool_] | None:
+        """Where the validity mask of a TIFF (inside, or beside it as .msk) says that there is data, (h, w).
+
+        None if there is no such mask; an alpha band and the nodata value are none.
+        """
+        if isinstance(self._source, Pixels) or not self._has_mask:
+            return None
+        valid: NDArray[np.bool_] = self._source.read_masks(1, window=window) != 0
+        return valid
+
+    def valid(self, values: NDArray[Any], window: Window, *, transparency: bool = True) -> NDArray[np.bool_] | None:
         """Which pixels of a window have data, (h, w); None if all of the file's do, by its header.
 
-        In whole numbers a pixel has no data where all of `bands` have the nodata value (0 in one of them is a dark
-        pixel); in floating point where one of them has it. A transparent pixel has no data. An alpha band that is one
-        of `bands` is taken for a colour: many writers call every fourth band alpha.
+        In whole numbers a pixel has no data where all bands read have the nodata value (0 in one of them is a dark
+        pixel); in floating point where one of them has it. What the validity mask leaves out has none either.
 
         Args:
-            values: what `read` gave for the window and bands.
+            values: what `read` gave for the window.
             window: inside the raster.
-            bands: numbers of the bands, counted from 1.
+            transparency: whether transparent pixels have no data; if not, the alpha band is one as any other.
+
+        Raises:
+            TerraSynthError: the alpha band holds more than transparent and opaque, so it may be a colour band: many
+                writers call every fourth band alpha.
         """
         found = []
         if self.nodata is not None:
             there = ~np.isnan(values) if math.isnan(self.nodata) else values != self.nodata
             found.append(there.all(0) if values.dtype.kind == "f" else there.any(0))
-        if self.alpha is not None:
-            if self.alpha not in bands:
-                found.append(self.read(window, [self.alpha])[0] != 0)
-        elif self._has_mask and not isinstance(self._source, Pixels):
-            found.append(self._source.read_masks(1, window=window) != 0)
+        if self.alpha is not None and transparency:
+            alpha = self.read(window, [self.alpha])[0]
+            self._check_alpha(alpha)
+            found.append(alpha != 0)
+        if (unmasked := self.unmasked(window)) is not None:
+            found.append(unmasked)
         return np.logical_and.reduce(found) if found else None
+
+    def _check_alpha(self, alpha: NDArray[Any]) -> None:
+        opaque = (255, np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1)
+        between = alpha[(alpha != 0) & (alpha != opaque[0]) & (alpha != opaque[1])]
+        if not between.size:
+            return
+        colors = [band for band in range(1, self.count + 1) if band != self.alpha]
+        example = ",".join(map(str, colors[: 3 if len(colors) >= 3 else 1]))
+        mark = f" (`gdal_edit.py -colorinterp_{self.alpha} undefined FILE` says so in the file)"
+        raise TerraSynthError(
+            f"is band {self.alpha} transparency, or a colour such as near infrared?",
+            path=self.path,
+            found="called alpha in the file, as many writers do unasked, with values such as "
+            + ", ".join(f"{value:g}" for value in np.unique(between)[:3]),
+            expected=f"in an alpha band, 0 where there is no data, and else {opaque[0]}",
+            fix=f"if it is a colour: choose the bands, as --bands {example}, which switches transparency off"
+            + ("" if isinstance(self._source, Pixels) else mark)
+            + f"; if it is transparency: make it 0 and {opaque[0]}",
+        )
 
     def stripes(self) -> Iterator[Window]:
         """Windows that cover the raster from top to bottom, of about two million pixels, along the file's blocks."""
@@ -217,7 +273,8 @@ class Stretch:
 
     Attributes:
         bands: three band numbers for red, green and blue, or one for grey, counted from 1; None takes the only one or
-            the only three that are not alpha.
+            the only three that are not alpha. Bands that are given switch transparency off: an alpha band is then one
+            as any other.
         ranges: the stored values that become 0 and 255, one pair for all bands or one for each; values between are
             scaled linearly, others are clipped. None leaves 8-bit bands as they are, and refuses any other.
 
@@ -299,11 +356,12 @@ class Stretch:
             uint8 (h, w, 3), black where there is no data, and bool (h, w): where there is.
 
         Raises:
-            TerraSynthError: as `chosen` and `Raster.read`; or there is NaN or infinity where there should be data.
+            TerraSynthError: as `chosen`, `Raster.read` and `Raster.valid`; or there is NaN or infinity where there
+                should be data.
         """
         bands = self.chosen(raster)
         values = raster.read(window, bands)
-        valid = raster.valid(values, window, bands)
+        valid = raster.valid(values, window, transparency=self.bands is None)
         if valid is None:
             valid = np.ones(values.shape[1:], dtype=bool)
         if values.dtype.kind == "f" and (wrong := (valid & ~np.isfinite(values).all(0))).any():
@@ -381,7 +439,7 @@ def percentile_ranges(
     with track(len(paths), "percentiles", unit="scenes") as progress:
         for path in paths:
             with open_raster(path) as raster:
-                samples.append(_sampled(raster, stretch.chosen(raster), step))
+                samples.append(_sampled(raster, stretch.chosen(raster), step, bands is None))
             progress.advance()
     if len({len(sample) for sample in samples}) > 1:
         raise TerraSynthError(
@@ -405,13 +463,13 @@ def percentile_ranges(
     return tuple(ranges)
 
 
-def _sampled(raster: Raster, bands: tuple[int, ...], step: int) -> NDArray[Any]:
+def _sampled(raster: Raster, bands: tuple[int, ...], step: int, transparency: bool) -> NDArray[Any]:
     """The pixels with data of every `step`-th row and column, (B, n)."""
     stripes, samples = list(raster.stripes()), []
     with track(len(stripes), raster.path.name, unit="stripes") as progress:
         for stripe in stripes:
             values = raster.read(stripe, bands)
-            valid = raster.valid(values, stripe, bands)
+            valid = raster.valid(values, stripe, transparency=transparency)
             picked = np.s_[-stripe.row_off % step :: step, -stripe.col_off % step :: step]
             kept = np.isfinite(values[:, *picked]).all(0)
             if valid is not None:

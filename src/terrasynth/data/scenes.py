@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+import numpy as np
+from affine import Affine
+
 from terrasynth.data.masks import Survey, survey
 from terrasynth.data.raster import Grid, Raster, Stretch, open_raster
 from terrasynth.data.schema import LabelSchema
@@ -196,7 +199,8 @@ def check_scenes(
     Returns:
         The scenes that can be used, and what is wrong with the others.
     """
-    checked, bad, unplaced = [], [], 0
+    checked, bad, unplaced, opaque = [], [], 0, 0
+    without: dict[str, float] = {}
     with track(len(scenes), "checking scenes", unit="scenes") as progress:
         for scene in scenes:
             try:
@@ -211,17 +215,25 @@ def check_scenes(
                             fix="lower --size",
                         )
                     stretch.chosen(image)
-                    stripes = list(image.stripes())
+                    stripes, empty = list(image.stripes()), 0
                     with track(len(stripes), scene.name, unit="stripes") as part:
                         for stripe in stripes:
-                            stretch.rgb(image, stripe)
+                            _, valid = stretch.rgb(image, stripe)
+                            empty += valid.size - int(np.count_nonzero(valid))
                             part.advance()
+                    if empty:
+                        without[scene.name] = empty / (grid.width * grid.height)
+                    opaque += stretch.bands is not None and image.alpha is not None
                     if surveyed is not None:
                         unplaced += image.grid.is_georeferenced != surveyed.grid.is_georeferenced
                 checked.append(Checked(scene, grid, surveyed))
             except TerraSynthError as error:
                 bad.append(error)
             progress.advance()
+    if without:
+        say("without data: " + listed([f"{share:.1%} of {name}" for name, share in without.items()]))
+    if opaque:
+        say(f"--bands is given, so an alpha band is taken for a colour and not for transparency: {opaque} scenes")
     if unplaced:
         say(f"a PNG or JPEG can not say where it lies, and is taken to lie on its partner: {unplaced} pairs")
     return checked, bad
@@ -274,7 +286,8 @@ def _common_grid(scene: Scene, image: Grid, mask: Grid) -> Grid:
             fix="warp the mask to the image: `gdalwarp -t_srs … -te … -tr … -r near`",
         )
     if not image.coincides(mask):
-        (left, _, _, top), (its_left, _, _, its_top) = image.bounds(), mask.bounds()
+        # Where the first pixel begins: of a mask stored in another order, the box on the ground is the same.
+        (left, top), (its_left, its_top) = ((grid.transform or Affine.identity()) * (0, 0) for grid in (image, mask))
         raise TerraSynthError(
             "image and mask do not lie on the same pixels",
             path=scene.mask,

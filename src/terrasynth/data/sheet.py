@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def contact_sheet(
         schema: colours of the classes.
         columns: tiles side by side before the next block of rows starts.
         zoom: whole-number enlargement, pixels kept sharp.
-        legend: name the classes below.
+        legend: name the classes below, and unlabelled ground if there is some.
     """
     count, height, width = masks.shape
     columns = min(columns, count)
@@ -45,7 +45,11 @@ def contact_sheet(
     cell_x, cell_y = width * zoom + gap, height * zoom + gap
     block_height = rows * cell_y + 2 * gap
     sheet_width = gutter + columns * cell_x - gap + margin
-    entries = _legend_layout(schema, font, sheet_width, margin) if legend else []
+    named = [*zip(schema.names, schema.colors, strict=True)]
+    if (masks == schema.ignore_index).any():
+        red, green, blue = schema.to_color(np.array([[schema.ignore_index]]))[0, 0].tolist()
+        named.append(("unlabelled", (red, green, blue)))
+    entries = _legend_layout(named, font, sheet_width, margin) if legend else []
     foot = entries[-1][2] + 22 if entries else 0
     sheet = Image.new("RGB", (sheet_width, 2 * margin + blocks * block_height - 3 * gap + foot), paper)
     draw = ImageDraw.Draw(sheet)
@@ -73,11 +77,11 @@ def _pixels(image: torch.Tensor) -> np.ndarray:
 
 
 def _legend_layout(
-    schema: LabelSchema, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, margin: int
+    named: Sequence[tuple[str, Color]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, margin: int
 ) -> list[tuple[str, int, int, Color]]:
     entries: list[tuple[str, int, int, Color]] = []
     x, y = margin, 0
-    for name, color in zip(schema.names, schema.colors, strict=True):
+    for name, color in named:
         extent = 18 + int(font.getlength(name)) + 16
         if x > margin and x + extent > width:
             x, y = margin, y + 20

@@ -6,21 +6,21 @@ blocks of several tiles, go to one split, and no tile reaches over the border of
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 from rasterio.crs import CRS
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from terrasynth.data.raster import Grid
+from terrasynth.data.raster import NO_TRANSFORM, Grid, crs_name
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import digest
+from terrasynth.io import digest, gdal_environment
 
-__all__ = ["SPLITS", "Region", "assign", "regions", "tiles"]
+__all__ = ["SPLITS", "Region", "apart", "assign", "regions", "tiles"]
 
 #: Name of each split, as its folder is called.
 SPLITS = ("train", "val", "test")
@@ -109,7 +109,7 @@ def _groups(scenes: Mapping[str, Grid]) -> dict[str, str]:
         return name
 
     order = {name: position for position, name in enumerate(scenes)}
-    common = next((grid.crs for grid in scenes.values() if grid.crs is not None), None)
+    common = _common_crs(scenes.values())
     boxes = sorted((*_box(grid, common), name) for name, grid in scenes.items() if grid.transform is not None)
     near: list[tuple[float, float, float, float, str]] = []
     for west, south, east, north, name in boxes:  # from west to east: only neighbours are compared
@@ -123,14 +123,47 @@ def _groups(scenes: Mapping[str, Grid]) -> dict[str, str]:
     return {name: find(name) for name in scenes}
 
 
+def _common_crs(grids: Iterable[Grid]) -> CRS | None:
+    return next((grid.crs for grid in grids if grid.crs is not None), None)
+
+
+def apart(scenes: Mapping[Path, Grid]) -> list[TerraSynthError]:
+    """What is wrong with the scenes whose CRS can not be brought to that of the first: nobody knows what they overlap.
+
+    Args:
+        scenes: their places by their files.
+    """
+    common, faults = _common_crs(scenes.values()), []
+    for path, grid in scenes.items():
+        if grid.transform is None:
+            continue
+        try:
+            _box(grid, common)
+        except NO_TRANSFORM:
+            faults.append(
+                TerraSynthError(
+                    "the CRS of the scene can not be compared with that of the others",
+                    path=path,
+                    found=f"{crs_name(grid.crs)}, and {crs_name(common)} in the first scene",
+                    expected="CRSs between which coordinates can be transformed, so that scenes that overlap are known",
+                    fix="correct the CRS (`gdal_edit.py -a_srs EPSG:… FILE`), or prepare these scenes by themselves",
+                )
+            )
+    return faults
+
+
 def _box(grid: Grid, crs: CRS | None) -> tuple[float, float, float, float]:
     """West, south, east and north without half a pixel all round: neighbours that share a border do not overlap."""
     transform = grid.transform
     assert transform is not None
     west, south, east, north = grid.bounds()
-    half = math.hypot(transform.a, transform.d) / 2
-    box = west + half, south + half, east - half, north - half
-    return box if grid.crs in (None, crs) else transform_bounds(grid.crs, crs, *box)
+    x, y = (abs(transform.a) + abs(transform.b)) / 2, (abs(transform.d) + abs(transform.e)) / 2
+    box = west + x, south + y, east - x, north - y
+    if grid.crs in (None, crs):
+        return box
+    with gdal_environment():
+        west, south, east, north = transform_bounds(grid.crs, crs, *box)
+    return west, south, east, north
 
 
 def assign(weights: Mapping[str, int], fractions: Sequence[float], seed: int) -> dict[str, str]:

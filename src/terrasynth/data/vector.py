@@ -18,15 +18,15 @@ import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.errors import CRSError, RasterioError
+from rasterio.errors import CRSError
 from rasterio.features import bounds, is_valid_geom, rasterize
 from rasterio.warp import transform_geom
 from rasterio.windows import Window
 
-from terrasynth.data.raster import Grid
+from terrasynth.data.raster import NO_TRANSFORM, Grid, crs_name
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import read_json
+from terrasynth.io import gdal_environment, read_json
 
 __all__ = ["VECTOR_SUFFIXES", "PlacedPolygons", "Polygons", "read_polygons"]
 
@@ -78,12 +78,14 @@ class Polygons:
         geometries: Sequence[Geometry] = self.geometries
         if geometries and self.crs != grid.crs:
             try:
-                geometries = transform_geom(self.crs, grid.crs, list(self.geometries))
-            except (RasterioError, CRSError) as error:
+                with gdal_environment():
+                    geometries = transform_geom(self.crs, grid.crs, list(self.geometries))
+            except NO_TRANSFORM as error:
                 raise TerraSynthError(
                     "the polygons can not be brought to the CRS of the scene",
                     path=self.path,
-                    found=f"{self.crs} to {grid.crs} of {path}: {error}",
+                    found=f"{crs_name(self.crs)} to {crs_name(grid.crs)} of {path}",
+                    fix="correct the CRS of the one or the other, for example with `gdal_edit.py -a_srs EPSG:… FILE`",
                 ) from error
         boxes = np.array([bounds(geometry) for geometry in geometries], dtype=np.float64).reshape(-1, 4)
         if not np.isfinite(boxes).all():
@@ -208,7 +210,7 @@ _Read = tuple[CRS, list[Geometry], list[Mapping[str, Any]]]
 
 
 def _read_geojson(path: Path, attribute: str | None) -> _Read:
-    document = read_json(path)
+    document = read_json(path, fix="write it again with `ogr2ogr -lco RFC7946=YES OUT.geojson IN`, or repair it")
     if not isinstance(document, dict) or document.get("type") not in ("FeatureCollection", "Feature"):
         found = document.get("type", "an object without `type`") if isinstance(document, dict) else type(document)
         raise TerraSynthError(
