@@ -23,7 +23,7 @@ from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import MAX_BYTES, TIFF_SUFFIXES, Pixels, open_image, open_tiff, tiff_palette
+from terrasynth.io import MAX_BYTES, TIFF_SUFFIXES, Pixels, damaged_tiff, open_image, open_tiff, tiff_palette
 from terrasynth.progress import track
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class Raster:
             )
         if isinstance(self._source, Pixels):
             return self._values[[band - 1 for band in bands], *window.toslices()]
-        return self._source.read(bands, window=window)
+        with damaged_tiff(self.path):
+            return self._source.read(bands, window=window)
 
     def valid(self, values: NDArray[Any], window: Window, bands: Sequence[int]) -> NDArray[np.bool_] | None:
         """Which pixels of a window have data, (h, w); None if all of the file's do, by its header.
@@ -181,7 +182,8 @@ class Raster:
             if self.alpha not in bands:
                 found.append(self.read(window, [self.alpha])[0] != 0)
         elif self._has_mask and not isinstance(self._source, Pixels):
-            found.append(self._source.read_masks(1, window=window) != 0)
+            with damaged_tiff(self.path):
+                found.append(self._source.read_masks(1, window=window) != 0)
         return np.logical_and.reduce(found) if found else None
 
     def stripes(self) -> Iterator[Window]:
@@ -288,7 +290,7 @@ class Stretch:
                 path=raster.path,
                 found=raster.dtype,
                 expected="the values that become black and white, the same for all scenes",
-                fix="give them with --stretch LOW,HIGH, or let --percentiles 2,98 find them over all scenes",
+                fix="give them with --stretch LOW,HIGH; `terrasynth prepare --percentiles 2,98` finds and prints them",
             )
         return bands
 
