@@ -623,7 +623,6 @@ def predict(
     from terrasynth.tasks.predict import PredictSettings
     from terrasynth.tasks.predict import predict as map_classes
 
-    _silence_libraries()
     settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown)
     for path in map_classes(segmentor, scenes, out, settings, schema=schema):
         typer.echo(path)
