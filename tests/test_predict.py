@@ -244,6 +244,19 @@ def test_rows_of_other_settings_are_thrown_away(folder, scene, tmp_path):
         predict(folder, [scene], tmp_path / "out.tif", SETTINGS)
 
 
+@pytest.mark.parametrize("left", [("run.json", ".lock"), (".lock",), ()])
+def test_what_a_run_left_that_was_killed_as_it_cleared_up_goes(folder, scene, tmp_path, left):
+    out, work = tmp_path / "out.tif", tmp_path / "out.unfinished"
+    predict(folder, [scene], out, SETTINGS)
+    finished = out.stat()
+    work.mkdir()
+    for name in left:
+        (work / name).write_text("{}")
+    predict(folder, [scene], out, SETTINGS)
+    assert not work.exists()
+    assert out.stat().st_mtime_ns == finished.st_mtime_ns
+
+
 @pytest.mark.parametrize("syncs", [1, 4, 7])
 def test_a_second_run_is_refused_while_the_first_lives_and_leaves_its_files(folder, scene, tmp_path, syncs):
     """The first waits as what it began is written (1), after a stripe (4), and with the map half in place (7)."""

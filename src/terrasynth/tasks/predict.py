@@ -369,7 +369,9 @@ def _alone_at(target: Path) -> Iterator[Path]:
 
 def _tidy(target: Path) -> None:
     """Delete what a run left that was killed with the map in place."""
-    if (_work(target) / _MARKER).exists() or (_work(target) / LOCK).exists():
+    work = _work(target)
+    names = {path.name for path in work.iterdir()} if work.is_dir() else None
+    if names is not None and (_MARKER in names or names <= {LOCK}):
         with _alone_at(target):
             pass
 
