@@ -24,6 +24,7 @@ from terrasynth.io import (
     atomic_write,
     digest,
     open_image,
+    open_tiff,
     read_json,
     remove_incomplete,
     write_json,
@@ -193,6 +194,13 @@ def test_a_file_appears_whole_or_stays_as_it_was(tmp_path):
         interrupted()
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_tiff_is_not_blamed_for_what_fails_beside_it(tmp_path):
+    path = tmp_path / "a.tif"
+    tiff(path).close()
+    with pytest.raises(rasterio.errors.RasterioIOError), open_tiff(path):
+        rasterio.open(tmp_path / "nowhere" / "b.tif", "w", driver="GTiff", width=1, height=1, count=1, dtype="uint8")
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -22,6 +25,7 @@ from terrasynth.data.raster import Stretch, open_raster
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import SegmentorConfig
+from terrasynth.tasks import predict as module
 from terrasynth.tasks.predict import PredictSettings, blended, predict
 from terrasynth.tasks.segmentation import Segmentor
 
@@ -240,6 +244,105 @@ def test_rows_of_other_settings_are_thrown_away(folder, scene, tmp_path):
         predict(folder, [scene], tmp_path / "out.tif", SETTINGS)
 
 
+@pytest.mark.parametrize("left", [("run.json", ".lock"), (".lock",), ()])
+def test_what_a_run_left_that_was_killed_as_it_cleared_up_goes(folder, scene, tmp_path, left):
+    out, work = tmp_path / "out.tif", tmp_path / "out.unfinished"
+    predict(folder, [scene], out, SETTINGS)
+    finished = out.stat()
+    work.mkdir()
+    for name in left:
+        (work / name).write_text("{}")
+    predict(folder, [scene], out, SETTINGS)
+    assert not work.exists()
+    assert out.stat().st_mtime_ns == finished.st_mtime_ns
+
+
+@pytest.mark.parametrize("syncs", [1, 4, 7])
+def test_a_second_run_is_refused_while_the_first_lives_and_leaves_its_files(folder, scene, tmp_path, syncs):
+    """The first waits as what it began is written (1), after a stripe (4), and with the map half in place (7)."""
+    predict(folder, [scene], tmp_path / "whole.tif", SETTINGS)
+    out = tmp_path / "both.tif"
+    (waits, reached), (goes_on, go) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        fsync, count, code = os.fsync, 0, 1
+
+        def waiting(descriptor):
+            nonlocal count
+            fsync(descriptor)
+            count += 1
+            if count == syncs:
+                os.write(reached, b"!")
+                os.read(goes_on, 1)
+
+        os.fsync = waiting
+        try:
+            predict(folder, [scene], out, SETTINGS)
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        assert os.read(waits, 1) == b"!"
+        before = sorted(tmp_path.rglob("*"))
+        if syncs != 4:
+            assert any(f".incomplete-{child}" in path.name for path in before)
+        with pytest.raises(TerraSynthError, match=r"both\.tif: another process is at it"):
+            predict(folder, [scene], out, SETTINGS)
+        assert sorted(tmp_path.rglob("*")) == before
+    finally:
+        os.write(go, b"!")
+        _, status = os.waitpid(child, 0)
+        for descriptor in (waits, reached, goes_on, go):
+            os.close(descriptor)
+    assert status == 0
+    assert out.read_bytes() == (tmp_path / "whole.tif").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.tif", "scene.tif", "whole.tif"]
+
+
+def test_rows_that_somebody_else_wrote_into_become_no_map(folder, scene, tmp_path, monkeypatch):
+    rows, out, fsync = tmp_path / "out.unfinished" / "rows.raw", tmp_path / "out.tif", os.fsync
+
+    def beside(descriptor):
+        fsync(descriptor)
+        if rows.exists():
+            with rows.open("ab") as file:
+                file.write(bytes(101))
+
+    monkeypatch.setattr(os, "fsync", beside)
+    with pytest.raises(TerraSynthError, match=r"rows\.raw: the finished rows .*\n.*\n.*7,070 bytes"):
+        predict(folder, [scene], out, SETTINGS)
+    assert not out.exists()
+
+
+def test_a_full_disk_is_not_the_fault_of_the_scene(folder, tmp_path, monkeypatch):
+    scene, out = tiff(tmp_path / "scene.tif", noise(height=300, width=301), **PLACE), tmp_path / "out.tif"
+    windows = PredictSettings(size=128, overlap=16)
+    predict(folder, [scene], tmp_path / "whole.tif", windows)
+
+    def on_a_full_disk():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # The rows take 90,300 bytes.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (68_000, limits[1]))
+        try:
+            with pytest.raises(TerraSynthError, match=r"no space to write|can not write the file") as caught:
+                predict(folder, [scene], out, windows)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "scene.tif" not in str(caught.value)
+        assert not out.exists()
+        return caught.value.path
+
+    assert on_a_full_disk() == str(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_map", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(folder, [scene], out, windows)
+    assert (tmp_path / "out.unfinished" / "rows.raw").stat().st_size == 300 * 301
+    assert on_a_full_disk() == str(tmp_path / "out.unfinished" / "map.tif")
+    predict(folder, [scene], out, windows)
+    assert out.read_bytes() == (tmp_path / "whole.tif").read_bytes()
+
+
 # --- which scenes, and what is refused -------------------------------------------------------------------------------
 
 
@@ -265,6 +368,14 @@ def test_nothing_is_overwritten(folder, scene, tmp_path):
         predict(folder, [scene], scene, SETTINGS)
     with pytest.raises(TerraSynthError, match="would replace the scene"):
         predict(folder, [scene], tmp_path, SETTINGS)
+    with pytest.raises(TerraSynthError, match="would be one of the scenes of the next run"):
+        predict(folder, [tmp_path], tmp_path / "classes.tif", SETTINGS)
+    (tmp_path / "more").mkdir()
+    tiff(tmp_path / "more" / "a.tif", noise())
+    tiff(tmp_path / "more" / "b.png", noise())
+    with pytest.raises(TerraSynthError, match="would be one of the scenes of the next run"):
+        predict(folder, [scene, tmp_path / "more"], tmp_path / "more" / ".." / "more", SETTINGS)
+    assert sorted(path.name for path in (tmp_path / "more").iterdir()) == ["a.tif", "b.png"]
     other = tiff(tmp_path / "other.tif", noise(5))
     with pytest.raises(TerraSynthError, match="was made of something else"):
         predict(folder, [scene], other, SETTINGS)
@@ -311,6 +422,49 @@ def test_sixteen_bits_are_stretched_as_asked(folder, tmp_path):
     predict(folder, [deep], tmp_path / "b.tif", stretched)
     with rasterio.open(tmp_path / "a.tif") as a, rasterio.open(tmp_path / "b.tif") as b:
         np.testing.assert_array_equal(a.read(1), b.read(1))
+
+
+def test_windows_that_do_not_fit_are_refused_before_anything_is_read():
+    with pytest.raises(TerraSynthError, match=r"larger than their overlap[^$]*windows of 32, overlap 32"):
+        PredictSettings(size=32, overlap=32)
+    with pytest.raises(TerraSynthError, match="larger than their overlap"):
+        PredictSettings(size=32, overlap=-1)
+    with pytest.raises(TerraSynthError, match="--batch-size"):
+        PredictSettings(batch_size=0)
+
+
+def test_scenes_and_outputs_are_checked_before_the_network_is_loaded(folder, scene, tmp_path, capsys, monkeypatch):
+    out, deep = tmp_path / "out.tif", tiff(tmp_path / "deep.tif", noise().astype(np.uint16))
+    predict(folder, [scene], out, SETTINGS)
+    monkeypatch.setattr(Segmentor, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setenv("TERRASYNTH_QUIET", "")
+    assert predict(folder, [scene], out, SETTINGS) == [out]
+    assert capsys.readouterr().err == f"{out} is there already\n"
+    with pytest.raises(TerraSynthError, match="was made of something else"):
+        predict(folder, [scene], out, PredictSettings(size=48, overlap=16))
+    with pytest.raises(TerraSynthError, match="--stretch"):
+        predict(folder, [deep], tmp_path / "other.tif", SETTINGS)
+
+
+def test_a_map_that_is_there_needs_none_of_the_libraries_of_networks(folder, scene, tmp_path):
+    arguments = ["predict", str(folder), str(scene), "--out", str(tmp_path / "out.tif"), "--size", "32"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    script = (
+        "import sys\nfrom terrasynth.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+        "print(*sorted({'diffusers', 'segmentation_models_pytorch', 'timm', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert run.stdout == f"{tmp_path / 'out.tif'}\n\n"
+
+
+def test_the_stretch_is_that_of_the_training_and_not_of_these_scenes(folder, tmp_path):
+    deep = tiff(tmp_path / "deep.tif", noise().astype(np.uint16))
+    arguments = ["predict", str(folder), str(deep), "--out", str(tmp_path / "out.tif")]
+    assert CliRunner().invoke(app, [*arguments, "--percentiles", "2,98"]).exit_code == 2
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "--stretch LOW,HIGH; `terrasynth prepare --percentiles 2,98` finds and prints them" in result.stderr
+    assert list(tmp_path.iterdir()) == [deep]
 
 
 def test_the_command_writes_the_map_and_says_where(folder, scene, tmp_path):

@@ -601,7 +601,6 @@ def predict(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
     bands: Bands = None,
     stretch: StretchRange = None,
-    percentiles: Percentiles = None,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -625,8 +624,7 @@ def predict(
     from terrasynth.tasks.predict import PredictSettings
     from terrasynth.tasks.predict import predict as map_classes
 
-    _silence_libraries()
-    settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown, percentiles)
+    settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown)
     for path in map_classes(segmentor, scenes, out, settings, schema=schema):
         typer.echo(path)
 

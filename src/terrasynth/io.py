@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,15 +31,21 @@ if TYPE_CHECKING:
     import rasterio
     from rasterio.io import DatasetReader, DatasetWriter
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = [
     "IDENTITY_TAG",
     "IMAGE_SUFFIXES",
+    "LOCK",
     "MAX_BYTES",
     "MAX_PIXELS",
     "TIFF_SUFFIXES",
     "Pixels",
+    "alone",
     "atomic_dir",
     "atomic_write",
+    "damaged_tiff",
     "digest",
     "file_digest",
     "full_disk",
@@ -70,6 +78,8 @@ _COPY_AGAIN = "copy it again from its source, or leave it out"
 _INCOMPLETE = ".incomplete"
 #: Tag of a TIFF that says what it was made of.
 IDENTITY_TAG = "terrasynth_identity"
+#: Of the file by which a process keeps others out of a folder.
+LOCK = ".lock"
 _RETIRED = f"{_INCOMPLETE}-old"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Bytes that need a new block of any file system.
@@ -133,8 +143,6 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int, bytes_per_
 
 
 def _open_pillow(path: Path, max_pixels: int) -> Pixels:
-    import warnings
-
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -207,22 +215,30 @@ def gdal_environment() -> rasterio.Env:
 def open_tiff(path: str | Path) -> Iterator[DatasetReader]:
     """Open a local TIFF with rasterio; nothing is decoded yet. GDAL's other drivers and remote paths are off.
 
-    Raises:
-        TerraSynthError: the file is missing, empty or no TIFF, or (inside the `with`) can not be read.
-    """
-    import warnings
+    What goes wrong inside the `with` need not be the file's fault: read it under `damaged_tiff`.
 
+    Raises:
+        TerraSynthError: the file is missing, empty or no TIFF.
+    """
     import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    from rasterio.errors import NotGeoreferencedWarning
 
     path = _file_with_content(path)
+    with gdal_environment():
+        with damaged_tiff(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            source = rasterio.open(path.absolute(), driver=_GDAL_DRIVER)
+        with source:
+            yield source
+
+
+@contextmanager
+def damaged_tiff(path: Path) -> Iterator[None]:
+    """Turn what rasterio raises where a TIFF can not be read into an error that names `path`."""
+    from rasterio.errors import RasterioError
+
     try:
-        with gdal_environment():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                source = rasterio.open(path.absolute(), driver=_GDAL_DRIVER)
-            with source:
-                yield source
+        yield
     except RasterioError as error:
         raise TerraSynthError(
             "the TIFF can not be read",
@@ -239,15 +255,15 @@ def _read_tiff(path: Path, max_pixels: int) -> Pixels:
         dtypes = ["complex64" if dtype == "complex_int16" else dtype for dtype in source.dtypes]
         bytes_per_pixel = sum(np.dtype(dtype).itemsize for dtype in dtypes)
         _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
-        bands, palette, nodata = source.read(), tiff_palette(source), source.nodata
+        with damaged_tiff(path):
+            bands = source.read()
+        palette, nodata = tiff_palette(source), source.nodata
     return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette, nodata)
 
 
 @contextmanager
 def new_tiff(path: str | Path, **profile: Any) -> Iterator[DatasetWriter]:
     """Create a GeoTIFF of `profile`, as rasterio takes it, at a path from `atomic_write`; it may lie nowhere."""
-    import warnings
-
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
@@ -429,6 +445,33 @@ def _settle(path: Path, readable: int) -> None:
         path.chmod(readable)
         _refuse_torn(path)
     _fsync(path)
+
+
+@contextmanager
+def alone(folder: Path, busy: TerraSynthError) -> Iterator[None]:
+    """Keep other processes out of a folder; the system unlocks it when this process ends, however it ends.
+
+    Args:
+        folder: gets a file `LOCK`, which may be deleted only in here, and the folder with it.
+        busy: raised if another process is in there.
+    """
+    try:
+        file = (folder / LOCK).open("a")
+    except FileNotFoundError as error:  # deleted with its folder, by who was here until now
+        raise busy from error
+    with file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise busy from error
+            except OSError as error:
+                warnings.warn(
+                    f"{folder} can not be locked ({error.strerror}): start no second run with this --out", stacklevel=3
+                )
+            if os.fstat(file.fileno()).st_nlink == 0:  # deleted since it was opened, by who was here until now
+                raise busy
+        yield
 
 
 def remove_incomplete(folder: str | Path, name: str | None = None) -> None:

@@ -25,7 +25,7 @@ from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import MAX_BYTES, TIFF_SUFFIXES, Pixels, open_image, open_tiff, tiff_palette
+from terrasynth.io import MAX_BYTES, TIFF_SUFFIXES, Pixels, damaged_tiff, open_image, open_tiff, tiff_palette
 from terrasynth.progress import track
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ class Raster:
             )
         if isinstance(self._source, Pixels):
             return self._values[[band - 1 for band in bands], *window.toslices()]
-        return self._source.read(bands, window=window)
+        with damaged_tiff(self.path):
+            return self._source.read(bands, window=window)
 
     def unmasked(self, window: Window) -> NDArray[np.bool_] | None:
         """Where the validity mask of a TIFF (inside, or beside it as .msk) says that there is data, (h, w).
@@ -191,7 +192,8 @@ class Raster:
         """
         if isinstance(self._source, Pixels) or not self._has_mask:
             return None
-        valid: NDArray[np.bool_] = self._source.read_masks(1, window=window) != 0
+        with damaged_tiff(self.path):
+            valid: NDArray[np.bool_] = self._source.read_masks(1, window=window) != 0
         return valid
 
     def valid(self, values: NDArray[Any], window: Window, *, transparency: bool = True) -> NDArray[np.bool_] | None:
@@ -345,7 +347,7 @@ class Stretch:
                 path=raster.path,
                 found=raster.dtype,
                 expected="the values that become black and white, the same for all scenes",
-                fix="give them with --stretch LOW,HIGH, or let --percentiles 2,98 find them over all scenes",
+                fix="give them with --stretch LOW,HIGH; `terrasynth prepare --percentiles 2,98` finds and prints them",
             )
         return bands
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from terrasynth.errors import OutOfTime, TerraSynthError
-from terrasynth.io import digest, read_json, remove_incomplete, write_json
+from terrasynth.io import alone, digest, read_json, remove_incomplete, write_json
 from terrasynth.training.processes import agreed, process_state
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = ["Busy", "Clock", "OutOfTime", "Unit", "do"]
 
@@ -39,7 +34,7 @@ class Busy(TerraSynthError):
     def over(self) -> bool:
         """Whether the other process has left it, finished or not."""
         try:
-            with _alone(self.folder):
+            with alone(self.folder, self):
                 return True
         except Busy:
             return False
@@ -128,7 +123,7 @@ def do(
                 "it, and start this again",
             )
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder) if process.is_main_process else nullcontext():
+        with alone(folder, Busy(folder)) if process.is_main_process else nullcontext():
             if not agreed(finished()):  # as it is if the process that was here before has just finished
                 _finish(folder, stamp, {"name": name, "inputs": inputs}, work)
     stored = _read(stamp, "the unit is computed again")
@@ -166,22 +161,6 @@ def _finish(folder: Path, stamp: Path, about: Mapping[str, Any], work: Callable[
     if process.is_main_process:
         write_json(stamp, {**about, "result": result, "seconds": seconds})
     process.wait_for_everyone()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; the system unlocks it when this process ends, however it ends."""
-    with (folder / ".lock").open("a") as file:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Busy(folder) from error
-            except OSError as error:
-                warnings.warn(
-                    f"{folder} can not be locked ({error.strerror}): start no second run with this --out", stacklevel=2
-                )
-        yield
 
 
 def _read(path: Path, without: str) -> Any:

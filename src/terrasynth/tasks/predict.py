@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rasterio.shutil
@@ -23,16 +24,19 @@ from rasterio.windows import Window
 from torch import Tensor
 
 from terrasynth.data.blending import Axis, cover
-from terrasynth.data.raster import Grid, Raster, Stretch, open_raster, percentile_ranges
+from terrasynth.data.raster import Grid, Raster, Stretch, open_raster
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError, combined
 from terrasynth.io import (
     IDENTITY_TAG,
     IMAGE_SUFFIXES,
+    LOCK,
     MAX_BYTES,
     TIFF_SUFFIXES,
+    alone,
     atomic_write,
     digest,
+    full_disk,
     gdal_environment,
     new_tiff,
     read_json,
@@ -42,7 +46,10 @@ from terrasynth.io import (
     write_json,
 )
 from terrasynth.progress import say, track
-from terrasynth.tasks.segmentation import Segmentor
+from terrasynth.tasks.description import Description
+
+if TYPE_CHECKING:
+    from terrasynth.tasks.segmentation import Segmentor
 
 __all__ = ["PredictSettings", "blended", "predict"]
 
@@ -62,14 +69,20 @@ class PredictSettings:
         overlap: pixels that neighbours share; a segmentor that sees further than a quarter of it is cut short there.
         batch_size: windows computed together.
         stretch: how the bands become RGB; as in training.
-        percentiles: instead of `stretch.ranges`, two percentiles of each band over all scenes.
+
+    Raises:
+        TerraSynthError: they do not fit together.
     """
 
     size: int = 512
     overlap: int = 128
     batch_size: int = 8
     stretch: Stretch = field(default_factory=Stretch)
-    percentiles: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise TerraSynthError("--batch-size is the number of windows computed together", found=self.batch_size)
+        cover(self.size, self.size, self.overlap)
 
 
 def predict(
@@ -90,32 +103,37 @@ def predict(
 
     Raises:
         TerraSynthError: anything that is wrong with the scenes, all in one message before anything is computed; or an
-            output exists that was made of something else.
+            output exists that was made of something else; or another process is at one.
     """
-    segmentor = Segmentor.from_pretrained(folder, schema=schema)
-    schema = schema or segmentor.schema
+    saved = Description.read(folder)
+    schema = schema or saved.schema
     if schema is None:
         say("the segmentor was saved without colours: --labels would add them")
     targets = _targets(scenes, out)
-    stretch = _common_stretch(list(targets), settings, segmentor.num_classes)
+    _check_scenes(list(targets), settings, saved.num_classes)
     identity = {
         "segmentor": weights_digest(folder),
         "schema": None if schema is None else schema.to_dict(),
         "windows": [settings.size, settings.overlap, settings.batch_size],
-        "stretch": [stretch.bands, stretch.ranges],
+        "stretch": [settings.stretch.bands, settings.stretch.ranges],
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    segmentor.to(device)
-    written = []
-    for scene, target in targets.items():
-        remove_incomplete(target.parent, target.stem)
-        if _is_finished(scene, target, identity):
-            _discard(_work(target))
-        else:
-            with open_raster(scene) as raster:
-                _predict_scene(segmentor, raster, target, stretch, settings, schema, identity)
-        written.append(target)
-    return written
+    todo = {scene: target for scene, target in targets.items() if not _is_finished(scene, target, identity)}
+    for target in targets.values():
+        if target not in todo.values():
+            say(f"{target} is there already")
+            _tidy(target)
+    if todo:
+        # The libraries of the networks take longer to load than all that was done so far.
+        from terrasynth.tasks.segmentation import Segmentor
+
+        segmentor = Segmentor.from_pretrained(folder, schema=schema)
+        segmentor.to("cuda" if torch.cuda.is_available() else "cpu")
+        for scene, target in todo.items():
+            with _alone_at(target) as work:
+                # Another process may have finished it since.
+                if not _is_finished(scene, target, identity):
+                    _predict_scene(segmentor, scene, target, work, settings, schema, identity)
+    return list(targets.values())
 
 
 # --- which scenes, and where their class maps go ---------------------------------------------------------------------
@@ -137,10 +155,17 @@ def _targets(scenes: Sequence[Path], out: Path) -> dict[Path, Path]:
         raise TerraSynthError("several scenes can not go to one file", path=out, fix="give a folder as --out")
     else:
         targets = {file: out / f"{file.stem}.tif" for file in files}
+    folders = {scene.resolve() for scene in scenes if scene.is_dir()}
     seen: dict[Path, Path] = {}
     for file, target in targets.items():
         if target.resolve() == file.resolve():
             raise TerraSynthError("the output would replace the scene", path=file, fix="choose another --out")
+        if target.resolve().parent in folders:
+            raise TerraSynthError(
+                "the output would be one of the scenes of the next run",
+                path=target,
+                fix="choose an --out outside the folders of the scenes",
+            )
         if target in seen:
             raise TerraSynthError(
                 "two scenes have the same name", path=file, found=f"and {seen[target]}", fix="rename one of them"
@@ -149,24 +174,17 @@ def _targets(scenes: Sequence[Path], out: Path) -> dict[Path, Path]:
     return targets
 
 
-def _common_stretch(scenes: Sequence[Path], settings: PredictSettings, num_classes: int) -> Stretch:
-    stretch = settings.stretch
-    if settings.percentiles is not None:
-        if stretch.ranges is not None:
-            raise TerraSynthError("--stretch and --percentiles exclude each other", fix="give one of them")
-        stretch = Stretch(stretch.bands, percentile_ranges(scenes, stretch.bands, settings.percentiles))
-        say(f"shown with {stretch.options()}")
+def _check_scenes(scenes: Sequence[Path], settings: PredictSettings, num_classes: int) -> None:
     bad = []
     for scene in scenes:
         try:
             with open_raster(scene) as raster:
-                stretch.chosen(raster)
+                settings.stretch.chosen(raster)
                 _check_width(raster, settings.size, num_classes)
         except TerraSynthError as error:
             bad.append(error)
     if bad:
         raise combined(bad, f"{len(bad)} of {len(scenes)} scenes can not be used", shown=None)
-    return stretch
 
 
 def _check_width(raster: Raster, size: int, num_classes: int) -> None:
@@ -189,7 +207,6 @@ def _is_finished(scene: Path, target: Path, identity: dict[str, Any]) -> bool:
         raise TerraSynthError(
             "the output is older than its scene", path=target, found=scene, fix="choose another --out, or delete it"
         )
-    say(f"{target} is there already")
     return True
 
 
@@ -268,31 +285,25 @@ def _add_windows(
 
 def _predict_scene(
     segmentor: Segmentor,
-    raster: Raster,
+    scene: Path,
     target: Path,
-    stretch: Stretch,
+    work: Path,
     settings: PredictSettings,
     schema: LabelSchema | None,
     identity: dict[str, Any],
 ) -> None:
-    scene, grid = raster.path, raster.grid
-    work = _work(target)
-    begun = {**identity, "scene": [scene.name, scene.stat().st_size, scene.stat().st_mtime_ns]}
-    rows = _open_rows(work, json.loads(json.dumps(begun)))
-    # Whole stripes only: a killed run may have written a part of the last.
-    borders = [0, *cover(grid.height, settings.size, settings.overlap).starts[1:], grid.height]
-    top = max(border for border in borders if border * grid.width <= rows.stat().st_size)
-    os.truncate(rows, top * grid.width)
-    with rows.open("ab") as file, track(grid.height, scene.name, unit="rows", done=top) as progress:
-        if top < grid.height:
-            for _, shares, valid in blended(segmentor, raster, stretch, settings, top=top):
-                # With the classes last in memory the search is several times faster.
-                likeliest = shares.movedim(0, -1).contiguous().argmax(-1)
-                classes = torch.where(valid, likeliest, segmentor.ignore_index).byte().numpy()
-                file.write((classes if schema is None else schema.to_index(classes)).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-                progress.advance(len(classes))
+    with open_raster(scene) as raster:
+        grid = raster.grid
+        rows = _open_rows(work, {**identity, "scene": [scene.name, scene.stat().st_size, scene.stat().st_mtime_ns]})
+        _predict_rows(segmentor, raster, rows, settings, schema)
+    if rows.stat().st_size != grid.height * grid.width:
+        raise TerraSynthError(
+            "the finished rows are not those of the scene",
+            path=rows,
+            found=f"{rows.stat().st_size:,} bytes",
+            expected=f"{grid.height * grid.width:,} bytes, one for each of {grid.width} x {grid.height} pixels",
+            fix=f"see that nothing else writes there, delete {work} and run again",
+        )
     tags = {
         IDENTITY_TAG: digest(identity, scene.name, scene.stat().st_size),
         "software": f"TerraSynth {version('terrasynth')}",
@@ -300,34 +311,85 @@ def _predict_scene(
         "segmentor": identity["segmentor"],
     }
     _write_map(target, work, rows, grid, _Legend.of(segmentor, schema), tags)
-    _discard(work)
+
+
+def _predict_rows(
+    segmentor: Segmentor, raster: Raster, rows: Path, settings: PredictSettings, schema: LabelSchema | None
+) -> None:
+    """Append the stripes that are missing to the file of finished rows."""
+    grid = raster.grid
+    # Whole stripes only: a killed run may have written a part of the last.
+    borders = [0, *cover(grid.height, settings.size, settings.overlap).starts[1:], grid.height]
+    top = max(border for border in borders if border * grid.width <= rows.stat().st_size)
+    os.truncate(rows, top * grid.width)
+    if top == grid.height:
+        return
+    with rows.open("ab") as file, track(grid.height, raster.path.name, unit="rows", done=top) as progress:
+        for _, shares, valid in blended(segmentor, raster, settings.stretch, settings, top=top):
+            # With the classes last in memory the search is several times faster.
+            likeliest = shares.movedim(0, -1).contiguous().argmax(-1)
+            classes = torch.where(valid, likeliest, segmentor.ignore_index).byte().numpy()
+            file.write((classes if schema is None else schema.to_index(classes)).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            progress.advance(len(classes))
+
+
+# --- what is kept until a map is finished ----------------------------------------------------------------------------
 
 
 def _work(target: Path) -> Path:
     return target.with_name(f"{target.stem}.unfinished")
 
 
-def _discard(work: Path) -> None:
-    """Delete the folder of finished rows, the file that says what it is last."""
-    if (work / _MARKER).exists():
-        for path in work.iterdir():
-            if path.name != _MARKER:
-                path.unlink()
-        (work / _MARKER).unlink()
-        work.rmdir()
+@contextmanager
+def _alone_at(target: Path) -> Iterator[Path]:
+    """The folder beside a target where its rows are kept, for one process at a time; deleted if all goes well."""
+    work = _work(target)
+    busy = TerraSynthError(
+        "another process is at it", path=target, found=work, fix="wait until it is over, or choose another --out"
+    )
+    with full_disk(target):
+        work.mkdir(parents=True, exist_ok=True)
+        with alone(work, busy):
+            # Nobody else is here, so whatever is half-written was left by a process that is gone.
+            remove_incomplete(work)
+            remove_incomplete(target.parent, target.stem)
+            if not (work / _MARKER).exists() and any(path.name != LOCK for path in work.iterdir()):
+                (work / LOCK).unlink()
+                raise TerraSynthError(
+                    "not a folder of this command", path=work, fix="choose another --out, or delete it"
+                )
+            yield work
+            _clear(work)
+            (work / LOCK).unlink()
+            with suppress(OSError):  # not empty: another process has come in
+                work.rmdir()
 
 
-def _open_rows(work: Path, begun: dict[str, Any]) -> Path:
+def _tidy(target: Path) -> None:
+    """Delete what a run left that was killed with the map in place."""
+    work = _work(target)
+    names = {path.name for path in work.iterdir()} if work.is_dir() else None
+    if names is not None and (_MARKER in names or names <= {LOCK}):
+        with _alone_at(target):
+            pass
+
+
+def _clear(work: Path) -> None:
+    """Delete the finished rows, the file that says what they are last."""
+    for path in work.iterdir():
+        if path.name not in (_MARKER, LOCK):
+            path.unlink()
+    (work / _MARKER).unlink(missing_ok=True)
+
+
+def _open_rows(work: Path, begun: Mapping[str, Any]) -> Path:
     """The file of finished rows; those of an earlier run with other settings are thrown away."""
     marker, rows = work / _MARKER, work / "rows.raw"
-    remove_incomplete(work)
-    if marker.exists():
-        if read_json(marker) != begun:
-            say(f"{work} was begun with another segmentor, scene or settings: starting anew")
-            _discard(work)
-    elif work.exists() and any(work.iterdir()):
-        raise TerraSynthError("not a folder of this command", path=work, fix="choose another --out, or delete it")
-    work.mkdir(parents=True, exist_ok=True)
+    if marker.exists() and read_json(marker) != json.loads(json.dumps(begun)):
+        say(f"{work} was begun with another segmentor, scene or settings: starting anew")
+        _clear(work)
     write_json(marker, begun)
     rows.touch()
     return rows
@@ -365,7 +427,11 @@ def _write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: _Legend
         "BIGTIFF": "IF_SAFER",
     }
     whole = work / "map.tif"
-    with new_tiff(whole, **profile) as file, rows.open("rb") as finished:
+    with (
+        atomic_write(whole, durable=False) as partial,
+        new_tiff(partial, **profile) as file,
+        rows.open("rb") as finished,
+    ):
         for top in range(0, grid.height, _ROWS):
             count = min(_ROWS, grid.height - top)
             part = np.fromfile(finished, dtype=np.uint8, count=count * grid.width).reshape(count, grid.width)

@@ -26,10 +26,11 @@ from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, dihed
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import atomic_dir, read_json, write_json
+from terrasynth.io import atomic_dir, write_json
 from terrasynth.progress import track
 from terrasynth.recipe import Mix, SegmentorConfig
 from terrasynth.tasks.confusion import Confusion
+from terrasynth.tasks.description import Description, not_whole
 from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys, sequenced_keys
 from terrasynth.training.loop import train as train_loop
 
@@ -326,41 +327,27 @@ class Segmentor(nn.Module):
             TerraSynthError: the folder holds no whole segmentor, or its labels are not those of `schema`.
         """
         folder = Path(folder)
-        description = read_json(folder / "config.json")
-        if not isinstance(description, dict) or description.get("kind") != "segmentor":
-            raise TerraSynthError(
-                "not the folder of a segmentor",
-                path=folder,
-                expected="a config.json with kind: segmentor",
-                fix="give a folder that `Segmentor.save_pretrained` wrote",
-            )
+        saved = Description.read(folder)
         try:
-            config = SegmentorConfig(**{key: description[key] for key in ("architecture", "encoder", "options")})
-            num_classes, names = description["num_classes"], description["class_names"]
-            if config.architecture in _TRANSFORMERS:
-                network = _transformers_network(config.architecture, description["network"])
+            if saved.config.architecture in _TRANSFORMERS:
+                if saved.network is None:
+                    raise KeyError("network")
+                network: nn.Module = _transformers_network(saved.config.architecture, saved.network)
                 stride = _TRANSFORMERS_STRIDE
             else:
-                network, stride = _build_smp(config, num_classes, None)
+                network, stride = _build_smp(saved.config, saved.num_classes, None)
             network.load_state_dict(load_file(folder / "model.safetensors"))
-            segmentor = cls(
-                network,
-                config,
-                stride=stride,
-                num_classes=num_classes,
-                ignore_index=description["ignore_index"],
-                class_names=None if names is None else tuple(names),
-            )
-            if description.get("label_schema") is not None:  # older files have none
-                segmentor.schema = LabelSchema.from_dict(description["label_schema"], path=folder / "config.json")
         except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-            raise TerraSynthError(
-                "the segmentor can not be loaded",
-                path=folder,
-                found=str(error),
-                expected="config.json and model.safetensors of one `Segmentor.save_pretrained`",
-                fix="copy the folder again, or train the segmentor again",
-            ) from error
+            raise not_whole(folder, error) from error
+        segmentor = cls(
+            network,
+            saved.config,
+            stride=stride,
+            num_classes=saved.num_classes,
+            ignore_index=saved.ignore_index,
+            class_names=saved.class_names,
+        )
+        segmentor.schema = saved.schema
         if schema is not None:
             segmentor.check_schema(schema)
         return segmentor.eval()
