@@ -196,6 +196,35 @@ def test_a_mask_without_a_place_and_one_with_nodata(tmp_path, layout):
             np.testing.assert_array_equal(placed.read(), expected.numpy())
 
 
+def test_it_is_said_how_a_mask_is_read(tmp_path, mask, layout, capsys, monkeypatch):
+    monkeypatch.delenv("TERRASYNTH_QUIET", raising=False)
+    paint_like("terrasynth-tiny", mask, tmp_path / "a.tif", sampling=SAMPLING)
+    counts = np.bincount(layout.numpy().ravel(), minlength=6) / layout.numel() * 100
+    largest = int(counts.argmax())
+    assert f"read as: {WORLD_SCHEMA.names[largest]} {counts[largest]:.0f} %, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("colors", "names", "message"),
+    [
+        ([WORLD_SCHEMA.colors[3], (1, 2, 3), (4, 5, 6)], {}, "0 = bare ground, 1 = field; by their colours: 0 = road"),
+        ([], {0: "building", 1: "land"}, "0 = building, 1 = land; in the label schema: 0 = bare ground, 1 = field"),
+    ],
+    ids=["colours", "names"],
+)
+def test_a_mask_of_other_classes_is_refused(tmp_path, colors, names, message):
+    mask = tmp_path / "mask.tif"
+    with rasterio.open(mask, "w", driver="GTiff", count=1, dtype="uint8", width=100, height=70, **PLACE) as file:
+        file.write(np.arange(7000).reshape(1, 70, 100).astype(np.uint8) % 2)
+        if colors:
+            file.write_colormap(1, dict(enumerate(colors)))
+        file.update_tags(1, **{f"class_{value}": name for value, name in names.items()})
+    with pytest.raises(TerraSynthError, match=message) as caught:
+        paint_like("terrasynth-tiny", mask, tmp_path / "a.tif", sampling=SAMPLING)
+    assert caught.value.path == mask
+    assert "data.mask_coding" not in caught.value.fix
+
+
 def test_what_can_not_be_painted_is_explained(tmp_path, monkeypatch):
     mask = tmp_path / "mask.tif"
     with rasterio.open(mask, "w", driver="GTiff", count=1, dtype="uint8", width=100, height=70, **PLACE) as file:

@@ -13,6 +13,7 @@ from torch import Tensor
 from terrasynth.data.blending import cover
 from terrasynth.data.masks import settle, survey
 from terrasynth.data.raster import Grid, open_raster
+from terrasynth.data.read import as_named, without_recipe
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import (
@@ -97,15 +98,16 @@ def _read_mask(path: Path, schema: LabelSchema) -> tuple[Tensor, Grid]:
                 fix="cut it, for example with `gdal_translate -srcwin`",
             )
         try:
-            _, lookups, faults = settle([survey(raster)], schema, "auto")
-        except TerraSynthError as error:  # its advice is for recipes
-            fix = "export the mask as class indices without a palette"
-            raise TerraSynthError(
-                error.problem, path=path, found=error.found, expected=error.expected, fix=fix
-            ) from error
-        if faults:
-            raise faults[0]
-        return torch.from_numpy(lookups[path].read(raster, Window(0, 0, grid.width, grid.height))), grid
+            coding, lookups, faults = settle([survey(raster)], schema, "auto")
+            if faults:
+                raise faults[0]
+            lookup = lookups[path]
+            as_named({coding: lookup.classes}, lookup.keys, schema, path)
+        except TerraSynthError as error:
+            raise without_recipe(error, path) from error
+        layout = torch.from_numpy(lookup.read(raster, Window(0, 0, grid.width, grid.height)))
+    say(f"read as: {schema.shares(layout)}")
+    return layout, grid
 
 
 @torch.no_grad()
