@@ -115,8 +115,8 @@ def paint_large(pipeline: TODSynthPipeline, mask: Tensor, *, seed: int, sampling
     """Paint one image under a mask of any size.
 
     The windows have the size that the model was trained at, overlap by half, and each has the caption of its own
-    classes. A mask no larger than that is painted as by the pipeline itself. Beside mask, noise and picture, memory holds
-    one batch of windows at a time.
+    classes. A mask no larger than that is painted as by the pipeline itself. Beside mask, noise and picture, one batch
+    of windows is in memory at a time.
 
     Args:
         pipeline: on its device.
