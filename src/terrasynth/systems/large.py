@@ -175,4 +175,4 @@ def paint_large(pipeline: TODSynthPipeline, mask: Tensor, *, seed: int, sampling
         raise TerraSynthError(
             "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
         )
-    return (image[:, :height, :width].clamp(0, 1) * 255).round().byte()
+    return image[:, :height, :width].clamp_(0, 1).mul_(255).round_().byte()
