@@ -316,7 +316,10 @@ def test_a_folder_of_anything_else_is_left_alone(dataset, exports, tmp_path):
     (tmp_path / "file").write_text("years of work")
     shutil.copytree(exports["mmseg"], tmp_path / "changed")
     (tmp_path / "changed" / "my_config.py").write_text("hours of work")
+    shutil.copytree(exports["mmseg"], tmp_path / "renamed")
+    (tmp_path / "renamed" / "dataset.py").rename(tmp_path / "renamed" / "my_dataset.py")
     for name, message in (
+        ("renamed", "of other names"),
         ("thesis", "thesis.txt"),
         ("file", "a file"),
         ("changed", "was changed by hand"),

@@ -432,6 +432,16 @@ def test_layouts_that_can_be_read_in_two_ways_need_no_recipe_to_be_mended(tmp_pa
     assert "export the masks as class indices" in caught.value.fix
 
 
+def test_a_layout_whose_palette_contradicts_its_values_is_refused_without_advice_for_recipes(tmp_path):
+    schema = LabelSchema(("no", "yes", "maybe"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
+    picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3)
+    picture.putpalette([2, 2, 2, 9, 9, 9, 8, 8, 8])
+    picture.save(tmp_path / "a.png")
+    with pytest.raises(TerraSynthError, match=r"0 = no, 1 = yes, 2 = maybe; by their colours: 0 = yes") as caught:
+        load_masks(tmp_path, schema, 8)
+    assert "data.mask_coding" not in caught.value.fix
+
+
 def test_masks_without_an_image_are_counted(root, capfd, monkeypatch):
     monkeypatch.setenv("TERRASYNTH_QUIET", "0")
     save(root / "masks" / "train" / "more.png", random_mask(0))

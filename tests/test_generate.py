@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from terrasynth.data.folder import load_synthetic, load_tiles
 from terrasynth.data.schema import LabelSchema
@@ -100,6 +101,18 @@ def test_masks_of_a_folder_are_painted_in_any_coding(model, tiles, tmp_path):
     first, second = map(load_synthetic, made)
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.masks, second.masks)
+
+
+def test_it_is_said_how_the_masks_of_a_folder_are_read(model, tiles, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TERRASYNTH_QUIET", raising=False)
+    (tmp_path / "masks").mkdir()
+    mask = tiles.masks[0].numpy().copy()
+    mask[: len(mask) // 2] = 3
+    mask[len(mask) // 2 :] = 1
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    generate(model, tmp_path / "masks", tmp_path / "out", sampling=SAMPLING, steering=SteeringConfig())
+    names = tiles.schema.names
+    assert f"read as: {names[1]} 50 %, {names[3]} 50 %\n" in capsys.readouterr().err
 
 
 def test_steering_by_a_segmentor_lowers_its_loss(model, tiles, tiny_recipe, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -72,29 +73,57 @@ def test_the_blended_velocity_is_the_weighted_sum_over_windows():
 
 
 def test_a_mask_of_the_model_size_is_painted_as_by_the_pipeline(pipeline):
-    mask = torch.from_numpy(render(3, size=64)[1])
+    mask = torch.from_numpy(render(3, size=128)[1])
     alone = pipeline(mask[None].long(), seeds=[5], output_type="pt", **sampling_arguments(SAMPLING)).images[0]
     large = paint_large(pipeline, mask, seed=5, sampling=SAMPLING)
     torch.testing.assert_close(large, (alone * 255).round().byte(), atol=1, rtol=0)
 
 
-def test_a_larger_one_depends_on_the_seed_and_not_on_the_batch(pipeline, layout):
-    image = paint_large(pipeline, layout, seed=5, sampling=SAMPLING)
-    assert image.shape == (3, 70, 100)
-    assert torch.equal(image, paint_large(pipeline, layout, seed=5, sampling=SAMPLING))
-    one = paint_large(pipeline, layout, seed=5, sampling=SamplingConfig(steps=2, batch_size=1))
+def test_a_larger_one_depends_on_the_seed_and_not_on_the_batch(pipeline):
+    mask, four = torch.from_numpy(render(11, size=180)[1][:140]), SamplingConfig(steps=1, batch_size=4)
+    image = paint_large(pipeline, mask, seed=5, sampling=four)
+    assert image.shape == (3, 140, 180)
+    assert torch.equal(image, paint_large(pipeline, mask, seed=5, sampling=four))
+    one = paint_large(pipeline, mask, seed=5, sampling=SamplingConfig(steps=1, batch_size=1))
     assert (image.int() - one.int()).abs().max() <= 1
-    other = paint_large(pipeline, layout, seed=6, sampling=SAMPLING)
+    other = paint_large(pipeline, mask, seed=6, sampling=four)
     assert (image.int() - other.int()).abs().float().mean() > 3
 
 
-def test_there_is_no_seam_where_windows_begin(pipeline, layout):
+def test_the_conditions_of_one_batch_are_in_memory_at_a_time(pipeline, monkeypatch):
+    alive, most, original = weakref.WeakSet(), [], type(pipeline).encode_masks
+
+    def encode_masks(self, masks):
+        encoded = original(self, masks)
+        if masks.amin() < WORLD_SCHEMA.num_classes:  # the unlabelled mask of the guidance is kept
+            alive.add(encoded)
+            most.append(len(alive))
+        return encoded
+
+    monkeypatch.setattr(type(pipeline), "encode_masks", encode_masks)
+    mask = torch.from_numpy(render(11, size=300)[1])
+    paint_large(pipeline, mask[:130], seed=5, sampling=SamplingConfig(steps=1, batch_size=2))
+    assert len(most) == len(cover(17, 16, 8).starts) * len(cover(38, 16, 8).starts) / 2
+    assert max(most) == 1
+
+
+def test_every_window_of_every_step_is_told_with_the_time_that_is_left(pipeline, layout, monkeypatch, capsys):
+    monkeypatch.delenv("TERRASYNTH_QUIET", raising=False)
+    monkeypatch.setattr("terrasynth.progress._LINE_EVERY", 0.0)
+    paint_large(pipeline, layout.repeat(2, 2), seed=5, sampling=SAMPLING)
+    windows = len(cover(18, 16, 8).starts) * len(cover(25, 16, 8).starts)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert lines[0].startswith(f"painting: 4/{2 * windows} windows, ")
+    assert lines[-1].startswith(f"painting: {2 * windows}/{2 * windows} windows, ")
+
+
+def test_there_is_no_seam_where_windows_begin(pipeline):
     """Neighbouring pixels differ no more where windows begin or end than where other tokens do."""
-    flat = torch.full((64, 160), WORLD_SCHEMA.names.index("field"), dtype=torch.uint8)
+    flat = torch.full((128, 320), WORLD_SCHEMA.names.index("field"), dtype=torch.uint8)
     image = paint_large(pipeline, flat, seed=1, sampling=SamplingConfig(steps=4)).float()
     steps = (image[:, :, 1:] - image[:, :, :-1]).abs().mean((0, 1))
-    starts = cover(20, 8, 4).starts
-    borders = [start * 8 - 1 for start in starts[1:]] + [(start + 8) * 8 - 1 for start in starts[:-1]]
+    starts = cover(40, 16, 8).starts
+    borders = [start * 8 - 1 for start in starts[1:]] + [(start + 16) * 8 - 1 for start in starts[:-1]]
     assert steps[borders].mean() < 1.2 * steps[7::8].mean()
 
 
@@ -194,6 +223,35 @@ def test_a_mask_without_a_place_and_one_with_nodata(tmp_path, layout):
             assert (plain.crs, placed.crs.to_epsg()) == (None, 32640)
             np.testing.assert_array_equal(plain.read(), expected.numpy())
             np.testing.assert_array_equal(placed.read(), expected.numpy())
+
+
+def test_it_is_said_how_a_mask_is_read(tmp_path, mask, layout, capsys, monkeypatch):
+    monkeypatch.delenv("TERRASYNTH_QUIET", raising=False)
+    paint_like("terrasynth-tiny", mask, tmp_path / "a.tif", sampling=SAMPLING)
+    counts = np.bincount(layout.numpy().ravel(), minlength=6) / layout.numel() * 100
+    largest = int(counts.argmax())
+    assert f"read as: {WORLD_SCHEMA.names[largest]} {counts[largest]:.0f} %, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("colors", "names", "message"),
+    [
+        ([WORLD_SCHEMA.colors[3], (1, 2, 3), (4, 5, 6)], {}, "0 = bare ground, 1 = field; by their colours: 0 = road"),
+        ([], {0: "building", 1: "land"}, "0 = building, 1 = land; in the label schema: 0 = bare ground, 1 = field"),
+    ],
+    ids=["colours", "names"],
+)
+def test_a_mask_of_other_classes_is_refused(tmp_path, colors, names, message):
+    mask = tmp_path / "mask.tif"
+    with rasterio.open(mask, "w", driver="GTiff", count=1, dtype="uint8", width=100, height=70, **PLACE) as file:
+        file.write(np.arange(7000).reshape(1, 70, 100).astype(np.uint8) % 2)
+        if colors:
+            file.write_colormap(1, dict(enumerate(colors)))
+        file.update_tags(1, **{f"class_{value}": name for value, name in names.items()})
+    with pytest.raises(TerraSynthError, match=message) as caught:
+        paint_like("terrasynth-tiny", mask, tmp_path / "a.tif", sampling=SAMPLING)
+    assert caught.value.path == mask
+    assert "data.mask_coding" not in caught.value.fix
 
 
 def test_what_can_not_be_painted_is_explained(tmp_path, monkeypatch):

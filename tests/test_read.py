@@ -122,6 +122,80 @@ def test_a_value_that_is_no_class_never_becomes_one(tmp_path, schema_and_mask, w
         read_mask(tmp_path / "a.png", schema, "index")
 
 
+# --- masks of other classes ------------------------------------------------------------------------------------------
+
+LAND = LabelSchema(("land", "road", "water"), ((60, 16, 152), (110, 193, 228), (226, 169, 41)))
+FOREIGN = (17, 34, 51)
+
+
+def palette_of(*colors: tuple[int, int, int]) -> np.ndarray:
+    return np.array(colors, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("encode", [lambda m, p: png(indexed(m, p)), tiff], ids=["png", "tif"])
+def test_a_palette_with_the_colour_of_another_class_is_refused_and_both_readings_are_shown(tmp_path, encode):
+    path = tmp_path / ("a.tif" if encode is tiff else "a.png")
+    path.write_bytes(encode(np.array([[0, 1, 2]], np.uint8), palette_of(LAND.colors[1], FOREIGN, LAND.colors[2])))
+    with pytest.raises(TerraSynthError, match="contradicts its values") as caught:
+        read_mask(path, LAND, "auto")
+    assert caught.value.found == (
+        "as class indices: 0 = land, 1 = road, 2 = water; by their colours: 0 = road, 1 = none (#112233), 2 = water"
+    )
+    assert "mask_coding: index" in caught.value.fix
+    np.testing.assert_array_equal(read_mask(path, LAND, "index")["index"], [[0, 1, 2]])
+
+
+@pytest.mark.parametrize(
+    "palette",
+    [
+        RANDOM.integers(0, 256, (256, 3), dtype=np.uint8),
+        np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1),
+        # The colour of another class, of a value that does not occur, and of the unlabelled one.
+        np.array([FOREIGN] * 3 + [LAND.colors[0]] * 253, dtype=np.uint8),
+        np.array([LAND.colors[0]] + [FOREIGN] * 255, dtype=np.uint8),
+    ],
+    ids=["random", "grey", "elsewhere", "partly"],
+)
+def test_a_palette_that_says_nothing_leaves_class_indices(tmp_path, palette):
+    mask = np.array([[0, 1, 2, 255]], np.uint8)
+    (tmp_path / "a.png").write_bytes(png(indexed(mask, palette)))
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png", LAND, "auto")["index"], mask)
+
+
+def named_tiff(path: Path, mask: np.ndarray, names: dict[int, str], colormap=None) -> Path:
+    """With the tags of `terrasynth predict`."""
+    path.write_bytes(tiff(mask, colormap))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = rasterio.open(path, "r+")
+    with file:
+        file.update_tags(1, **{f"class_{value}": name for value, name in names.items()})
+    return path
+
+
+def test_names_of_other_classes_in_the_tags_are_refused_and_both_readings_are_shown(tmp_path):
+    path = named_tiff(tmp_path / "a.tif", np.array([[0, 2, 255]], np.uint8), {0: "building", 1: "road", 2: "water"})
+    with pytest.raises(TerraSynthError, match="names of the classes") as caught:
+        read_mask(path, LAND, "auto")
+    assert caught.value.found == "in the file: 0 = building, 2 = water; in the label schema: 0 = land, 2 = water"
+    np.testing.assert_array_equal(read_mask(path, LAND, "index")["index"], [[0, 2, 255]])
+
+
+def test_names_of_the_same_classes_or_of_values_that_do_not_occur_are_no_matter(tmp_path):
+    mask = np.array([[0, 2, 255]], np.uint8)
+    path = named_tiff(tmp_path / "a.tif", mask, {0: "Land", 1: "street", 2: "water", 3: "tree"})
+    np.testing.assert_array_equal(read_mask(path, LAND, "auto")["index"], mask)
+
+
+def test_names_decide_between_two_readings(tmp_path):
+    """Colours in another order than the classes: alone they are as good as the indices."""
+    mask, palette = np.array([[0, 1]], np.uint8), palette_of(LAND.colors[1], LAND.colors[0])
+    path = named_tiff(tmp_path / "a.tif", mask, {}, palette)
+    assert set(read_mask(path, LAND, "auto")) == {"index", "color"}
+    path = named_tiff(tmp_path / "a.tif", mask, {0: "road", 1: "land"}, palette)
+    assert {coding: mask.tolist() for coding, mask in read_mask(path, LAND, "auto").items()} == {"color": [[1, 0]]}
+
+
 # --- broken files ----------------------------------------------------------------------------------------------------
 
 RGB = RANDOM.integers(0, 256, (24, 32, 3), dtype=np.uint8)

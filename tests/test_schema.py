@@ -179,6 +179,13 @@ def test_a_caption_names_the_classes_present_most_pixels_first():
     assert LAND.caption(mask.numpy(), "{classes} from above") == "water, building from above"
 
 
+def test_shares_are_of_all_pixels_most_first_and_none_is_rounded_away():
+    masks = torch.full((1, 10, 100), 2, dtype=torch.uint8)
+    masks[0, 0, :20], masks[0, 1:5], masks[0, 9, 99] = 0, LAND.ignore_index, 1
+    first, second, third = LAND.names
+    assert LAND.shares(masks) == f"{third} 58 %, unlabelled 40 %, {first} 2 %, {second} < 1 %"
+
+
 def test_a_caption_of_an_unlabelled_mask_names_no_class():
     assert LAND.caption(torch.full((2, 2), 255)) == "a satellite image of unlabelled terrain"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import resource
 import warnings
@@ -15,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 # Not in the extra `test`: it brings lightning, geopandas and more.
 pytest.importorskip("torchgeo", reason="pip install 'terrasynth[torchgeo]'")
-from torchgeo.datasets import LoveDA, NonGeoDataset, RasterDataset, stack_samples
+from torchgeo.datasets import LoveDA, NonGeoDataset, Potsdam2D, RasterDataset, Vaihingen2D, stack_samples
 from torchgeo.samplers import GridGeoSampler
 
 from terrasynth.data.folder import load_synthetic, load_tiles
@@ -72,6 +73,21 @@ class Samples(Dataset):
 def sample(image=None, mask=None):
     image = torch.linspace(0, 255, 3 * SIZE * SIZE).view(3, SIZE, SIZE) if image is None else image
     return {"image": image, "mask": torch.zeros(SIZE, SIZE, dtype=torch.long) if mask is None else mask}
+
+
+@pytest.mark.parametrize(("parent", "name"), [(Potsdam2D, "potsdam"), (Vaihingen2D, "vaihingen")])
+def test_clutter_is_not_lost(tmp_path, parent, name):
+    class Made(Samples, parent):
+        transforms = None
+
+    mask = torch.arange(SIZE * SIZE).view(SIZE, SIZE) % 6
+    dataset, schema = Made(sample(mask=mask)), LabelSchema.load(name)
+    with pytest.raises(TerraSynthError, match="clutter as 0") as caught:
+        from_torchgeo(dataset, schema, tmp_path / "tiles", value_range=(0, 255))
+    mended = eval(caught.value.fix, {"dataclasses": dataclasses, "schema": schema})
+    from_torchgeo(dataset, mended, tmp_path / "tiles", value_range=(0, 255))
+    read = load(tmp_path / "tiles").masks[0]
+    assert torch.equal(read.long(), torch.where(mask == 0, schema.names.index("clutter"), mask - 1))
 
 
 def convert(tmp_path, *samples, **arguments):

@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from terrasynth.data.card import Contents, dataset_card
 from terrasynth.data.folder import load_synthetic
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.write import SyntheticWriter, read_manifest
@@ -341,3 +342,20 @@ def test_masks_are_written_as_the_schema_stores_them(tmp_path):
     assert np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png")).tolist() == [[1, 7], [0, 3]]
     assert torch.equal(load_synthetic(tmp_path / "out").masks[0], mask)
     assert "| 7 | agricultural | 1 | 25.00% |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_setting_with_bars_and_line_ends_stays_one_cell_of_the_card():
+    plan = {"caption": "roofs | roads\nand fields", "seed": 3}
+    text = dataset_card(Contents(), SCHEMA, plan, title="T", license="cc0-1.0", files="", loading="")
+    assert "| caption | roofs \\| roads and fields |\n| seed | 3 |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "category"),
+    [(999, "n<1K"), (1000, "1K<n<10K"), (999_999, "100K<n<1M"), (1_000_000, "1M<n<10M"), (10**7, "10M<n<100M")],
+)
+def test_the_size_category_is_one_of_the_hub(count, category):
+    contents = Contents()
+    contents.count = count
+    text = dataset_card(contents, SCHEMA, {}, title="T", license="cc0-1.0", files="", loading="")
+    assert f"size_categories:\n- {category}\n" in text

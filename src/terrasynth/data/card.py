@@ -114,8 +114,8 @@ def dataset_card(
         files=files,
         versions=", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in contents.versions.items()),
         license=_UNKNOWN_LICENSE if license == _UNKNOWN else license,
-        classes="\n".join(f"| {i} | {name} | {contents.tiles[i]} | {share[i]:.2%} |" for i, name in names),
-        provenance="\n".join(f"| {key} | {value} |" for key, value in flat(settings).items()),
+        classes="\n".join(f"| {i} | {_cell(name)} | {contents.tiles[i]} | {share[i]:.2%} |" for i, name in names),
+        provenance="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in flat(settings).items()),
         loading=loading,
     )
 
@@ -162,8 +162,12 @@ def check_license(license: Any, path: str | Path | None = None) -> None:
         )
 
 
+def _cell(value: object) -> str:
+    """A value inside a cell of a Markdown table."""
+    return " ".join(str(value).replace("|", r"\|").splitlines())
+
+
 def _size_category(count: int) -> str:
-    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K")):
-        if count < limit:
-            return name
-    return "100K<n<1M"
+    """Of those that the hub knows."""
+    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
+    return next((name for power, name in enumerate(names, 3) if count < 10**power), "1B<n<10B")

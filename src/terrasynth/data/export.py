@@ -25,7 +25,7 @@ from terrasynth.data.folder import read_samples
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.write import Rows, read_manifest, read_plan
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import atomic_dir, read_json, remove_incomplete, write_json
+from terrasynth.io import atomic_dir, digest, read_json, remove_incomplete, write_json
 from terrasynth.progress import track
 
 __all__ = ["FORMATS", "export"]
@@ -97,8 +97,7 @@ def export(dataset: str | Path, to: str, folder: str | Path, *, shard_size: int 
         write_json(partial / "schema.json", exported.to_dict())
         card = dataset_card(source.contents, exported, read_plan(dataset), title=title, license=source.license, **about)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        files = sum(path.is_file() for path in partial.rglob("*")) + 1
-        write_json(partial / _MARKER, {"format": "terrasynth export", "version": 1, "to": to, "files": files})
+        write_json(partial / _MARKER, {"format": "terrasynth export", "version": 1, "to": to, **_files(partial)})
     return folder
 
 
@@ -116,15 +115,22 @@ def _claim(folder: Path, to: str) -> None:
             expected=f"a new or empty folder, or an earlier export to {to}",
             fix="choose another --out",
         )
-    files = sum(path.is_file() for path in folder.rglob("*"))
-    if files != was.get("files"):
+    there = _files(folder)
+    if there != {key: was.get(key) for key in there}:
         raise TerraSynthError(
             "the earlier export was changed by hand, and would be replaced",
             path=folder,
-            found=f"{files} files",
+            found=f"{there['files']} files" + (", of other names" if there["files"] == was.get("files") else ""),
             expected=f"the {was.get('files')} files that were exported",
             fix="choose another --out, or move away what was added",
         )
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """How many files an export has beside its marker, and a digest of their names."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if name != _MARKER]
+    return {"files": len(names), "names": digest(names)}
 
 
 def _some(folder: Path) -> str:

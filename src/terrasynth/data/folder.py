@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from terrasynth.data.read import common_coding, read_image, read_mask, refuse_bad_files
+from terrasynth.data.read import common_coding, read_image, read_mask, refuse_bad_files, without_recipe
 from terrasynth.data.schema import LabelSchema, packaged_labels
 from terrasynth.data.unlabelled import cut_windows, find_images, merged_schema, pseudo_masks
 from terrasynth.data.world import WORLD_SCHEMA, render
@@ -235,21 +235,12 @@ def load_masks(
             masks.append({coding: _fit_mask(mask, config) for coding, mask in readings.items()})
             paths.append(path)
         except TerraSynthError as error:
-            problems.append(error)
+            problems.append(without_recipe(error))
     refuse_bad_files(problems, len(files), f"masks of {folder}", skip_bad=skip_bad)
     try:
         coding = common_coding(masks, paths, schema, chosen=config.mask_coding)
     except TerraSynthError as error:
-        if "data.mask_coding" not in (error.fix or ""):
-            raise
-        raise TerraSynthError(
-            error.problem,
-            path=error.path,
-            found=error.found,
-            expected=error.expected,
-            fix="export the masks as class indices without a palette, or leave --masks out and use a recipe with "
-            "data.mask_coding",
-        ) from error
+        raise without_recipe(error) from error
     return tuple(path.stem for path in paths), torch.from_numpy(np.stack([readings[coding] for readings in masks]))
 
 

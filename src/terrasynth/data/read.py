@@ -1,11 +1,12 @@
 """One image or mask file to pixels, and which coding the masks of a split have.
 
 Nothing is guessed: a mask is read in every coding that it fits, and masks that fit two codings with different meanings
-are an error that shows both.
+are an error that shows both. So is a mask whose colours or class names say that it has other classes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terrasynth.data.schema import LabelSchema
-from terrasynth.errors import TerraSynthError, combined
-from terrasynth.io import Pixels, open_image
+from terrasynth.errors import TerraSynthError, combined, listed
+from terrasynth.io import TIFF_SUFFIXES, Pixels, open_image, open_tiff
 from terrasynth.progress import say
 
-__all__ = ["common_coding", "mask_readings", "read_image", "read_mask", "refuse_bad_files"]
+__all__ = [
+    "as_named",
+    "common_coding",
+    "mask_readings",
+    "read_image",
+    "read_mask",
+    "refuse_bad_files",
+    "without_recipe",
+]
 
 _Array = NDArray[np.uint8]
 _Counts = NDArray[np.int64]
@@ -92,7 +101,70 @@ def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]
             expected="PNG or TIFF",
             fix="export it again",
         )
-    return mask_readings(open_image(path), schema, coding, path)
+    pixels = open_image(path)
+    readings = mask_readings(pixels, schema, coding, path)
+    return as_named(readings, pixels.values, schema, path) if coding == "auto" else readings
+
+
+def as_named(
+    readings: Mapping[str, _Array], values: NDArray[Any], schema: LabelSchema, path: Path
+) -> dict[str, _Array]:
+    """The readings that agree with the names of the classes in a TIFF's tags, as `terrasynth predict` writes them.
+
+    Args:
+        readings: of `values`, by coding.
+        values: the mask, or the different values that occur in it.
+        schema: the classes.
+        path: the file.
+
+    Raises:
+        TerraSynthError: there are names, and none of the readings agrees.
+    """
+    names = _class_names(path)
+    firsts = {value: int((values == value).argmax()) for value in names if (values == value).any()}
+    meanings = {
+        coding: {value: _meaning(schema, int(reading.flat[first])) for value, first in firsts.items()}
+        for coding, reading in readings.items()
+    }
+    fit = {
+        coding: readings[coding]
+        for coding, meaning in meanings.items()
+        if all(name.casefold() == names[value].casefold() for value, name in meaning.items())
+    }
+    if fit:
+        return fit
+    named = {value: names[value] for value in firsts}
+    raise TerraSynthError(
+        "the names of the classes in the mask are not those of the label schema",
+        path=path,
+        found=f"in the file: {_spelled(named)}; in the label schema: {_spelled(next(iter(meanings.values())))}",
+        expected="a mask of the classes of the label schema",
+        fix="correct the classes of the label schema; or set data.mask_coding: index if the names are wrong",
+    )
+
+
+def _class_names(path: Path) -> dict[int, str]:
+    if path.suffix.lower() not in TIFF_SUFFIXES:
+        return {}
+    with open_tiff(path) as source:
+        tags = source.tags(1) if source.count == 1 else {}
+    return {int(key.removeprefix("class_")): name for key, name in tags.items() if re.fullmatch(r"class_\d{1,3}", key)}
+
+
+def _meaning(schema: LabelSchema, index: int) -> str:
+    return "unlabelled" if index == schema.ignore_index else schema.names[index]
+
+
+def _spelled(meanings: Mapping[int, str]) -> str:
+    return listed([f"{value} = {name}" for value, name in meanings.items()])
+
+
+def without_recipe(error: TerraSynthError, path: Path | None = None) -> TerraSynthError:
+    """The same error, with advice for a command that has no `data.mask_coding`; `path` is named instead of a folder."""
+    fix = error.fix
+    if "data.mask_coding" in (fix or ""):
+        fix = "export the masks as class indices of the model, without a palette and class names"
+    return TerraSynthError(error.problem, path=path or error.path, found=error.found, expected=error.expected, fix=fix)
 
 
 def mask_readings(
@@ -144,17 +216,49 @@ def mask_readings(
     elif pixels.palette is None:
         decoders["grey"] = lambda values, counts: _from_grey(values, schema, path)
     present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).astype(np.uint8)
-    readings = {}
+    tables = {}
     for name, decode in decoders.items():
         try:
             table = np.zeros(256, dtype=np.uint8)
             table[present] = decode(present, None)
-            readings[name] = table[values]
+            tables[name] = table
         except TerraSynthError:
             continue
-    if not readings:
+    if not tables:
         raise _unreadable(decoders, values, counts, path)
+    if coding == "auto" and pixels.palette is not None and [*tables] == ["index"]:
+        _check_palette(present, tables["index"], colors, schema, path)
+    readings = {name: table[values] for name, table in tables.items()}
     return _without_data(readings, values, pixels.nodata, schema, path)
+
+
+def _check_palette(present: _Array, table: _Array, colors: _Array, schema: LabelSchema, path: Path) -> None:
+    """Refuse class indices of which one has the colour of another class.
+
+    Colours that are no class's say nothing: many programs give a mask any palette.
+
+    Args:
+        present: the values that occur, (n,).
+        table: the class index of each of the 256 values.
+        colors: of the values, (N, 3).
+        schema: the classes.
+        path: the file.
+    """
+    owners = dict(zip(schema.colors, schema.names, strict=True))
+    shown = {value: tuple(colors[value].tolist()) for value in present.tolist()}
+    by_index = {value: _meaning(schema, int(table[value])) for value in shown}
+    labelled = [value for value in shown if table[value] != schema.ignore_index]
+    if all(owners.get(shown[value], by_index[value]) == by_index[value] for value in labelled):
+        return
+    by_color = {value: owners.get(color, "none (#{:02X}{:02X}{:02X})".format(*color)) for value, color in shown.items()}
+    raise TerraSynthError(
+        "the palette of the mask contradicts its values",
+        path=path,
+        found=f"as class indices: {_spelled(by_index)}; by their colours: {_spelled(by_color)}",
+        expected="a mask of the classes of the label schema",
+        fix="correct the classes or colours of the label schema; or set data.mask_coding: index if the palette is "
+        "wrong",
+    )
 
 
 def _without_data(
@@ -290,11 +394,10 @@ def refuse_bad_files(problems: Sequence[TerraSynthError], total: int, what: str,
 def _ambiguity(pixels: Pixels, path: Path, schema: LabelSchema) -> TerraSynthError:
     values = pixels.values if pixels.values.ndim == 2 else pixels.values[..., 0]
     readings = mask_readings(pixels, schema, "auto", path)
-    names = {**dict(enumerate(schema.names)), schema.ignore_index: "unlabelled"}
 
     def spell(coding: str) -> str:
-        meanings = {int(value): names[int(readings[coding][values == value][0])] for value in np.unique(values)}
-        return ", ".join(f"{value} = {name}" for value, name in meanings.items())
+        reading = readings[coding]
+        return _spelled({int(value): _meaning(schema, reading[values == value][0]) for value in np.unique(values)})
 
     return TerraSynthError(
         "the mask can be read in two ways",

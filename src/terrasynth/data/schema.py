@@ -499,6 +499,14 @@ class LabelSchema:
         present = [self.names[index] for index in np.argsort(-counts, kind="stable") if counts[index]]
         return template.replace("{classes}", ", ".join(present) or _NOTHING_LABELLED)
 
+    def shares(self, masks: Tensor) -> str:
+        """How much of uint8 masks, of any shape, is of which class: `road 63 %, water 37 %`, most pixels first."""
+        counts = torch.bincount(masks.flatten(), minlength=256).tolist()
+        names = {**dict(enumerate(self.names)), self.ignore_index: "unlabelled"}
+        present = sorted((index for index in names if counts[index]), key=lambda index: -counts[index])
+        percent = {index: 100 * counts[index] / masks.numel() for index in present}
+        return ", ".join(f"{names[k]} {percent[k]:.0f} %" if percent[k] >= 1 else f"{names[k]} < 1 %" for k in present)
+
 
 def _hex(color: Sequence[int] | NDArray[Any]) -> str:
     return "#{:02X}{:02X}{:02X}".format(*color)

@@ -26,7 +26,7 @@ from terrasynth.io import atomic_dir, atomic_write, new_tiff, read_json, remove_
 from terrasynth.progress import say, track
 
 try:
-    from torchgeo.datasets import GeoDataset, NonGeoDataset
+    from torchgeo.datasets import GeoDataset, NonGeoDataset, Potsdam2D, Vaihingen2D
 except ImportError as error:
     raise TerraSynthError(
         "torchgeo is not installed", found=str(error), fix="pip install 'terrasynth[torchgeo]'"
@@ -114,6 +114,7 @@ def from_torchgeo(
             found=f"a {type(dataset).__name__}",
             fix="say which windows to cut: sampler=GridGeoSampler(dataset, size=256)",
         )
+    _refuse_lost_clutter(dataset, schema)
     folder = Path(folder)
     keys = list(range(len(dataset)) if sampler is None else sampler)
     finished, record = folder / f"{split}.txt", folder / f".terrasynth-{split}.json"
@@ -163,6 +164,17 @@ def from_torchgeo(
     with atomic_write(finished) as partial:
         partial.write_text("".join(f"{id}\n" for id in ids), encoding="utf-8")
     return folder
+
+
+def _refuse_lost_clutter(dataset: Any, schema: LabelSchema) -> None:
+    """Refuse a schema under which 0 is unlabelled where torchgeo counts from clutter = 0."""
+    if isinstance(dataset, Potsdam2D | Vaihingen2D) and dataset.transforms is None and 0 in schema.stored_ignore:
+        raise TerraSynthError(
+            f"the masks of torchgeo's {type(dataset).__name__} hold clutter as 0, which would become unlabelled",
+            found="0 = unlabelled in the label schema",
+            expected="0 = clutter, 1 to 5 as in the packaged schemas",
+            fix="dataclasses.replace(schema, values=(1, 2, 3, 4, 5, 0), ignore_values=())",
+        )
 
 
 def _check_settings(record: Path, finished: Path, settings: Mapping[str, Any]) -> None:

@@ -38,6 +38,10 @@ class Patch:
         rows, columns = (slice(s.start * factor, s.stop * factor) for s in (self.rows, self.columns))
         return Patch(rows, columns, self.weight.repeat_interleave(factor, 0).repeat_interleave(factor, 1))
 
+    def to(self, device: torch.device) -> Patch:
+        """The same window, its weight on a device."""
+        return Patch(self.rows, self.columns, self.weight.to(device))
+
 
 def patches(down: Axis, across: Axis) -> list[Patch]:
     """The windows of two axes, row by row; over all of them, the weights of a place sum to one."""
@@ -56,7 +60,8 @@ def blended_velocity(parts: Sequence[tuple[Sequence[Patch], Velocity]]) -> Veloc
     """The velocity of one large field from those of batches of its windows.
 
     Args:
-        parts: for each batch its B windows, all of one size, and the velocity that takes their latents (B, C, h, w).
+        parts: for each batch its B windows, all of one size and on the device of the latents, and the velocity that
+            takes their latents (B, C, h, w).
 
     Returns:
         A velocity of latents (1, C, H, W).
@@ -68,7 +73,7 @@ def blended_velocity(parts: Sequence[tuple[Sequence[Patch], Velocity]]) -> Veloc
             cut = torch.cat([latents[:, :, window.rows, window.columns] for window in windows])
             found = of_windows(cut, timestep.expand(len(windows)))
             for window, v in zip(windows, found, strict=True):
-                total[0, :, window.rows, window.columns] += window.weight.to(v) * v
+                total[0, :, window.rows, window.columns] += window.weight * v
         return total
 
     return velocity

@@ -9,6 +9,7 @@ import torch
 from terrasynth.data.card import check_license
 from terrasynth.data.folder import Tiles, load_masks
 from terrasynth.errors import TerraSynthError
+from terrasynth.progress import say
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.tasks.segmentation import Segmentor
@@ -53,6 +54,7 @@ def generate(
     if isinstance(masks, Path):
         size = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
         ids, layouts = load_masks(masks, pipeline.schema, size, skip_bad=skip_bad)
+        say(f"read as: {pipeline.schema.shares(layouts)}")
     else:
         ids, layouts = masks.ids, masks.masks
     steer = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from terrasynth.data.blending import cover
 from terrasynth.data.masks import settle, survey
 from terrasynth.data.raster import Grid, open_raster
+from terrasynth.data.read import as_named, without_recipe
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import (
@@ -26,9 +27,9 @@ from terrasynth.io import (
     remove_incomplete,
     tiff_is_there,
 )
-from terrasynth.progress import say, track
+from terrasynth.progress import Tracker, say, track
 from terrasynth.recipe import SamplingConfig
-from terrasynth.sampling.flow import FlowStep, Velocity, sample_flow, seeded_noise
+from terrasynth.sampling.flow import Velocity, sample_flow, seeded_noise
 from terrasynth.sampling.tiles import Patch, blended_velocity, patches
 from terrasynth.systems.generate import load_pipeline, model_digest
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -97,15 +98,16 @@ def _read_mask(path: Path, schema: LabelSchema) -> tuple[Tensor, Grid]:
                 fix="cut it, for example with `gdal_translate -srcwin`",
             )
         try:
-            _, lookups, faults = settle([survey(raster)], schema, "auto")
-        except TerraSynthError as error:  # its advice is for recipes
-            fix = "export the mask as class indices without a palette"
-            raise TerraSynthError(
-                error.problem, path=path, found=error.found, expected=error.expected, fix=fix
-            ) from error
-        if faults:
-            raise faults[0]
-        return torch.from_numpy(lookups[path].read(raster, Window(0, 0, grid.width, grid.height))), grid
+            coding, lookups, faults = settle([survey(raster)], schema, "auto")
+            if faults:
+                raise faults[0]
+            lookup = lookups[path]
+            as_named({coding: lookup.classes}, lookup.keys, schema, path)
+        except TerraSynthError as error:
+            raise without_recipe(error, path) from error
+        layout = torch.from_numpy(lookup.read(raster, Window(0, 0, grid.width, grid.height)))
+    say(f"read as: {schema.shares(layout)}")
+    return layout, grid
 
 
 @torch.no_grad()
@@ -113,7 +115,8 @@ def paint_large(pipeline: TODSynthPipeline, mask: Tensor, *, seed: int, sampling
     """Paint one image under a mask of any size.
 
     The windows have the size that the model was trained at, overlap by half, and each has the caption of its own
-    classes. A mask no larger than that is painted as by the pipeline itself.
+    classes. A mask no larger than that is painted as by the pipeline itself. Beside mask, noise and picture, one batch
+    of windows is in memory at a time.
 
     Args:
         pipeline: on its device.
@@ -128,45 +131,48 @@ def paint_large(pipeline: TODSynthPipeline, mask: Tensor, *, seed: int, sampling
     patch = pipeline.transformer.config.patch_size
     token = pipeline.factor * patch
     height, width = mask.shape
-    padded = F.pad(mask, (0, -width % token, 0, -height % token), value=pipeline.schema.ignore_index).long()
+    padded = F.pad(mask, (0, -width % token, 0, -height % token), value=pipeline.schema.ignore_index)
     trained = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
     size = trained // token
     axes = [cover(length // token, size, min(size - 1, round(_OVERLAP * size))) for length in padded.shape]
-    windows = [window.scaled(patch) for window in patches(*axes)]
+    windows = [window.scaled(patch).to(device) for window in patches(*axes)]
     batches = [windows[i : i + sampling.batch_size] for i in range(0, len(windows), sampling.batch_size)]
 
-    def velocity_of(batch: list[Patch]) -> Velocity:
-        pixels = [window.scaled(pipeline.factor) for window in batch]
-        masks = torch.stack([padded[window.rows, window.columns] for window in pixels]).to(device)
-        return pipeline.velocity(
-            masks,
-            text_scale=sampling.text_scale,
-            mask_scale=sampling.mask_scale,
-            guidance_interval=sampling.guidance_interval,
-        )
+    def velocity_of(batch: list[Patch], progress: Tracker) -> Velocity:
+        def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+            # Encoded again in every step: the conditions of all windows together would be many times the picture.
+            pixels = [window.scaled(pipeline.factor) for window in batch]
+            masks = torch.stack([padded[window.rows, window.columns] for window in pixels]).to(device).long()
+            guided = pipeline.velocity(
+                masks,
+                text_scale=sampling.text_scale,
+                mask_scale=sampling.mask_scale,
+                guidance_interval=sampling.guidance_interval,
+            )
+            found = guided(latents, timestep)
+            progress.advance(len(batch))
+            return found
+
+        return velocity
 
     shape = (pipeline.transformer.config.in_channels, *(side // pipeline.factor for side in padded.shape))
-    with track(sampling.steps, "painting", unit="steps") as progress, autocast(device, sampling.precision):
-
-        def advance(step: FlowStep, latents: Tensor) -> None:
-            progress.advance()
-
+    evaluations = sampling.steps * len(windows)
+    with track(evaluations, "painting", unit="windows") as progress, autocast(device, sampling.precision):
         latents = sample_flow(
-            blended_velocity([(batch, velocity_of(batch)) for batch in batches]),
+            blended_velocity([(batch, velocity_of(batch, progress)) for batch in batches]),
             seeded_noise([seed], shape).to(device),
             pipeline.shifted(sampling.shift),
             sampling.steps,
             solver=sampling.solver,
-            callback=advance,
         )
         image = torch.zeros(3, *padded.shape)
         for batch in batches:
             decoded = pipeline.decode(torch.cat([latents[:, :, window.rows, window.columns] for window in batch]))
-            for window, part in zip(batch, decoded.float().cpu(), strict=True):
+            for window, part in zip(batch, decoded.float(), strict=True):
                 place = window.scaled(pipeline.factor)
-                image[:, place.rows, place.columns] += place.weight * part
+                image[:, place.rows, place.columns] += (place.weight * part).cpu()
     if not image.isfinite().all():
         raise TerraSynthError(
             "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
         )
-    return (image[:, :height, :width].clamp(0, 1) * 255).round().byte()
+    return image[:, :height, :width].clamp_(0, 1).mul_(255).round_().byte()
