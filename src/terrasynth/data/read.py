@@ -163,7 +163,10 @@ def without_recipe(error: TerraSynthError, path: Path | None = None) -> TerraSyn
     """The same error, with advice for a command that has no `data.mask_coding`; `path` is named instead of a folder."""
     fix = error.fix
     if "data.mask_coding" in (fix or ""):
-        fix = "export the masks as class indices of the model, without a palette and class names"
+        fix = (
+            "give masks of the classes of the model; if their values are right, export the masks as class indices, "
+            "without a palette and class names"
+        )
     return TerraSynthError(error.problem, path=path or error.path, found=error.found, expected=error.expected, fix=fix)
 
 
