@@ -512,7 +512,7 @@ data:
 
 def _recipe(out: Path, counts: Mapping[str, int], settings: PrepareSettings) -> str:
     empty = [split for split in SPLITS if not counts[split]]
-    # The base model that comes with the package was trained at 64 pixels, and paints up to twice that.
+    # The base model that comes with the package was trained at 128 pixels; larger tiles are left to one from scratch.
     small = settings.size <= 128 and settings.size % 8 == 0
     return _RECIPE.format(
         recipe=json.dumps(str(out / "recipe.yaml")),
