@@ -349,6 +349,15 @@ def test_painting_in_bfloat16_is_nearly_painting_in_float32(pipeline, masks):
     torch.testing.assert_close(got, expected, atol=0.05, rtol=0)
 
 
+def test_conditions_that_are_kept_are_those_of_full_precision_whatever_was_painted_in(masks):
+    plain, half = (small_pipeline(mask_coding="grey") for _ in range(2))
+    paint(plain, masks, [1, 2, 3])
+    paint(half, masks, [1, 2, 3], precision="bf16")
+    assert torch.equal(half.null_mask_latents(masks[:1]), plain.null_mask_latents(masks[:1]))
+    for kept, expected in zip(half.prompts([""]), plain.prompts([""]), strict=True):
+        assert torch.equal(kept, expected)
+
+
 def test_a_mask_beyond_the_grid_of_positions_is_refused(pipeline):
     assert paint(pipeline, torch.zeros(1, 64, 32, dtype=torch.long), [1]).shape == (1, 3, 64, 32)
     with pytest.raises(TerraSynthError, match="at most 64"):

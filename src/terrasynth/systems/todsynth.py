@@ -369,9 +369,11 @@ class TODSynthPipeline(DiffusionPipeline):
         device, dtype = masks.device, self.transformer.dtype
         if prompts is None:
             prompts = [self.schema.caption(mask, self.config.caption) for mask in masks.cpu()]
-        embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
-        null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
-        mask_latents, null_mask = self.encode_masks(masks), self.null_mask_latents(masks[:1])
+        # In full precision, whatever the caller paints in: some of it is kept for other calls.
+        with torch.autocast(device.type, enabled=False):
+            embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
+            null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
+            mask_latents, null_mask = self.encode_masks(masks), self.null_mask_latents(masks[:1])
 
         known: dict[tuple[bool, ...], dict[str, Tensor]] = {}
 
