@@ -1,4 +1,6 @@
+import itertools
 import os
+import signal
 
 # Two processes with two threads each on two cores spin more than they compute, and results must not hang on threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +15,32 @@ from terrasynth.recipe import Recipe
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def killed():
+    """`killed(run, owner, name, number)`: `run()` in a process that dies right before its call `number`, counted from
+    0, of `owner.name`. Whether it came so far."""
+
+    def killed(run, owner, name, number) -> bool:
+        child = os.fork()
+        if child == 0:
+            original, calls = getattr(owner, name), itertools.count()
+
+            def counted(*arguments):
+                if next(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments)
+
+            setattr(owner, name, counted)
+            try:
+                torch.set_num_threads(1)
+                run()
+            finally:
+                os._exit(0)
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+    return killed
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import tarfile
 import tracemalloc
 from dataclasses import replace
@@ -260,7 +259,7 @@ MOMENTS = ("sample 0", "sample 2", "rename 0", "rename 1", "rename 2", "rename 3
     ],
 )
 def test_killed_at_any_moment_the_same_export_again_is_that_of_an_uninterrupted_one(
-    dataset, exports, tmp_path, to, moment, before
+    dataset, exports, killed, tmp_path, to, moment, before
 ):
     out = tmp_path / "out"
     if before == "an earlier export":
@@ -268,23 +267,9 @@ def test_killed_at_any_moment_the_same_export_again_is_that_of_an_uninterrupted_
     earlier = contents(out)
     what, number = moment.split()
     owner, name = (module, "_Sample") if what == "sample" else (Path, "replace")
-    child = os.fork()
-    if child == 0:
-        original, calls = getattr(owner, name), iter(range(99))
-
-        def counted(*arguments):
-            if next(calls) == int(number):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments)
-
-        setattr(owner, name, counted)
-        try:
-            export(dataset, to, out, shard_size=2)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
+    died = killed(lambda: export(dataset, to, out, shard_size=2), owner, name, int(number))
     # The classes, the marker and the folder are renamed; where there is an earlier export, that one before the folder.
-    assert os.WIFSIGNALED(status) == (moment != "rename 3" or before == "an earlier export")
+    assert died == (moment != "rename 3" or before == "an earlier export")
     if moment != "rename 3":
         assert contents(out) == earlier, "half an export is never seen"
     export(dataset, to, out, shard_size=2)

@@ -10,7 +10,6 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import struct
 import tarfile
 import warnings
@@ -738,7 +737,7 @@ def test_a_full_disk_under_a_report(tmp_path):
 
 
 @pytest.mark.parametrize("files", [0, 3, 6, 9, 11])
-def test_generate_killed_after_so_many_files_goes_on_to_the_same_dataset(model, layouts, tmp_path, files):
+def test_generate_killed_after_so_many_files_goes_on_to_the_same_dataset(model, layouts, killed, tmp_path, files):
     """Training and studies have tests of their own: test_training.py and test_study.py."""
 
     def paint(folder):
@@ -746,22 +745,7 @@ def test_generate_killed_after_so_many_files_goes_on_to_the_same_dataset(model, 
         return generate(model, layouts, folder, count=4, license="cc0-1.0", **settings)
 
     expected = contents(paint(tmp_path / "whole"))
-    child = os.fork()
-    if child == 0:
-        rename, done = Path.replace, iter(range(99))
-
-        def replace(self, target):
-            if next(done) == files:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, target)
-
-        Path.replace = replace
-        try:
-            torch.set_num_threads(1)
-            paint(tmp_path / "killed")
-        finally:
-            os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert killed(lambda: paint(tmp_path / "killed"), Path, "replace", files)
     assert not (tmp_path / "killed" / "metadata.jsonl").exists()
     assert contents(paint(tmp_path / "killed")) == expected
     assert len(json.loads((tmp_path / "killed/metadata.jsonl").read_text().splitlines()[0])) > 10

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 import warnings
 from pathlib import Path
 
@@ -331,28 +329,12 @@ def test_unlabelled_tiles_are_left_out_only_if_asked(source):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2, 24, 98, 101])
-def test_a_run_killed_at_any_rename_ends_as_one_that_was_not(source, renames):
+def test_a_run_killed_at_any_rename_ends_as_one_that_was_not(source, killed, renames):
     cut(source, source.parent / "whole")
     (source.parent / "whole").rename(source.parent / "aside")
-    child = os.fork()
-    if child == 0:
-        rename, count = Path.replace, 0
-
-        def replace(self, target):
-            nonlocal count
-            if count == renames:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return rename(self, target)
-
-        Path.replace = replace
-        try:
-            cut(source, source.parent / "whole")
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
+    died = killed(lambda: cut(source, source.parent / "whole"), Path, "replace", renames)
     # The marker, two files for each of 48 tiles, the rows, the histogram, the schema, the sheet, the recipe.
-    assert os.WIFSIGNALED(status) == (renames < 1 + 96 + 5)
+    assert died == (renames < 1 + 96 + 5)
     assert not (source.parent / "whole" / "recipe.yaml").exists()
     cut(source, source.parent / "whole")
     assert contents(source.parent / "whole") == contents(source.parent / "aside")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -183,27 +181,11 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, uninterrupted, un
 
 
 @pytest.mark.parametrize("renames", range(15))
-def test_a_run_killed_at_any_rename_ends_as_one_that_was_not(tmp_path, uninterrupted, renames):
+def test_a_run_killed_at_any_rename_ends_as_one_that_was_not(tmp_path, uninterrupted, killed, renames):
     """Every file appears by a rename; the process dies before the given one."""
-    child = os.fork()
-    if child == 0:
-        rename, count = Path.replace, 0
-
-        def replace(self, target):
-            nonlocal count
-            if count == renames:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return rename(self, target)
-
-        Path.replace = replace
-        try:
-            write(tmp_path / "set")
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
+    died = killed(lambda: write(tmp_path / "set"), Path, "replace", renames)
     # The marker, the schema, two files a sample, the card and the rows.
-    assert os.WIFSIGNALED(status) == (renames < 2 + 2 * COUNT + 2)
+    assert died == (renames < 2 + 2 * COUNT + 2)
     write(tmp_path / "set")
     assert contents(tmp_path / "set") == uninterrupted
 
