@@ -16,10 +16,10 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ __all__ = [
     "open_tiff",
     "read_json",
     "remove_incomplete",
+    "tiff_class_names",
     "tiff_is_there",
     "tiff_palette",
     "weights_digest",
@@ -94,11 +95,13 @@ class Pixels:
         values: (H, W) for one band or palette indices, (H, W, C) otherwise; the file's own dtype.
         palette: (N, 3) uint8 colours when `values` are palette indices, else None.
         nodata: the value that a TIFF names for pixels without data, else None.
+        class_names: what the values of its only band mean, as far as the tags of a TIFF say it.
     """
 
     values: np.ndarray
     palette: np.ndarray | None = None
     nodata: float | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
 
 
 def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -257,8 +260,8 @@ def _read_tiff(path: Path, max_pixels: int) -> Pixels:
         _check_size(path, source.width, source.height, max_pixels, bytes_per_pixel)
         with damaged_tiff(path):
             bands = source.read()
-        palette, nodata = tiff_palette(source), source.nodata
-    return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette, nodata)
+        palette, nodata, names = tiff_palette(source), source.nodata, tiff_class_names(source)
+    return Pixels(bands[0] if bands.shape[0] == 1 else np.moveaxis(bands, 0, -1), palette, nodata, names)
 
 
 @contextmanager
@@ -303,6 +306,12 @@ def tiff_palette(source: DatasetReader) -> np.ndarray | None:
         return None
     table = source.colormap(1)
     return np.array([table[i][:3] for i in range(len(table))], dtype=np.uint8)
+
+
+def tiff_class_names(source: DatasetReader) -> dict[int, str]:
+    """What the values of a TIFF's only band mean, by its tags, as `terrasynth predict` writes them."""
+    tags = source.tags(1) if source.count == 1 else {}
+    return {int(key.removeprefix("class_")): name for key, name in tags.items() if re.fullmatch(r"class_\d{1,3}", key)}
 
 
 def _fsync(path: Path) -> None:

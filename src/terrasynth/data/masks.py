@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from terrasynth.data.raster import Grid, Raster
-from terrasynth.data.read import common_coding, mask_readings
+from terrasynth.data.read import common_coding, mask_readings, nodata_is_class
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import Pixels
@@ -191,11 +191,4 @@ def _check_nodata(mask: Survey, schema: LabelSchema, coding: str, common: str) -
     if reading is None or reading[0, 0] == schema.ignore_index:
         return
     value = ", ".join(map(str, np.ravel(mask.nodata.values).tolist()))
-    raise TerraSynthError(
-        "the nodata value of the mask is a class as well",
-        path=mask.path,
-        found=f"nodata {value}, which is {schema.names[reading[0, 0]]} in the label schema",
-        expected="one meaning",
-        fix="if these pixels are of that class: `gdal_edit.py -unsetnodata FILE`; if they are unlabelled, give them "
-        f"another value, as {schema.stored_ignore[0]}, or correct the label schema",
-    )
+    raise nodata_is_class(value, schema.names[reading[0, 0]], schema, mask.path)

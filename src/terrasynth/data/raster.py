@@ -25,7 +25,16 @@ from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import MAX_BYTES, TIFF_SUFFIXES, Pixels, damaged_tiff, open_image, open_tiff, tiff_palette
+from terrasynth.io import (
+    MAX_BYTES,
+    TIFF_SUFFIXES,
+    Pixels,
+    damaged_tiff,
+    open_image,
+    open_tiff,
+    tiff_class_names,
+    tiff_palette,
+)
 from terrasynth.progress import track
 
 if TYPE_CHECKING:
@@ -112,6 +121,7 @@ class Raster:
         nodata: the value of pixels without data; None if the file names none.
         palette: (N, 3) uint8 colours when its only band holds palette indices, else None.
         alpha: the number of the band that says which pixels are transparent; None if there is none.
+        class_names: what the values of its only band mean, as far as the file says it.
     """
 
     def __init__(self, path: Path, source: DatasetReader | Pixels) -> None:
@@ -125,7 +135,7 @@ class Raster:
             self.count, height, width = self._values.shape
             self.grid = Grid(width, height)
             self.dtype = self._values.dtype
-            self.palette = source.palette
+            self.palette, self.class_names = source.palette, source.class_names
             self.alpha = self.count if self.count in (2, 4) else None
             return
         self.count = source.count
@@ -133,7 +143,7 @@ class Raster:
         self.grid = Grid(source.width, source.height, source.crs, source.transform if placed else None)
         dtypes = {"complex64" if dtype == "complex_int16" else dtype for dtype in source.dtypes}
         self.dtype = np.result_type(*dtypes)
-        self.palette = tiff_palette(source)
+        self.palette, self.class_names = tiff_palette(source), tiff_class_names(source)
         # One value for all bands is the TIFF's rule.
         self.nodata = source.nodata
         # An alpha band and a nodata value count as masks to GDAL; here they are heard by themselves.

@@ -6,7 +6,6 @@ are an error that shows both. So is a mask whose colours or class names say that
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,18 @@ from numpy.typing import NDArray
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError, combined, listed
-from terrasynth.io import TIFF_SUFFIXES, Pixels, open_image, open_tiff
+from terrasynth.io import Pixels, open_image
 from terrasynth.progress import say
 
 __all__ = [
     "as_named",
     "common_coding",
     "mask_readings",
+    "nodata_is_class",
     "read_image",
     "read_mask",
     "refuse_bad_files",
+    "refuse_jpeg",
     "without_recipe",
 ]
 
@@ -94,6 +95,14 @@ def _palette(pixels: Pixels, path: Path) -> _Array:
 
 def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]:
     """Read a mask in every coding that it fits ("index", "color", "grey"), each (H, W); at least one."""
+    refuse_jpeg(path)
+    pixels = open_image(path)
+    readings = mask_readings(pixels, schema, coding, path)
+    return as_named(readings, pixels.values, pixels.class_names, schema, path) if coding == "auto" else readings
+
+
+def refuse_jpeg(path: Path) -> None:
+    """Refuse a mask that went through a compression with loss."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise TerraSynthError(
             "the mask is a JPEG, whose compression invents values",
@@ -101,26 +110,23 @@ def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]
             expected="PNG or TIFF",
             fix="export it again",
         )
-    pixels = open_image(path)
-    readings = mask_readings(pixels, schema, coding, path)
-    return as_named(readings, pixels.values, schema, path) if coding == "auto" else readings
 
 
 def as_named(
-    readings: Mapping[str, _Array], values: NDArray[Any], schema: LabelSchema, path: Path
+    readings: Mapping[str, _Array], values: NDArray[Any], names: Mapping[int, str], schema: LabelSchema, path: Path
 ) -> dict[str, _Array]:
-    """The readings that agree with the names of the classes in a TIFF's tags, as `terrasynth predict` writes them.
+    """The readings that agree with the names that the file gives its classes.
 
     Args:
         readings: of `values`, by coding.
         values: the mask, or the different values that occur in it.
+        names: of values, as far as the file has any.
         schema: the classes.
-        path: the file.
+        path: is only named in messages.
 
     Raises:
         TerraSynthError: there are names, and none of the readings agrees.
     """
-    names = _class_names(path)
     firsts = {value: int((values == value).argmax()) for value in names if (values == value).any()}
     meanings = {
         coding: {value: _meaning(schema, int(reading.flat[first])) for value, first in firsts.items()}
@@ -141,14 +147,6 @@ def as_named(
         expected="a mask of the classes of the label schema",
         fix="correct the classes of the label schema; or set data.mask_coding: index if the names are wrong",
     )
-
-
-def _class_names(path: Path) -> dict[int, str]:
-    if path.suffix.lower() not in TIFF_SUFFIXES:
-        return {}
-    with open_tiff(path) as source:
-        tags = source.tags(1) if source.count == 1 else {}
-    return {int(key.removeprefix("class_")): name for key, name in tags.items() if re.fullmatch(r"class_\d{1,3}", key)}
 
 
 def _meaning(schema: LabelSchema, index: int) -> str:
@@ -275,15 +273,20 @@ def _without_data(
     fit = {coding: readings[coding] for coding, value in meanings.items() if value == schema.ignore_index}
     if not fit:
         names = dict.fromkeys(schema.names[value] for value in meanings.values())
-        raise TerraSynthError(
-            "the nodata value of the mask is a class as well",
-            path=path,
-            found=f"nodata {nodata:g}, which is {' or '.join(names)} in the label schema",
-            expected="a nodata value that means unlabelled, or none",
-            fix="if these pixels are of that class: `gdal_edit.py -unsetnodata FILE`; if they are unlabelled, give "
-            f"them the value {schema.stored_ignore[0]}",
-        )
+        raise nodata_is_class(f"{nodata:g}", " or ".join(names), schema, path)
     return fit
+
+
+def nodata_is_class(nodata: str, name: str, schema: LabelSchema, path: Path) -> TerraSynthError:
+    """What to say where the nodata value of a mask is also that of a class."""
+    return TerraSynthError(
+        "the nodata value of the mask is a class as well",
+        path=path,
+        found=f"nodata {nodata}, which is {name} in the label schema",
+        expected="a nodata value that means unlabelled, or none",
+        fix="if these pixels are of that class: `gdal_edit.py -unsetnodata FILE`; if they are unlabelled, give them "
+        f"the value {schema.stored_ignore[0]}, or correct the label schema",
+    )
 
 
 def _unreadable(

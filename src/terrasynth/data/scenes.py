@@ -12,6 +12,7 @@ from affine import Affine
 
 from terrasynth.data.masks import Survey, survey
 from terrasynth.data.raster import Grid, Raster, Stretch, open_raster
+from terrasynth.data.read import refuse_jpeg
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.vector import VECTOR_SUFFIXES, Polygons, read_polygons
 from terrasynth.errors import TerraSynthError, listed
@@ -19,8 +20,6 @@ from terrasynth.io import IMAGE_SUFFIXES, TIFF_SUFFIXES
 from terrasynth.progress import say, track
 
 __all__ = ["Checked", "PolygonFile", "Scene", "check_scenes", "find_scenes"]
-
-_JPEG_SUFFIXES = (".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -244,13 +243,7 @@ def _check_mask(scene: Scene, image: Raster, polygons: PolygonFile) -> tuple[Gri
     if scene.mask.suffix.lower() in VECTOR_SUFFIXES:
         polygons.of(scene.mask).placed(image.grid, scene.image)
         return image.grid, None
-    if scene.mask.suffix.lower() in _JPEG_SUFFIXES:
-        raise TerraSynthError(
-            "the mask is a JPEG, whose compression invents values",
-            path=scene.mask,
-            expected="PNG or TIFF",
-            fix="export it again",
-        )
+    refuse_jpeg(scene.mask)
     with open_raster(scene.mask) as mask:
         return _common_grid(scene, image.grid, mask.grid), survey(mask)
 

@@ -102,7 +102,7 @@ def _read_mask(path: Path, schema: LabelSchema) -> tuple[Tensor, Grid]:
             if faults:
                 raise faults[0]
             lookup = lookups[path]
-            as_named({coding: lookup.classes}, lookup.keys, schema, path)
+            as_named({coding: lookup.classes}, lookup.keys, raster.class_names, schema, path)
         except TerraSynthError as error:
             raise without_recipe(error, path) from error
         layout = torch.from_numpy(lookup.read(raster, Window(0, 0, grid.width, grid.height)))
