@@ -2,8 +2,9 @@ import itertools
 import os
 import signal
 
-# Two processes with two threads each on two cores spin more than they compute, and results must not hang on threads.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Whatever the shell says: a process forked from one with several threads hangs, results must not hang on how many there
+# are, and two processes of two threads on two cores spin more than they compute.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TERRASYNTH_QUIET", "1")
 
 import pytest
