@@ -276,8 +276,9 @@ def _add_windows(
         return
     pixels = torch.from_numpy(np.moveaxis(rgb, -1, 0))
     images = torch.stack([pixels[:, :, starts[column] : starts[column] + across.size] for column in seen])
-    shares = segmentor(images.to(segmentor.device).float() / 255).float().softmax(1).cpu()
-    for column, share in zip(seen, shares, strict=True):
+    logits = segmentor(images.to(segmentor.device).float().div_(255))
+    for column, scores in zip(seen, logits, strict=True):
+        share = scores.float().softmax(0).cpu()  # of a window alone, which the processor's cache holds
         weights = torch.from_numpy(np.outer(down.weights[row], across.weights[column]))
         start = across.starts[column]
         total[:, :, start : start + across.size].addcmul_(share, weights)
@@ -422,7 +423,6 @@ def _write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: _Legend
         "transform": grid.transform,
         "nodata": legend.nodata,
         "photometric": "MINISBLACK" if legend.palette is None else "palette",
-        "compress": "deflate",
         "tiled": True,
         "BIGTIFF": "IF_SAFER",
     }
