@@ -74,7 +74,9 @@ def sizes_and_step_times(recipe: Recipe, tiles: Tiles, rounds: int) -> dict[str,
     pipelines: dict[str, TODSynthPipeline] = {
         scheme: build(settings(recipe, scheme, 0, 1), recipe.data, tiles) for scheme in CONTROL_SCHEMES
     }
-    optimizers = {name: make_optimizer(p.transformer, recipe.generator.train) for name, p in pipelines.items()}
+    optimizers = {
+        name: make_optimizer(p.transformer.named_parameters(), recipe.generator.train) for name, p in pipelines.items()
+    }
     size = recipe.generator.train.batch_size
     seconds: dict[str, list[float]] = {name: [] for name in pipelines}
     for round in range(rounds + 2):

@@ -88,13 +88,15 @@ def measure(recipe: Any, stage: str, repeats: int) -> dict[str, Any]:
     forget_peak()
     before = 0 if gpu else grown()
     with torch.device("cuda" if gpu else "cpu"):
-        pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, None if "paint" in stage else recipe.generator.trainable)
+        trainable = None if "paint" in stage else recipe.generator.trainable
+        pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, trainable, gpu=gpu)
         segmentor = parts.segmentor_of(recipe, WORLD_SCHEMA).eval() if stage == "steered painting" else None
+    if gpu or "paint" not in stage:
+        for encoder in pipeline.text_encoders:
+            encoder.to("meta")  # they have left by then
     if "paint" in stage:
         work = stages.paint(recipe, pipeline, recipe.sampling.batch_size, segmentor, gpu=gpu)
     else:
-        for encoder in parts.text_encoders(pipeline):
-            encoder.to("meta")  # it has left by then
         on = recipe.generator.train.gradient_checkpointing == (stage == "training step")
         work = stages.train(recipe, pipeline, checkpointing=on, gpu=gpu)
     forget_peak()

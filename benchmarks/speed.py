@@ -172,7 +172,7 @@ def tensors(*modules: torch.nn.Module) -> list[Tensor]:
 def training(recipe: Recipe, args: argparse.Namespace) -> list[Row]:
     """Forward and backward of the transformer, and the whole step around them."""
     config = recipe.generator.train
-    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, recipe.generator.trainable)
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, recipe.generator.trainable, gpu=False)
     pipeline.text_dropout, pipeline.mask_dropout = recipe.generator.text_dropout, recipe.generator.mask_dropout
     transformer, tiles, batch_size = pipeline.transformer, Tiles(recipe, pipeline), config.batch_size
 
@@ -225,7 +225,7 @@ def training(recipe: Recipe, args: argparse.Namespace) -> list[Row]:
     alone, of_alone = products.alone()
     best = fastest({"network": network, "one by one": one_by_one, "whole": whole}, args.rounds)
     rate = of_alone / min(alone, products.alone()[0])
-    optimizer, average = make_optimizer(transformer, config), Average(transformer, 0.9)
+    optimizer, average = make_optimizer(transformer.named_parameters(), config), Average(transformer, 0.9)
 
     def step() -> None:
         forward(batch).backward()
@@ -252,7 +252,7 @@ def training(recipe: Recipe, args: argparse.Namespace) -> list[Row]:
 
 def painting(recipe: Recipe, args: argparse.Namespace) -> list[Row]:
     """Images with and without steering, together and one by one."""
-    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, None)
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, None, gpu=False)
     segmentor = parts.segmentor_of(recipe, WORLD_SCHEMA).eval()
     masks = Tiles(recipe, pipeline).item["mask"].long().repeat(8, 1, 1)
     steering = steering_for(recipe.steering, segmentor.loss)(masks)

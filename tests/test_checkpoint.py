@@ -108,7 +108,7 @@ def test_weights_can_be_read_by_whoever_can_read_a_new_file(tmp_path):
 def test_restoring_puts_everything_back_to_the_bit_in_its_own_memory_layout(tmp_path):
     def parts():
         model = network().to(memory_format=torch.channels_last)
-        return model, make_optimizer(model, CONFIG)
+        return model, make_optimizer(model.named_parameters(), CONFIG)
 
     def step(model, optimizer):
         model(torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(3))).square().mean().backward()
@@ -174,7 +174,7 @@ def test_a_failed_write_keeps_the_checkpoint_before_whole(tmp_path, monkeypatch)
 
 def test_the_best_weights_take_their_space_once_after_a_resume_too(tmp_path):
     model = network()
-    optimizer = make_optimizer(model, CONFIG)
+    optimizer = make_optimizer(model.named_parameters(), CONFIG)
     best = tmp_path / "best.safetensors"
     checkpoint.save_weights(best, model)
     saved = checkpoint.save(tmp_path, model=model, optimizer=optimizer, ema=None, state={"step": 1})

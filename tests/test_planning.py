@@ -16,6 +16,7 @@ from terrasynth.planning import cards, parts, stages
 from terrasynth.planning.footprint import Speed, count, enter, flops, flops_by_module, pretend, seconds
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
+from terrasynth.systems.generate import sampling_arguments
 from terrasynth.training.loop import train
 
 MIB = 2**20
@@ -35,7 +36,7 @@ def pretended(recipe, trainable="all"):
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily(), torch.device("meta"):
-        pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, trainable)
+        pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, trainable, gpu=False)
     for part in parts.modules(pipeline):
         enter(part)
     return pipeline
@@ -68,7 +69,7 @@ def test_a_product_takes_its_arithmetic_or_its_traffic_whichever_is_longer():
 
 
 def test_the_networks_operations_are_those_counted_by_hand(recipe):
-    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, "all")
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, "all", gpu=False)
     config, schema = pipeline.transformer.config, WORLD_SCHEMA
     width, blocks, image = 96, 2, (64 // 4 // 2) ** 2
     text, prompt = pipeline.prompts([""])[0].shape[1:]
@@ -92,16 +93,58 @@ def test_the_networks_operations_are_those_counted_by_hand(recipe):
     assert sum(by_part.values()) == flops(needs.operations)
 
 
-@pytest.mark.parametrize(("trainable", "checkpointing"), [("all", False), ("mask", True)])
-def test_a_pretended_step_needs_what_the_same_step_needs_at_work(recipe, checkpointing, trainable):
+def with_training(recipe, **changes):
+    train = recipe.generator.train.model_copy(update=changes)
+    return recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"train": train})})
+
+
+@pytest.mark.parametrize(
+    ("trainable", "checkpointing", "train"),
+    [("all", False, {}), ("mask", True, {}), ("mask", True, {"precision": "bf16", "offload_optimizer": True})],
+)
+def test_a_pretended_step_needs_what_the_same_step_needs_at_work(recipe, checkpointing, trainable, train):
+    recipe = with_training(recipe, **train)
     with pretend(gpu=False):
         said = stages.train(recipe, pretended(recipe, trainable), checkpointing=checkpointing, gpu=False).count("")
-    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, trainable)
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, trainable, gpu=False)
     done = stages.train(recipe, pipeline, checkpointing=checkpointing, gpu=False).count("")
     assert said.flops == done.flops > 0
     assert said.peak == pytest.approx(done.peak, rel=0.01)
     assert said.activations == pytest.approx(done.activations, rel=0.02)
     assert said.weights + said.gradients + said.optimizer + said.average < said.peak
+
+
+def test_what_makes_a_step_smaller(recipe):
+    with pretend(gpu=False):
+        whole = stages.train(recipe, pretended(recipe, "mask"), checkpointing=True, gpu=False).count("")
+        recipe = with_training(recipe, precision="bf16", offload_optimizer=True)
+        pipeline = pretended(recipe, "mask")
+        less = stages.train(recipe, pipeline, checkpointing=True, gpu=False).count("")
+    frozen = [p for p in pipeline.transformer.parameters() if not p.requires_grad and p.dtype == torch.bfloat16]
+    assert whole.weights - less.weights == 2 * sum(p.numel() for p in frozen) > 0.2 * whole.weights
+    assert less.optimizer == 0 < whole.optimizer
+    assert less.gradients == whole.gradients
+    # Nothing holds the trained weights in bfloat16 beside what they are.
+    trained = sum(p.numel() for p in pipeline.transformer.parameters() if p.requires_grad)
+    assert less.activations < whole.activations + 0.2 * 2 * trained
+
+
+def test_operations_outside_the_interval_of_guidance_are_those_without(recipe):
+    sampling = recipe.sampling.model_copy(update={"steps": 8, "mask_scale": 2.0, "shift": 1.0})
+    guided, within = (
+        recipe.model_copy(update={"sampling": sampling.model_copy(update={"guidance_interval": interval})})
+        for interval in ((0.0, 1.0), (0.2, 0.8))
+    )
+    with pretend(gpu=True):
+        pipeline = pretended(guided, None)
+        everywhere = stages.paint(guided, pipeline, 2, gpu=True).count("")
+        inside = stages.paint(within, pipeline, 2, gpu=True).count("")
+    pipeline = parts.pipeline_of(within, WORLD_SCHEMA, None, gpu=False)
+    with count() as needs:
+        masks, arguments = torch.zeros(2, 64, 64, dtype=torch.long), sampling_arguments(within.sampling)
+        pipeline(masks, seeds=[0, 1], output_type="pt", **arguments)
+    assert inside.flops == flops(needs.operations)
+    assert 0.6 < inside.flops / everywhere.flops < 0.9
 
 
 def test_checkpointing_saves_memory_and_costs_a_forward_pass(recipe):
@@ -124,7 +167,7 @@ def test_the_training_loop_needs_what_was_said(recipe, tmp_path, accumulate):
     recipe = recipe.model_copy(update={"generator": generator})
     with pretend(gpu=False):
         said = stages.train(recipe, pretended(recipe), checkpointing=False, gpu=False).count("")
-    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, "all")
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, "all", gpu=False)
     row = {name: tensor[0] for name, tensor in stages._batch(recipe, pipeline, 1).items() if name != "seed"}
 
     class Rows:
@@ -146,7 +189,7 @@ def test_painting_needs_what_was_said(recipe):
     with pretend(gpu=False):
         pipeline = pretended(recipe, None)
         said = stages.paint(recipe, pipeline, 2, gpu=False).count("")
-    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, None)
+    pipeline = parts.pipeline_of(recipe, WORLD_SCHEMA, None, gpu=False)
     masks = torch.zeros(2, 64, 64, dtype=torch.long)
     held = [x for part in parts.modules(pipeline) for x in (*part.parameters(), *part.buffers())]
     with count(held) as needs:
@@ -157,10 +200,10 @@ def test_painting_needs_what_was_said(recipe):
 
 def test_the_published_base_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        pipeline = parts.pipeline_of(load_recipe("sd35").recipe, WORLD_SCHEMA, "image+mask")
+        pipeline = parts.pipeline_of(load_recipe("sd35").recipe, WORLD_SCHEMA, "image+mask", gpu=True)
     # Those of the files on the hub: autoencoder, CLIP-L, OpenCLIP-G, T5-XXL.
     assert sum(p.numel() for p in pipeline.vae.parameters()) == 83_819_683
-    encoders = [sum(p.numel() for p in encoder.parameters()) for encoder in parts.text_encoders(pipeline)]
+    encoders = [sum(p.numel() for p in encoder.parameters()) for encoder in pipeline.text_encoders]
     assert encoders == [123_650_304, 694_659_840, 4_762_310_656]
     counted = parts.parameters(pipeline)
     transformer = sum(counted[f"transformer, {name}"][0] for name in ("image", "text"))
@@ -186,8 +229,9 @@ def test_the_doctor_prints_every_stage_and_where_it_fits(recipe, tmp_path):
     command += ["--set", "generator.blocks=1"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    stages_of = "encode tiles, prompts|training step|preview|paint 2|paint 2, steered|with gradient checkpointing"
-    assert len(re.findall(rf"^  (?:{stages_of}) .* s +too large$", result.stdout, re.MULTILINE)) == 6
+    stages_of = "encode tiles, prompts|training step|preview|encode prompts to paint|paint 2|paint 2, steered|"
+    stages_of += "with gradient checkpointing|checkpointing, offload_optimizer"
+    assert len(re.findall(rf"^  (?:{stages_of}) .* s +too large$", result.stdout, re.MULTILINE)) == 8
     assert "All 6 steps on H100, at the data sheet's speed, so at least" in result.stdout
 
 

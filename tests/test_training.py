@@ -19,6 +19,7 @@ from torch import nn
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import TrainConfig
+from terrasynth.training import offload
 from terrasynth.training.keys import hash63, mixed_keys, shuffled_keys
 from terrasynth.training.loop import Average, learning_rate, make_optimizer, train
 from terrasynth.training.precision import autocast
@@ -261,6 +262,26 @@ def test_settings_that_change_no_weight_may_change(tmp_path):
         run(tmp_path / "monitored", config(evaluate_every=9), evaluate=metric, monitor="score")
 
 
+def test_an_optimiser_in_main_memory_makes_the_same_model(tmp_path, monkeypatch):
+    # Copies, as from a card: on a processor the twins are the parameters themselves.
+    monkeypatch.setattr(offload, "_to_main_memory", torch.Tensor.clone)
+    plain, _ = run(tmp_path / "plain", config(clip_norm=0.5))
+    offloaded = config(clip_norm=0.5, offload_optimizer=True)
+    run(tmp_path / "offloaded", offloaded, max_minutes=0)
+    model, outcome = run(tmp_path / "offloaded", offloaded)
+    assert outcome.finished
+    assert log(tmp_path / "offloaded") == log(tmp_path / "plain")
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    # One that was begun with it goes on without, and the other way round.
+    for first, second in ((config(), config(offload_optimizer=True)), (config(offload_optimizer=True), config())):
+        folder = tmp_path / str(first.offload_optimizer)
+        run(folder, first, max_minutes=0)
+        model, _ = run(folder, second)
+        for name, tensor in run(tmp_path / "whole", config())[0].state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+
+
 def test_the_random_state_of_the_caller_is_as_it_was(tmp_path):
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     model = network()  # sets torch's seed
@@ -334,7 +355,7 @@ def test_the_learning_rate_warms_up_linearly_and_ends_in_zero():
 def test_only_trainable_matrices_decay():
     model = network()
     model[0].weight.requires_grad = False
-    decayed, others = make_optimizer(model, config(weight_decay=0.2)).param_groups
+    decayed, others = make_optimizer(model.named_parameters(), config(weight_decay=0.2)).param_groups
     assert (decayed["weight_decay"], decayed["param_names"]) == (0.2, ["5.weight"])
     assert others["weight_decay"] == 0
     assert sorted(others["param_names"]) == ["0.bias", "1.bias", "1.weight", "5.bias"]

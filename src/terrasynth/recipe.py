@@ -160,6 +160,9 @@ class TrainConfig(_Config):
     """Decay of the exponential moving average of the weights, warmed up as (1 + n) / (10 + n); 0 switches it off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_optimizer: bool = False
+    """Keep AdamW's moments in main memory and update the weights there: twice the trained weights less on the card,
+    for a slower update."""
     workers: NonNegative = 0
     """Data-loading processes."""
     checkpoint_every: Positive = 500

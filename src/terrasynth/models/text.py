@@ -159,6 +159,12 @@ class PromptCache:
 
     def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, D) and (B, P) of the prompts; only those never seen before are encoded."""
+        self.prepare(prompts, batch_size)
+        embeds, pooled = zip(*(self._memory[p] for p in prompts), strict=True)
+        return torch.stack(embeds), torch.stack(pooled)
+
+    def prepare(self, prompts: Iterable[str], batch_size: int = 32) -> None:
+        """Encode those of many prompts that were never seen before."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._memory and not self._read(p)]
         for start in range(0, len(missing), batch_size):
             some = missing[start : start + batch_size]
@@ -169,8 +175,6 @@ class PromptCache:
                 if self._folder is not None:
                     with atomic_write(self._path(prompt)) as partial:
                         save_file(tensors, partial)
-        embeds, pooled = zip(*(self._memory[p] for p in prompts), strict=True)
-        return torch.stack(embeds), torch.stack(pooled)
 
     def _path(self, prompt: str) -> Path:
         assert self._folder is not None

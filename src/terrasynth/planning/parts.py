@@ -30,9 +30,10 @@ from terrasynth.systems.todsynth import (
     untrained_transformer,
 )
 from terrasynth.tasks.segmentation import Segmentor
+from terrasynth.training.precision import computes_in_bfloat16, round_linear
 
 if TYPE_CHECKING:
-    from terrasynth.recipe import Recipe
+    from terrasynth.recipe import Precision, Recipe
 
 __all__ = [
     "PUBLISHED",
@@ -40,10 +41,10 @@ __all__ = [
     "label_schema",
     "length",
     "modules",
+    "on_card",
     "parameters",
     "pipeline_of",
     "segmentor_of",
-    "text_encoders",
 ]
 
 #: Configurations of base models that are known without a download.
@@ -68,8 +69,8 @@ def label_schema(recipe: Recipe, base: Path) -> LabelSchema | None:
     return None if file is None else LabelSchema.from_yaml(file)
 
 
-def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None) -> TODSynthPipeline:
-    """The recipe's pipeline as it is trained, or (None) as it is loaded for painting.
+def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None, *, gpu: bool) -> TODSynthPipeline:
+    """The recipe's pipeline as it is trained, or (None) as it is placed for painting, on a GPU or on this processor.
 
     It is built on torch's default device; all prompts have the same embedding, zero.
 
@@ -118,10 +119,15 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
     if pipeline.config.mask_coding == "onehot":
         pipeline.adapt(schema)
     pipeline.prompts = partial(_prompts, pipeline)  # type: ignore[assignment]
-    if trainable is not None:
+    if trainable is None:
+        pipeline.transformer.requires_grad_(False)
+    else:
         pipeline.transformer.set_trainable(trainable, lora_rank=config.lora_rank)
-        if config.base is not None and config.train.precision == "bf16":
-            for encoder in text_encoders(pipeline):
+    precision = config.train.precision if trainable else recipe.sampling.precision
+    if computes_in_bfloat16(torch.device("cpu"), on_card(precision, gpu=gpu)):
+        round_linear(pipeline.transformer)
+        if config.base is not None:
+            for encoder in pipeline.text_encoders:
                 encoder.to(torch.bfloat16)
     return pipeline
 
@@ -132,14 +138,14 @@ def segmentor_of(recipe: Recipe, schema: LabelSchema) -> Segmentor:
     return Segmentor.build(config, schema.num_classes).requires_grad_(False)
 
 
+def on_card(precision: Precision, *, gpu: bool) -> Precision:
+    """What a recipe's precision means on the GPU that is planned for: today's all have bfloat16."""
+    return "bf16" if precision == "auto" and gpu else precision
+
+
 def modules(pipeline: TODSynthPipeline) -> list[nn.Module]:
     """The networks of a pipeline."""
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-
-
-def text_encoders(pipeline: TODSynthPipeline) -> list[nn.Module]:
-    """Those that a pipeline has."""
-    return [encoder for name in _TEXT_ENCODERS if (encoder := getattr(pipeline, name)) is not None]
 
 
 def length(encoder: Any) -> int:
@@ -159,7 +165,7 @@ def parameters(pipeline: TODSynthPipeline) -> dict[str, tuple[int, int]]:
     for name, parameter in pipeline.transformer.named_parameters():
         add(f"transformer, {branch(name)}", [parameter])
     add("autoencoder", [*pipeline.vae.parameters(), *pipeline.vae.buffers()])
-    for encoder in text_encoders(pipeline):
+    for encoder in pipeline.text_encoders:
         add("text encoders", encoder.parameters())
     return counts
 
@@ -173,7 +179,7 @@ def branch(name: str) -> str:
 
 def _prompts(pipeline: TODSynthPipeline, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     transformer = pipeline.transformer
-    encoders = text_encoders(pipeline)
+    encoders = pipeline.text_encoders
     # The tokens of the CLIP encoders share their places; T5's follow.
     tokens = length(encoders[0]) + sum(length(encoder) for encoder in encoders if isinstance(encoder, T5EncoderModel))
     shapes = (

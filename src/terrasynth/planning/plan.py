@@ -18,7 +18,7 @@ from terrasynth.data.world import WORLD_SCHEMA
 from terrasynth.models.mmdit import Trainable
 from terrasynth.planning.footprint import enter, flops_by_module, pretend, seconds
 from terrasynth.planning.parts import branch, label_schema, modules, parameters, pipeline_of, segmentor_of
-from terrasynth.planning.stages import Stage, Work, encode, paint, train
+from terrasynth.planning.stages import Stage, Work, encode, paint, prompts, train
 from terrasynth.progress import duration, track
 
 if TYPE_CHECKING:
@@ -81,12 +81,13 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
 
     def pipeline_for(trainable: Trainable | None) -> TODSynthPipeline:
         with unset_fake_temporarily(), torch.device("meta"):
-            pipeline = pipeline_of(recipe, schema, trainable)
+            pipeline = pipeline_of(recipe, schema, trainable, gpu=gpu)
         for part in modules(pipeline):
             enter(part)
         return pipeline
 
-    with pretend(gpu=gpu), track(5 + len(others) + steered, "planning", unit="stages") as progress:
+    count = 6 + len(others) + steered + (not config.train.offload_optimizer)
+    with pretend(gpu=gpu), track(count, "planning", unit="stages") as progress:
 
         def counted(name: str, work: Work) -> Stage:
             stage = work.count(name)
@@ -98,14 +99,18 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         stages = [counted("encode tiles, prompts", encode(recipe, pipeline))]
         on = config.train.gradient_checkpointing
         stages.append(counted("training step", step(pipeline, checkpointing=on)))
-        preview = counted("preview", paint(recipe, pipeline, _PREVIEWS, text=False, gpu=gpu))
+        preview = counted("preview", paint(recipe, pipeline, _PREVIEWS, gpu=gpu))
         stages.append(replace(preview, optimizer=stages[-1].optimizer, average=stages[-1].average))
         other = step(pipeline, checkpointing=not on)
         choices = [counted(f"{'without' if on else 'with'} gradient checkpointing", other)]
+        if not config.train.offload_optimizer:
+            other = step(pipeline, checkpointing=True, offload=True)
+            choices.append(counted("checkpointing, offload_optimizer", other))
         for which in others:
             other = step(pipeline_for(which), checkpointing=True)
             choices.append(counted(f"checkpointing, trainable: {which}", other))
         pipeline = pipeline_for(None)
+        stages.append(counted("encode prompts to paint", prompts(pipeline)))
         painting = paint(recipe, pipeline, images, gpu=gpu)
         parts = flops_by_module(painting.parts[0][0], _part_of)
         stages.append(counted(f"paint {images}", painting))
@@ -165,6 +170,10 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
         + ", ".join(f"{part} {flops / sum(plan.parts.values()):.0%}" for part, flops in shares)
     ]
     step = next(stage for stage in plan.stages if stage.name == "training step")
+    offloaded = (
+        f"AdamW's moments, with weights and gradients, take {4 * step.gradients / _GIB:,.1f} GiB of main memory; "
+        "the time of its update there is not counted"
+    )
     for card in cards:
         if card.speed is not None and step.peak <= card.memory:
             time = duration(train.steps * seconds(step.operations, card.speed))
@@ -172,6 +181,7 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
             lines.append(f"All {train.steps:,} steps on {card.name}, at {speed}, so at least: {time}")
     lines += [
         *plan.notes,
+        *([offloaded] if train.offload_optimizer else []),
         "Fits: in 92 % of the memory; drivers, kernels and gaps have the rest",
         "Tiles and prompts are encoded once; then the text encoders leave the card until painting",
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from terrasynth.planning.footprint import Operations, checkpoint, count, flops, nbytes
-from terrasynth.planning.parts import length, modules, text_encoders
+from terrasynth.planning.parts import length, modules, on_card
 from terrasynth.sampling.flow import FlowStep, guidance_terms
 from terrasynth.systems.generate import steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -26,7 +27,7 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision, Recipe
 
-__all__ = ["Stage", "Work", "encode", "paint", "train"]
+__all__ = ["Stage", "Work", "encode", "paint", "prompts", "train"]
 
 #: Prompts that are encoded together.
 _PROMPTS = 32
@@ -110,54 +111,78 @@ class Work:
 
 
 def encode(recipe: Recipe, pipeline: TODSynthPipeline) -> Work:
-    """Tiles and prompts, once, with everything on the card."""
+    """Tiles and prompts, once, before the transformer comes to the card."""
     size, device = recipe.data.image_size, pipeline.transformer.device
     batch = max(1, 2**20 // size**2)
     images, masks = torch.zeros(batch, 3, size, size, device=device), _masks(recipe, pipeline, batch)
-    texts = [
-        (encoder, torch.zeros(_PROMPTS, length(encoder), dtype=torch.long, device=device))
-        for encoder in text_encoders(pipeline)
-    ]
+    read, tokens = _reading(pipeline)
 
     @torch.no_grad()
-    def run() -> None:
+    def look() -> None:
         pipeline.encode_images(images)
         if pipeline.config.mask_coding == "grey":
             pipeline.encode_masks(masks)
-        for encoder, tokens in texts:
-            encoder(tokens)
 
-    held = [images, masks, *(tokens for _, tokens in texts)]
-    return Work([(run, 1)], _tensors(*modules(pipeline)), others=held)
+    parts = [part for part in modules(pipeline) if part is not pipeline.transformer]
+    return Work([(look, 1), (read, 1)], _tensors(*parts), others=[images, masks, *tokens])
 
 
-def train(recipe: Recipe, pipeline: TODSynthPipeline, *, checkpointing: bool, gpu: bool) -> Work:
-    """A step of the training, as `training.loop` takes it from the second step on."""
+def prompts(pipeline: TODSynthPipeline) -> Work:
+    """The prompts of what is to be painted, with everything on the card."""
+    read, tokens = _reading(pipeline)
+    return Work([(read, 1)], _tensors(*modules(pipeline)), others=tokens)
+
+
+def _reading(pipeline: TODSynthPipeline) -> tuple[Callable[[], None], list[Tensor]]:
+    """What encodes a batch of prompts, and their tokens."""
+    device = pipeline.transformer.device
+    tokens = [
+        torch.zeros(_PROMPTS, length(encoder), dtype=torch.long, device=device) for encoder in pipeline.text_encoders
+    ]
+
+    @torch.no_grad()
+    def read() -> None:
+        for encoder, given in zip(pipeline.text_encoders, tokens, strict=True):
+            encoder(given)
+
+    return read, tokens
+
+
+def train(
+    recipe: Recipe, pipeline: TODSynthPipeline, *, checkpointing: bool, gpu: bool, offload: bool | None = None
+) -> Work:
+    """A step of the training, as `training.loop` takes it from the second step on.
+
+    Where the optimiser is in main memory (`offload`; None: as the recipe has it), it needs nothing of the card.
+    """
     config, model = recipe.generator.train, pipeline.transformer
+    offload = config.offload_optimizer if offload is None else offload
     if checkpointing:
         model.enable_gradient_checkpointing(checkpoint)
     else:
         model.disable_gradient_checkpointing()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, config)
+    optimizer = None if offload else make_optimizer(model.named_parameters(), config)
     average = Average(model, config.ema_decay) if config.ema_decay else None
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     gradients = nbytes(p.grad for p in trained if p.grad is not None)
-    optimizer.step()  # makes its state
+    if optimizer is not None:
+        optimizer.step()  # makes its state
     if config.accumulate == 1:
-        optimizer.zero_grad()
+        model.zero_grad()
     batch = _batch(recipe, pipeline, config.batch_size)
 
     def micro_batch() -> None:
-        with _autocast(pipeline, config.precision, gpu=gpu):
+        with _autocast(pipeline, config.precision, gpu=gpu, keep_casts=not checkpointing):
             loss = pipeline.training_loss(batch) / config.accumulate
         loss.backward()
 
     def update() -> None:
         nn.utils.clip_grad_norm_(trained, config.clip_norm or torch.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad()
         if average is not None:
             average.update(0)
 
@@ -165,7 +190,7 @@ def train(recipe: Recipe, pipeline: TODSynthPipeline, *, checkpointing: bool, gp
         [(micro_batch, config.accumulate), (update, 1)],
         _tensors(model, pipeline.vae),
         gradients=gradients,
-        optimizer=[value for state in optimizer.state.values() for value in state.values()],
+        optimizer=[value for state in optimizer.state.values() for value in state.values()] if optimizer else [],
         average=[] if average is None else list(average.values.values()),
         others=list(batch.values()),
     )
@@ -177,13 +202,9 @@ def paint(
     images: int,
     segmentor: Segmentor | None = None,
     *,
-    text: bool = True,
     gpu: bool,
 ) -> Work:
-    """A batch of images: all steps, those that the segmentor steers, and the decoding.
-
-    `text` says whether the text encoders are on the card.
-    """
+    """A batch of images: all steps, those that the segmentor steers, and the decoding."""
     sampling, config = recipe.sampling, recipe.steering
     velocity, latents = (_latents(recipe, pipeline, images) for _ in range(2))
     masks = _masks(recipe, pipeline, images)
@@ -196,17 +217,25 @@ def paint(
         "pooled_projections": pooled,
         "mask_latents": pipeline.null_mask_latents(masks[:1]).repeat(rows, 1, 1, 1),
     }
-    networks = modules(pipeline) if text else [pipeline.transformer, pipeline.vae]
+    # On a GPU the text encoders are not there any more.
+    networks = [pipeline.transformer, pipeline.vae] if gpu else modules(pipeline)
+
+    low, high = sampling.guidance_interval
+    with unset_fake_temporarily():
+        scheduler = pipeline.shifted(sampling.shift)
+        scheduler.set_timesteps(sampling.steps)
+        guided = sum(low < timestep / 1000 <= high for timestep in scheduler.timesteps.tolist())
 
     @torch.no_grad()
-    def evaluate() -> None:
-        pipeline.transformer(**given)
+    def evaluate(rows: int) -> None:
+        pipeline.transformer(**{name: tensor[:rows] for name, tensor in given.items()})
 
     @torch.no_grad()
     def decode() -> None:
         pipeline.decode(latents)
 
-    parts: list[tuple[Callable[[], object], int]] = [(evaluate, sampling.steps), (decode, 1)]
+    evaluations = [(partial(evaluate, rows), guided), (partial(evaluate, images), sampling.steps - guided)]
+    parts: list[tuple[Callable[[], object], int]] = [*(part for part in evaluations if part[1]), (decode, 1)]
     if segmentor is not None:
         networks.append(segmentor)
         steering = steering_for(config, segmentor.loss)(masks)
@@ -247,9 +276,10 @@ def _latents(recipe: Recipe, pipeline: TODSynthPipeline, batch: int) -> Tensor:
     return torch.zeros(batch, transformer.config.in_channels, side, side, device=transformer.device)
 
 
-def _autocast(pipeline: TODSynthPipeline, precision: Precision, *, gpu: bool) -> torch.autocast:
-    automatic = precision == "auto" and gpu  # today's cards all have bfloat16
-    return autocast(pipeline.transformer.device, "bf16" if automatic else precision)
+def _autocast(
+    pipeline: TODSynthPipeline, precision: Precision, *, gpu: bool, keep_casts: bool = True
+) -> torch.autocast:
+    return autocast(pipeline.transformer.device, on_card(precision, gpu=gpu), keep_casts=keep_casts)
 
 
 def _tensors(*networks: nn.Module) -> list[Tensor]:

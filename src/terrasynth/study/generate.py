@@ -50,7 +50,7 @@ def generate(
     if license is not None:
         check_license(license)  # before the model is loaded
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(model).to(device)
+    pipeline = load_pipeline(model).place(device, sampling.precision)
     if isinstance(masks, Path):
         size = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
         ids, layouts = load_masks(masks, pipeline.schema, size, skip_bad=skip_bad)

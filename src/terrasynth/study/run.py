@@ -315,7 +315,7 @@ class Study:
         def work(folder: Path) -> None:
             layouts = self.layouts(seed)
             with _remade(self.generator):
-                pipeline = load_pipeline(self.generator.folder / "model").to(_DEVICE)
+                pipeline = load_pipeline(self.generator.folder / "model").place(_DEVICE, self.recipe.sampling.precision)
             paint(
                 pipeline,
                 layouts.masks,

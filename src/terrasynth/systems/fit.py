@@ -26,6 +26,7 @@ from terrasynth.systems.generate import sampling_arguments
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key, mixed_keys
 from terrasynth.training.loop import Outcome, global_batch, train
+from terrasynth.training.precision import computes_in_bfloat16, round_linear
 from terrasynth.training.processes import process_state
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["EncodedViews", "build", "check_divides", "check_positions", "fit_generator"]
 
 _UNLABELLED_VIEWS = 8
+_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class EncodedViews(Dataset[dict[str, Tensor]]):
@@ -166,8 +168,8 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
     if config.base is None:
         factor, patch_size = config.autoencoder.patch_size, config.patch_size
     else:
-        # The text encoders, most of the weights, only ever run once and need no more than bfloat16.
-        text = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        # The text encoders, most of the weights, are never trained and need no more than bfloat16.
+        text = torch.bfloat16 if computes_in_bfloat16(_DEVICE, config.train.precision) else torch.float32
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # what the base does not have starts at random
             pipeline = TODSynthPipeline.from_pretrained(
@@ -231,7 +233,11 @@ def fit_generator(
     several processes, these share the training; the main one does everything else.
     """
     begun = time.monotonic()
-    pipeline = build(config, data, tiles).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = build(config, data, tiles)
+    pipeline.vae.to(_DEVICE)
+    # Beside each other, text encoders and transformer may be more than a card holds.
+    for encoder in pipeline.text_encoders:
+        encoder.to(_DEVICE)
     if config.base is None and config.autoencoder.train is not None:
         refined = fit_refiner(
             pipeline.vae, tiles, config.autoencoder, folder / "autoencoder", seed=config.seed, max_minutes=max_minutes
@@ -261,6 +267,10 @@ def fit_generator(
                 part.to("cpu")  # to be saved with the model
             elif part is not None:
                 setattr(pipeline, name, None)
+    precision = config.train.precision
+    if computes_in_bfloat16(_DEVICE, precision):
+        round_linear(pipeline.transformer)
+    pipeline.transformer.to(_DEVICE)
     pipeline.text_dropout, pipeline.mask_dropout = config.text_dropout, config.mask_dropout
     pipeline.density = config.density
     transformer = pipeline.transformer
@@ -273,7 +283,7 @@ def fit_generator(
             tiles.masks[shown],
             seeds=list(range(len(shown))),
             output_type="pt",
-            **sampling_arguments(sampling),
+            **sampling_arguments(sampling.model_copy(update={"precision": precision})),
         ).images
         sheet = contact_sheet({"real": tiles.images[shown], "painted": images}, tiles.masks[shown], tiles.schema)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
@@ -298,6 +308,7 @@ def fit_generator(
         label="training the generator",
     )
     if outcome.finished and process.is_main_process and not (folder / "model").is_dir():
+        torch.nn.Module.to(pipeline.transformer, "cpu", torch.float32)  # as every model is stored
         with atomic_dir(folder / "model") as partial:
             if config.save_precision == "fp16":
                 pipeline.cast(torch.float16)  # to start from, not to compute in

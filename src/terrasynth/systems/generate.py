@@ -116,6 +116,15 @@ def paint(
     if len(done) > len(jobs):
         say(f"{folder} has {len(done)} images already, more than the {len(jobs)} asked for: it is left as it is")
     device = pipeline.transformer.device
+    if any(encoder.device != device for encoder in pipeline.text_encoders):
+        # Brought to the card once, not for each batch with a new prompt.
+        with track(len(jobs), "reading masks", unit="masks", done=len(done)) as progress:
+            coming = {""}
+            for job in jobs:
+                if job.id not in done:
+                    coming.update(pipeline.captions([view_mask(masks[job.source], job.view)]))
+                    progress.advance()
+        pipeline.prompts.prepare(sorted(coming))
     with track(len(jobs), label, unit="images", done=len(done)) as progress:
         # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
         for start in range(0, len(jobs), sampling.batch_size):
@@ -126,7 +135,7 @@ def paint(
             if between is not None:
                 between()
             targets = torch.stack([view_mask(masks[job.source], job.view) for job in batch])
-            prompts = [pipeline.schema.caption(mask, pipeline.config.caption) for mask in targets]
+            prompts = pipeline.captions(targets)
             images = pipeline(
                 targets.long().to(device),
                 prompts,

@@ -67,7 +67,7 @@ def paint_like(model: Path, mask: Path, out: Path, *, sampling: SamplingConfig, 
         say(f"{out} is there already")
         return out
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(model).to(device)
+    pipeline = load_pipeline(model).place(device, sampling.precision)
     layout, grid = _read_mask(mask, pipeline.schema)
     image = paint_large(pipeline, layout, seed=seed, sampling=sampling)
     tags = {
@@ -137,6 +137,9 @@ def paint_large(pipeline: TODSynthPipeline, mask: Tensor, *, seed: int, sampling
     axes = [cover(length // token, size, min(size - 1, round(_OVERLAP * size))) for length in padded.shape]
     windows = [window.scaled(patch).to(device) for window in patches(*axes)]
     batches = [windows[i : i + sampling.batch_size] for i in range(0, len(windows), sampling.batch_size)]
+
+    pixels = (window.scaled(pipeline.factor) for window in windows)
+    pipeline.prompts.prepare(pipeline.captions(padded[window.rows, window.columns] for window in pixels))
 
     def velocity_of(batch: list[Patch], progress: Tracker) -> Velocity:
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Reads like the method section: the conditions, the flow-matching loss, guided an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -38,7 +38,7 @@ from terrasynth.sampling.flow import (
     seeded_generator,
     seeded_noise,
 )
-from terrasynth.training.precision import autocast
+from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
 if TYPE_CHECKING:
     from terrasynth.recipe import GeneratorConfig, Precision
@@ -152,13 +152,33 @@ class TODSynthPipeline(DiffusionPipeline):
 
     # Conditions
 
+    @property
+    def text_encoders(self) -> list[CLIPTextModelWithProjection | T5EncoderModel]:
+        """Those that there are."""
+        every = (self.text_encoder, self.text_encoder_2, self.text_encoder_3)
+        return [encoder for encoder in every if encoder is not None]
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts to prompt embeddings (B, L, D) and pooled embeddings (B, P); `prompts` is the same with a cache."""
+        """Texts to prompt embeddings (B, L, D) and pooled embeddings (B, P); `prompts` is the same with a cache.
+
+        Text encoders in main memory come to the autoencoder's device for this, and leave it again.
+        """
         clip = [(self.tokenizer, self.text_encoder)]
         if self.text_encoder_2 is not None:
             clip.append((self.tokenizer_2, self.text_encoder_2))
         t5 = None if self.text_encoder_3 is None else (self.tokenizer_3, self.text_encoder_3)
-        return encode_prompts(prompts, clip, t5)
+        visitors = [encoder for encoder in self.text_encoders if encoder.device.type == "cpu"]
+        try:
+            for encoder in visitors:
+                encoder.to(self.vae.device)
+            return encode_prompts(prompts, clip, t5)
+        finally:
+            for encoder in visitors:
+                encoder.to("cpu")
+
+    def captions(self, masks: Iterable[Tensor]) -> list[str]:
+        """The default prompt of every mask (H, W): the names of its classes."""
+        return [self.schema.caption(mask.cpu(), self.config.caption) for mask in masks]
 
     def encode_masks(self, masks: Tensor) -> Tensor:
         """Masks (B, H, W) of class indices to mask latents (B, C, h, w) on the grid of the image latents."""
@@ -222,6 +242,26 @@ class TODSynthPipeline(DiffusionPipeline):
                 expected="a pipeline that TerraSynth saved, or Stable Diffusion 3 / 3.5 as a folder or hub name",
                 fix="check the folder; for a hub name, the connection, the login and the model's licence",
             ) from error
+
+    def place(self, device: str | torch.device, precision: Precision) -> Self:
+        """Bring the networks where they paint, in as little of a card's memory as that takes, and return self.
+
+        The text encoders, most of the weights of a large model, stay in main memory but for the prompts that
+        `encode_prompts` meets. What is painted in bfloat16 has its weights in it.
+
+        Args:
+            device: where to paint.
+            precision: of every call of the pipeline from now on.
+        """
+        device = torch.device(device)
+        if computes_in_bfloat16(device, precision):
+            self.transformer.requires_grad_(False)
+            round_linear(self.transformer)
+            for encoder in self.text_encoders:
+                encoder.to(torch.bfloat16)
+        for part in (self.transformer, self.vae):
+            part.to(device)
+        return self
 
     def cast(self, dtype: torch.dtype) -> None:
         """Bring every part to a precision, as `to(dtype)` does, without its warning about modules that are none."""
@@ -368,7 +408,7 @@ class TODSynthPipeline(DiffusionPipeline):
         """The guided velocity under B masks (B, H, W) and prompts; see `__call__`. It takes B latents."""
         device, dtype = masks.device, self.transformer.dtype
         if prompts is None:
-            prompts = [self.schema.caption(mask, self.config.caption) for mask in masks.cpu()]
+            prompts = self.captions(masks)
         # In full precision, whatever the caller paints in: some of it is kept for other calls.
         with torch.autocast(device.type, enabled=False):
             embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))

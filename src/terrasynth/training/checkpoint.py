@@ -321,14 +321,14 @@ def restore(
     _fill(checkpoint / _WEIGHTS, weights(model), every=True)
     if ema is not None:
         _fill(checkpoint / "ema.safetensors", ema, every=True)
-    parameters = dict(model.named_parameters())
     values: dict[str, dict[str, Tensor]] = {}
     saved = optimizer.state_dict()
-    indices = {
-        name: index
-        for group in saved["param_groups"]
-        for index, name in zip(group["params"], group["param_names"], strict=True)
-    }
+    # The optimiser's own parameters: they may be elsewhere than the model's.
+    indices: dict[str, int] = {}
+    parameters: dict[str, Tensor] = {}
+    for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        indices |= dict(zip(group["param_names"], packed["params"], strict=True))
+        parameters |= dict(zip(group["param_names"], group["params"], strict=True))
     path = checkpoint / _OPTIMIZER
     moments = _read(path)
     for entry, tensor in moments.items():

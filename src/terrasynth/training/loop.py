@@ -19,7 +19,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from terrasynth.progress import say, track
 from terrasynth.recipe import TrainConfig
 from terrasynth.training import checkpoint
 from terrasynth.training.keys import Key, KeyedDataset, hash63, mixed_keys, sequenced_keys, shuffled_keys
+from terrasynth.training.offload import Twins
 from terrasynth.training.precision import autocast
 from terrasynth.training.processes import process_state
 
@@ -48,8 +49,9 @@ __all__ = ["Key", "Outcome", "global_batch", "learning_rate", "mixed_keys", "seq
 
 #: What may differ when a run goes on: it changes no weight, or (the processes) by rounding alone.
 _HARMLESS = frozenset(
-    ("processes", *(f"config.{key}" for key in ("checkpoint_every", "log_every", "workers", "gradient_checkpointing")))
-)
+    f"config.{key}"
+    for key in ("checkpoint_every", "log_every", "workers", "gradient_checkpointing", "offload_optimizer")
+) | {"processes"}
 #: Every process holds the whole model.
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -93,12 +95,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on those of two or more dimensions only."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over those of some parameters that are trained; weight decay on two or more dimensions only."""
+    trained = [(name, p) for name, p in named if p.requires_grad]
     groups = [
-        {"params": [(name, p) for name, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [(name, p) for name, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(name, p) for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     # The fused kernel is about three times as fast as the default one, on the CPU as well.
     return torch.optim.AdamW(
@@ -298,7 +300,8 @@ class _Run:
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
         self.objective = self.accelerator.prepare(_Objective(model, loss))
-        self.optimizer = make_optimizer(model, config)
+        self.twins = Twins(model) if config.offload_optimizer else None
+        self.optimizer = make_optimizer(self.twins.named.items() if self.twins else model.named_parameters(), config)
         self.average = Average(model, config.ema_decay) if config.ema_decay else None
 
         self.settings: dict[str, Any] = {
@@ -355,6 +358,8 @@ class _Run:
             say(f"{self.label}: it goes on in {now} process(es) after {was}, with the same samples in every step")
         averages = self.average.values if self.average else None
         checkpoint.restore(saved, model=self.model, optimizer=self.optimizer, ema=averages)
+        if self.twins:
+            self.twins.take_weights()
         self.step, self.seconds = state["step"], state["seconds"]
         self.best, self.recent = state["best"], state["recent"]
 
@@ -384,7 +389,8 @@ class _Run:
             parts = global_batch(config) / (len(batch["seed"]) * self.process.num_processes)
             last = micro == self.micro_batches - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                with autocast(self.device, config.precision):
+                # Checkpointed blocks round their weights twice; kept, they would be half as much memory as the weights.
+                with autocast(self.device, config.precision, keep_casts=not config.gradient_checkpointing):
                     loss = self.objective(batch) / parts
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -392,8 +398,12 @@ class _Run:
             norm = get_total_norm([p.grad for p in self.trainable if p.grad is not None])
         else:
             norm = clip_grad_norm_(self.trainable, config.clip_norm)
+        if self.twins:
+            self.twins.take_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.twins:
+            self.twins.give_weights()
         if self.average:
             self.average.update(self.step)
         self.fresh.append(torch.stack((total, norm)))

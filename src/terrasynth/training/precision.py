@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from terrasynth.recipe import Precision
 
-__all__ = ["autocast"]
+__all__ = ["autocast", "computes_in_bfloat16", "round_linear"]
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """A context that computes in bfloat16 where `precision` says so.
+def autocast(device: torch.device, precision: Precision, *, keep_casts: bool = True) -> torch.autocast:
+    """A context that computes in bfloat16 where `precision` says so; see `computes_in_bfloat16`.
+
+    Without `keep_casts`, trained weights are rounded anew at every use, in place of being held in bfloat16 too until
+    the context ends: half the memory of the weights, for one more pass over them.
+    """
+    enabled = computes_in_bfloat16(device, precision)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
+
+
+def computes_in_bfloat16(device: torch.device, precision: Precision) -> bool:
+    """Whether `precision` means bfloat16 on a device.
 
     `auto` asks the processor: bfloat16 if it has instructions for it (CUDA from compute capability 8.0 on; x86 with
     AVX512-BF16 or AMX, where matrix products run at several times the rate of float32), else float32.
     """
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and _native(device))
-    )
+    return precision == "bf16" or (precision == "auto" and _native(device))
+
+
+def round_linear(network: nn.Module) -> None:
+    """Keep the frozen weights of linear layers in bfloat16, in place.
+
+    Under `autocast` they are rounded to it at every use, so nothing that the network computes there changes, to the
+    bit; without, it no longer computes.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
 
 
 def _native(device: torch.device) -> bool:
