@@ -386,11 +386,13 @@ class Stretch:
                     found=f"{len(raster.palette)} colours, index {values.max()}",
                 )
             values = np.moveaxis(raster.palette[values[0]], -1, 0)
-        if not valid.all():
+        missing = None if valid.all() else ~valid
+        if missing is not None:
             values = np.where(valid, values, 0)
         if self.ranges is not None:
             values = self._scaled(values)
-            values[:, ~valid] = 0
+            if missing is not None:
+                values[:, missing] = 0
         return np.moveaxis(values if len(values) == 3 else values.repeat(3, axis=0), 0, -1), valid
 
     def _scaled(self, values: NDArray[Any]) -> NDArray[np.uint8]:
