@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -86,6 +87,26 @@ def rows(out):
 
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_class_names_in_a_masks_tags_are_believed(source):
+    """As `terrasynth predict` writes them: of other classes the values would be read without a word."""
+    names, path = dict(enumerate(SCHEMA.names)), source / "masks" / "s1.tif"
+
+    def tag(names):
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(1, **{f"class_{value}": name for value, name in names.items()})
+
+    tag(names)
+    assert sum(cut(source).counts.values()) == 48
+    shutil.rmtree(source.parent / "out")
+    tag({0: names[2], 1: names[1], 2: names[0]})
+    message = failure(source)
+    assert "the names of the classes in the mask are not those of the label schema" in message
+    assert str(path) in message
+    assert f"in the file: 0 = {names[2]}" in message
+    assert "--mask-coding index if the names are wrong" in message
+    assert sum(cut(source, mask_coding="index").counts.values()) == 48
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Survey:
         path: the file.
         grid: its size and place.
         keys: int64 (n,), ascending: one number for each of them (the value, or the bytes of the bands).
-        pixels: the same as an image of one row, (1, n) or (1, n, C), with the file's palette.
+        pixels: the same as an image of one row, (1, n) or (1, n, C), with the file's palette and class names.
         counts: int64 (1, n), how often each occurs.
         nodata: the nodata value as such an image, if it occurs; it is not one of `pixels`.
     """
@@ -112,7 +112,8 @@ def survey(raster: Raster, windows: Iterator[Window] | None = None) -> Survey:
         if empty.any():
             nodata = Pixels(_unpacked(keys[empty], raster), raster.palette)
             keys, counts = keys[~empty], counts[~empty]
-    return Survey(raster.path, raster.grid, keys, Pixels(_unpacked(keys, raster), raster.palette), counts[None], nodata)
+    pixels = Pixels(_unpacked(keys, raster), raster.palette, class_names=raster.class_names)
+    return Survey(raster.path, raster.grid, keys, pixels, counts[None], nodata)
 
 
 def _keys(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -232,12 +232,16 @@ def _settle(
     checked: Sequence[Checked], schema: LabelSchema, settings: PrepareSettings
 ) -> tuple[str, dict[Path, Lookup], list[TerraSynthError]]:
     try:
-        return settle([one.survey for one in checked if one.survey is not None], schema, settings.mask_coding)
+        surveys = [one.survey for one in checked if one.survey is not None]
+        coding, lookups, faults = settle(surveys, schema, settings.mask_coding)
     except TerraSynthError as error:
-        fix = (error.fix or "").replace("data.mask_coding:", "--mask-coding")
-        raise TerraSynthError(
-            error.problem, path=error.path, found=error.found, expected=error.expected, fix=fix
-        ) from error
+        raise _of_the_command_line(error) from error
+    return coding, lookups, [_of_the_command_line(fault) for fault in faults]
+
+
+def _of_the_command_line(error: TerraSynthError) -> TerraSynthError:
+    fix = None if error.fix is None else error.fix.replace("data.mask_coding:", "--mask-coding")
+    return TerraSynthError(error.problem, path=error.path, found=error.found, expected=error.expected, fix=fix)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from terrasynth.io import Pixels, open_image
 from terrasynth.progress import say
 
 __all__ = [
-    "as_named",
     "common_coding",
     "mask_readings",
     "nodata_is_class",
@@ -96,9 +95,7 @@ def _palette(pixels: Pixels, path: Path) -> _Array:
 def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]:
     """Read a mask in every coding that it fits ("index", "color", "grey"), each (H, W); at least one."""
     refuse_jpeg(path)
-    pixels = open_image(path)
-    readings = mask_readings(pixels, schema, coding, path)
-    return as_named(readings, pixels.values, pixels.class_names, schema, path) if coding == "auto" else readings
+    return mask_readings(open_image(path), schema, coding, path)
 
 
 def refuse_jpeg(path: Path) -> None:
@@ -112,21 +109,13 @@ def refuse_jpeg(path: Path) -> None:
         )
 
 
-def as_named(
-    readings: Mapping[str, _Array], values: NDArray[Any], names: Mapping[int, str], schema: LabelSchema, path: Path
-) -> dict[str, _Array]:
-    """The readings that agree with the names that the file gives its classes.
-
-    Args:
-        readings: of `values`, by coding.
-        values: the mask, or the different values that occur in it.
-        names: of values, as far as the file has any.
-        schema: the classes.
-        path: is only named in messages.
+def _as_named(readings: Mapping[str, _Array], pixels: Pixels, schema: LabelSchema, path: Path) -> dict[str, _Array]:
+    """The readings that agree with the names that the file gives its classes; all if it gives none.
 
     Raises:
-        TerraSynthError: there are names, and none of the readings agrees.
+        TerraSynthError: none of them does.
     """
+    values, names = pixels.values, pixels.class_names
     firsts = {value: int((values == value).argmax()) for value in names if (values == value).any()}
     meanings = {
         coding: {value: _meaning(schema, int(reading.flat[first])) for value, first in firsts.items()}
@@ -179,7 +168,17 @@ def mask_readings(
         coding: `auto`, or the only one to try.
         path: is only named in messages.
         counts: how often each of `pixels` occurs, (H, W), in messages; once, by default.
+
+    Raises:
+        TerraSynthError: they fit none; or, with `auto`, none in which they are the classes that the file names.
     """
+    readings = _readings(pixels, schema, coding, path, counts)
+    return _as_named(readings, pixels, schema, path) if coding == "auto" else readings
+
+
+def _readings(
+    pixels: Pixels, schema: LabelSchema, coding: str, path: Path, counts: _Counts | None
+) -> dict[str, _Array]:
     values = _without_alpha(pixels.values, path)
     if values.dtype.kind not in "iu":
         raise TerraSynthError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from terrasynth.data.blending import cover
 from terrasynth.data.masks import settle, survey
 from terrasynth.data.raster import Grid, open_raster
-from terrasynth.data.read import as_named, without_recipe
+from terrasynth.data.read import without_recipe
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import (
@@ -98,11 +98,10 @@ def _read_mask(path: Path, schema: LabelSchema) -> tuple[Tensor, Grid]:
                 fix="cut it, for example with `gdal_translate -srcwin`",
             )
         try:
-            coding, lookups, faults = settle([survey(raster)], schema, "auto")
+            _, lookups, faults = settle([survey(raster)], schema, "auto")
             if faults:
                 raise faults[0]
             lookup = lookups[path]
-            as_named({coding: lookup.classes}, lookup.keys, raster.class_names, schema, path)
         except TerraSynthError as error:
             raise without_recipe(error, path) from error
         layout = torch.from_numpy(lookup.read(raster, Window(0, 0, grid.width, grid.height)))
