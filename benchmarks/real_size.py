@@ -151,13 +151,14 @@ def main() -> None:
             return
         card = here()[0]
         plan = make_plan(recipe, Path(), gpu=card.gpu)
-    planned = {
-        "training step": plan.stages[1],
-        f"training step, {plan.choices[0].name}": plan.choices[0],
-        "painting": plan.stages[3],
-        "steered painting": plan.stages[4],
-    }
     train, sampling = recipe.generator.train, recipe.sampling
+    stages_of = {stage.name: stage for stage in plan.stages}
+    planned = {
+        "training step": stages_of["training step"],
+        f"training step, {plan.choices[0].name}": plan.choices[0],
+        "painting": stages_of[f"paint {sampling.batch_size}"],
+        "steered painting": stages_of[f"paint {sampling.batch_size}, steered"],
+    }
     print(
         f"{card.name}, torch {torch.__version__}; {recipe.data.image_size} px, {train.batch_size} x {train.accumulate} "
         f"samples a step, {train.precision}, trainable: {recipe.generator.trainable}, gradient checkpointing "

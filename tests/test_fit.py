@@ -3,12 +3,14 @@ import pickle
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import AutoencoderConfig
+from terrasynth.systems import fit as fit_module
 from terrasynth.systems.fit import EncodedViews, build, fit_generator
 from terrasynth.systems.generate import load_pipeline
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -273,6 +275,43 @@ def test_a_generator_saved_in_half_precision_paints_nearly_the_same_from_half_th
     torch.testing.assert_close(*painted, atol=0.02, rtol=0)
     # And it is one to start from.
     build(changed(tiny_recipe.generator, base=str(half)), tiny_recipe.data, tiles)
+
+
+@pytest.mark.parametrize("trainable", ["mask", "lora"])
+def test_frozen_weights_are_rounded_in_training_and_saved_as_they_were(
+    sd3_folder, tiles, tiny_recipe, tmp_path, monkeypatch, trainable
+):
+    seen, train = [], fit_module.train
+
+    def watched(model, *arguments, **options):
+        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        seen.append({(module.weight.dtype, module.weight.requires_grad) for module in linear})
+        return train(model, *arguments, **options)
+
+    monkeypatch.setattr(fit_module, "train", watched)
+    settings = {**SHORT, "steps": 1, "warmup_steps": 0, "precision": "bf16"}
+    folder = fit(tiny_recipe, tiles, tmp_path, base=str(sd3_folder), trainable=trainable, train=settings)
+    assert seen == [{(torch.bfloat16, False), (torch.float32, True)}]
+    base = StableDiffusion3Pipeline.from_pretrained(sd3_folder).transformer.state_dict()
+    saved = load_pipeline(folder / "model").transformer.state_dict()
+    same = [torch.equal(saved[name], weight) for name, weight in base.items()]
+    # Adapters are merged into the image branch: there the text branch alone is as it was.
+    assert all(same) if trainable == "mask" else sum(same) > 30
+
+
+def test_no_prompt_is_encoded_once_training_began(sd3_folder, tiles, tiny_recipe, tmp_path, monkeypatch):
+    """The text encoders have left the card by then. Previews have other prompts than tiles with their own captions."""
+    calls, train, encode = [], fit_module.train, TODSynthPipeline.encode_prompts
+    monkeypatch.setattr(
+        fit_module, "train", lambda *given, **options: calls.append("train") or train(*given, **options)
+    )
+    monkeypatch.setattr(
+        TODSynthPipeline, "encode_prompts", lambda self, prompts: calls.append(prompts) or encode(self, prompts)
+    )
+    named = dataclasses.replace(tiles, caption=[f"tile {i}" for i in range(len(tiles))])
+    fit(tiny_recipe, named, tmp_path, base=str(sd3_folder), trainable="mask", train={**SHORT, "evaluate_every": 1})
+    assert calls[-1] == "train"
+    assert len(calls) > 1
 
 
 def test_the_text_encoders_of_a_base_are_saved_as_they_were_computed(sd3_folder, tiles, tiny_recipe, tmp_path):

@@ -8,10 +8,11 @@ from PIL import Image
 from terrasynth.data.folder import load_synthetic, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
+from terrasynth.models.text import PromptCache
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.study.generate import generate
 from terrasynth.systems.fit import build
-from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
+from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for, view_mask
 from terrasynth.tasks.segmentation import Segmentor
 
 SAMPLING = SamplingConfig(steps=2, batch_size=2)
@@ -73,6 +74,30 @@ def test_an_interrupted_painting_ends_as_an_uninterrupted_one(model, tiles, tmp_
     pipeline.decode = original
     paint(pipeline, tiles.masks, tiles.ids, jobs, SAMPLING, tmp_path / "cut", provenance={"model": "x"})
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_text_encoders_that_are_elsewhere_read_all_prompts_at_once(model, tiles, tmp_path, monkeypatch):
+    pipeline, reads, jobs = load_pipeline(model), [], plan(6, len(tiles), seed=0)
+    monkeypatch.setattr(type(pipeline.text_encoder), "device", torch.device("meta"))
+    monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("cpu"))
+
+    def paint_all():
+        reads.clear()
+        pipeline.prompts = PromptCache(
+            lambda prompts: reads.append(prompts) or pipeline.encode_prompts(prompts), None, ""
+        )
+        paint(pipeline, tiles.masks, tiles.ids, jobs, SAMPLING, tmp_path / "set", provenance={})
+
+    paint_all()
+    assert len(reads) == 1
+    assert set(reads[0]) == {"", *pipeline.captions(view_mask(tiles.masks[job.source], job.view) for job in jobs)}
+    before = files(tmp_path / "set")
+    paint_all()
+    assert reads == []
+    (tmp_path / "set" / "images" / f"{jobs[3].id}.png").unlink()
+    paint_all()  # the whole batch of the missing one
+    assert len(reads) == 1
+    assert files(tmp_path / "set") == before
 
 
 def test_the_dataset_says_where_every_sample_comes_from(model, tiles, tmp_path):

@@ -19,6 +19,7 @@ from terrasynth.cli import app
 from terrasynth.data.blending import cover
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.errors import TerraSynthError
+from terrasynth.models.text import PromptCache
 from terrasynth.recipe import SamplingConfig
 from terrasynth.sampling.tiles import blended_velocity, patches
 from terrasynth.systems.generate import load_pipeline, model_digest, sampling_arguments
@@ -87,6 +88,18 @@ def test_a_larger_one_depends_on_the_seed_and_not_on_the_batch(pipeline):
     assert (image.int() - one.int()).abs().max() <= 1
     other = paint_large(pipeline, mask, seed=6, sampling=four)
     assert (image.int() - other.int()).abs().float().mean() > 3
+
+
+def test_all_prompts_are_read_before_the_first_window(pipeline, monkeypatch):
+    reads = []
+    encode = pipeline.encode_prompts
+    monkeypatch.setattr(
+        pipeline, "prompts", PromptCache(lambda prompts: reads.append(prompts) or encode(prompts), None, "")
+    )
+    mask = torch.from_numpy(render(11, size=300)[1])
+    paint_large(pipeline, mask[:130], seed=5, sampling=SamplingConfig(steps=2, batch_size=2))
+    assert len(reads) == 1
+    assert "" in reads[0]
 
 
 def test_the_conditions_of_one_batch_are_in_memory_at_a_time(pipeline, monkeypatch):

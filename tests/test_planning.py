@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from terrasynth.data.world import WORLD_SCHEMA
 from terrasynth.errors import TerraSynthError
 from terrasynth.planning import cards, parts, stages
 from terrasynth.planning.footprint import Speed, count, enter, flops, flops_by_module, pretend, seconds
+from terrasynth.planning.plan import make_plan
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
 from terrasynth.systems.generate import sampling_arguments
@@ -233,6 +235,18 @@ def test_the_doctor_prints_every_stage_and_where_it_fits(recipe, tmp_path):
     stages_of += "with gradient checkpointing|checkpointing, offload_optimizer"
     assert len(re.findall(rf"^  (?:{stages_of}) .* s +too large$", result.stdout, re.MULTILINE)) == 8
     assert "All 6 steps on H100, at the data sheet's speed, so at least" in result.stdout
+
+
+@pytest.mark.parametrize(("trained", "painted"), [("bf16", "fp32"), ("fp32", "bf16"), ("auto", "auto")])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_every_mixture_of_precisions_is_planned(recipe, trained, painted, gpu):
+    """Frozen weights are in bfloat16 where the training is, all weights where the painting is."""
+    values = with_training(recipe, precision=trained).model_dump(mode="json")
+    values["generator"] |= {"base": "terrasynth-tiny", "trainable": "mask"}
+    values["sampling"] |= {"precision": painted}
+    plan = make_plan(Recipe.model_validate(values), Path(), gpu=gpu)
+    assert [stage.name for stage in plan.stages][1:4] == ["training step", "preview", "encode prompts to paint"]
+    assert min(plan.parts.values()) > 0
 
 
 def test_the_doctor_refuses_what_it_can_not_plan():

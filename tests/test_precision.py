@@ -130,6 +130,31 @@ def test_a_pipeline_that_was_placed_paints_the_same_to_the_bit(extended):
     assert torch.equal(plainly(), placed())
 
 
+def test_a_placed_pipeline_computes_in_what_it_was_placed_for(extended):
+    masks = torch.randint(0, 3, (1, 32, 32))
+    pipeline = extended("mask").place("cpu", "bf16")
+    calls = ({}, {"precision": "bf16"})
+    painted = [pipeline(masks, seeds=[1], num_inference_steps=2, output_type="pt", **given).images for given in calls]
+    assert torch.equal(*painted)
+
+
+def test_text_encoders_paint_in_what_they_were_stored_in(sd3_folder, extended, tmp_path):
+    pipeline = extended("mask")
+    for encoder in pipeline.text_encoders:
+        encoder.to(torch.bfloat16)
+    pipeline.save_pretrained(tmp_path)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        loaded = TODSynthPipeline.from_pretrained(tmp_path).place("cpu", precision)
+        assert {p.dtype for encoder in loaded.text_encoders for p in encoder.parameters()} == {dtype}
+    assert {encoder.dtype for encoder in extended("mask").place("cpu", "bf16").text_encoders} == {torch.float32}
+
+
+def test_text_encoders_stay_where_they_were(extended):
+    pipeline = extended("mask").place("meta", "fp32")
+    assert {pipeline.transformer.device.type, pipeline.vae.device.type} == {"meta"}
+    assert {encoder.device.type for encoder in pipeline.text_encoders} == {"cpu"}
+
+
 def test_in_full_precision_nothing_is_rounded(extended):
     pipeline = extended("mask").place("cpu", "fp32")
     networks = (pipeline.transformer, pipeline.vae, *pipeline.text_encoders)
@@ -149,3 +174,11 @@ def test_text_encoders_come_to_the_card_for_new_prompts_alone(extended, monkeypa
     assert len(moves) == 6
     pipeline.prompts.prepare(["a", "c", "c"])
     assert len(moves) == 12
+
+
+def test_a_prompt_is_encoded_the_same_whatever_others_are(extended):
+    pipeline, texts = extended("mask"), ["a satellite image of water", "", "road", "land, road and water"]
+    for embeds, pooled, text in zip(*pipeline.encode_prompts(texts), texts, strict=True):
+        alone = pipeline.encode_prompts([text])
+        assert torch.equal(embeds, alone[0][0])
+        assert torch.equal(pooled, alone[1][0])

@@ -112,6 +112,7 @@ def test_each_pixel_comes_back_once_and_where_it_was(tmp_path, height, width, si
     row, tiled = shares(segmentor_of(nn.Identity()), path, windows)
     assert (row, tiled.shape) == (0, (3, height, width))
     np.testing.assert_array_equal(tiled.argmax(0).numpy(), classes)
+    # Up to 33 x 33 windows count in a pixel.
     torch.testing.assert_close(tiled.sum(0), torch.ones(height, width), atol=5e-6, rtol=0)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import TrainConfig
-from terrasynth.training import offload
+from terrasynth.training import loop, offload
 from terrasynth.training.keys import hash63, mixed_keys, shuffled_keys
 from terrasynth.training.loop import Average, learning_rate, make_optimizer, train
 from terrasynth.training.precision import autocast
@@ -280,6 +280,14 @@ def test_an_optimiser_in_main_memory_makes_the_same_model(tmp_path, monkeypatch)
         model, _ = run(folder, second)
         for name, tensor in run(tmp_path / "whole", config())[0].state_dict().items():
             assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_casts_are_kept_unless_activations_are_not(tmp_path, monkeypatch, checkpointing):
+    kept = []
+    monkeypatch.setattr(loop, "autocast", lambda *given, keep_casts: kept.append(keep_casts) or autocast(*given))
+    run(tmp_path, config(steps=4, gradient_checkpointing=checkpointing))
+    assert kept == [not checkpointing] * 4
 
 
 def test_the_random_state_of_the_caller_is_as_it_was(tmp_path):

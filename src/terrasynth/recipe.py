@@ -132,6 +132,10 @@ class DataConfig(_Config):
     """Settings of `kind: world`."""
 
 
+#: Settings of a training that change no weight: it may go on with others.
+HARMLESS = {"checkpoint_every", "log_every", "workers", "gradient_checkpointing", "offload_optimizer"}
+
+
 class TrainConfig(_Config):
     """One training run of the single training loop, for a generator or a segmentor."""
 

@@ -157,13 +157,13 @@ class PromptCache:
         self._identity = identity
         self._memory: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, prompts: Sequence[str], batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    def __call__(self, prompts: Sequence[str], batch_size: int = 128) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, D) and (B, P) of the prompts; only those never seen before are encoded."""
         self.prepare(prompts, batch_size)
         embeds, pooled = zip(*(self._memory[p] for p in prompts), strict=True)
         return torch.stack(embeds), torch.stack(pooled)
 
-    def prepare(self, prompts: Iterable[str], batch_size: int = 32) -> None:
+    def prepare(self, prompts: Iterable[str], batch_size: int = 128) -> None:
         """Encode those of many prompts that were never seen before."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._memory and not self._read(p)]
         for start in range(0, len(missing), batch_size):

@@ -123,10 +123,13 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
         pipeline.transformer.requires_grad_(False)
     else:
         pipeline.transformer.set_trainable(trainable, lora_rank=config.lora_rank)
-    precision = config.train.precision if trainable else recipe.sampling.precision
-    if computes_in_bfloat16(torch.device("cpu"), on_card(precision, gpu=gpu)):
+    trained, painted = (
+        computes_in_bfloat16(torch.device("cpu"), on_card(precision, gpu=gpu))
+        for precision in (config.train.precision, recipe.sampling.precision)
+    )
+    if painted if trainable is None else trained:
         round_linear(pipeline.transformer)
-        if config.base is not None:
+        if config.base is not None and trained:
             for encoder in pipeline.text_encoders:
                 encoder.to(torch.bfloat16)
     return pipeline

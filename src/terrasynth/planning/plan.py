@@ -99,7 +99,9 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         stages = [counted("encode tiles, prompts", encode(recipe, pipeline))]
         on = config.train.gradient_checkpointing
         stages.append(counted("training step", step(pipeline, checkpointing=on)))
-        preview = counted("preview", paint(recipe, pipeline, _PREVIEWS, gpu=gpu))
+        # In the precision of the training, as its weights are.
+        seen = recipe.sampling.model_copy(update={"precision": config.train.precision})
+        preview = counted("preview", paint(recipe.model_copy(update={"sampling": seen}), pipeline, _PREVIEWS, gpu=gpu))
         stages.append(replace(preview, optimizer=stages[-1].optimizer, average=stages[-1].average))
         other = step(pipeline, checkpointing=not on)
         choices = [counted(f"{'without' if on else 'with'} gradient checkpointing", other)]
@@ -112,7 +114,8 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         pipeline = pipeline_for(None)
         stages.append(counted("encode prompts to paint", prompts(pipeline)))
         painting = paint(recipe, pipeline, images, gpu=gpu)
-        parts = flops_by_module(painting.parts[0][0], _part_of)
+        with painting.around():
+            parts = flops_by_module(painting.parts[0][0], _part_of)
         stages.append(counted(f"paint {images}", painting))
         if steered:
             with unset_fake_temporarily(), torch.device("meta"):
@@ -171,7 +174,7 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
     ]
     step = next(stage for stage in plan.stages if stage.name == "training step")
     offloaded = (
-        f"AdamW's moments, with weights and gradients, take {4 * step.gradients / _GIB:,.1f} GiB of main memory; "
+        f"AdamW's moments, with weights and gradients, have {4 * step.gradients / _GIB:,.1f} GiB of main memory; "
         "the time of its update there is not counted"
     )
     for card in cards:

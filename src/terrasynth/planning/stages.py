@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "Work", "encode", "paint", "prompts", "train"]
 
-#: Prompts that are encoded together.
-_PROMPTS = 32
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -111,7 +108,7 @@ class Work:
 
 
 def encode(recipe: Recipe, pipeline: TODSynthPipeline) -> Work:
-    """Tiles and prompts, once, before the transformer comes to the card."""
+    """Some tiles and a prompt, as each is once, before the transformer comes to the card."""
     size, device = recipe.data.image_size, pipeline.transformer.device
     batch = max(1, 2**20 // size**2)
     images, masks = torch.zeros(batch, 3, size, size, device=device), _masks(recipe, pipeline, batch)
@@ -128,17 +125,15 @@ def encode(recipe: Recipe, pipeline: TODSynthPipeline) -> Work:
 
 
 def prompts(pipeline: TODSynthPipeline) -> Work:
-    """The prompts of what is to be painted, with everything on the card."""
+    """A prompt of what is to be painted, with everything on the card."""
     read, tokens = _reading(pipeline)
     return Work([(read, 1)], _tensors(*modules(pipeline)), others=tokens)
 
 
 def _reading(pipeline: TODSynthPipeline) -> tuple[Callable[[], None], list[Tensor]]:
-    """What encodes a batch of prompts, and their tokens."""
+    """What encodes a prompt, and its tokens."""
     device = pipeline.transformer.device
-    tokens = [
-        torch.zeros(_PROMPTS, length(encoder), dtype=torch.long, device=device) for encoder in pipeline.text_encoders
-    ]
+    tokens = [torch.zeros(1, length(encoder), dtype=torch.long, device=device) for encoder in pipeline.text_encoders]
 
     @torch.no_grad()
     def read() -> None:

@@ -23,7 +23,7 @@ from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
 from terrasynth.data.folder import Tiles, check_splits, join, load_synthetic, load_tiles, unlabelled_windows
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
-from terrasynth.recipe import ArmConfig, Recipe, SegmentorConfig
+from terrasynth.recipe import HARMLESS, ArmConfig, Recipe, SegmentorConfig
 from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.gallery import write_gallery
 from terrasynth.study.report import write_report
@@ -113,7 +113,9 @@ class Study:
         """The generator, trained on the training tiles; one for all seeds."""
         recipe = self.recipe
         inputs: dict[str, Any] = {
-            "generator": recipe.generator.model_dump(mode="json"),
+            "generator": recipe.generator.model_dump(
+                mode="json", exclude={"train": HARMLESS, "autoencoder": {"train": HARMLESS}}
+            ),
             "base": None if recipe.generator.base is None else model_digest(recipe.generator.base),
             "caption": recipe.data.caption,
             "train": self.train.fingerprint(),
@@ -219,7 +221,7 @@ class Study:
         judge = self.cell(self.teacher, seed) if arm.filter else None
         confidence = arm.pseudo_labels
         inputs: dict[str, Any] = {
-            "segmentor": config.model_dump(mode="json"),
+            "segmentor": config.model_dump(mode="json", exclude={"train": HARMLESS}),
             # First: where there are none, that is said before others are read.
             "validation": self.validation.fingerprint(),
             "train": self.train.fingerprint(),

@@ -21,6 +21,7 @@ from terrasynth.io import atomic_dir, atomic_write, digest
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.text import PromptCache
 from terrasynth.progress import say, track
+from terrasynth.recipe import HARMLESS
 from terrasynth.systems.autoencode import fit_refiner
 from terrasynth.systems.generate import sampling_arguments
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -245,7 +246,9 @@ def fit_generator(
         if not refined.finished:
             return refined
     pipeline.prompts = PromptCache(
-        pipeline.encode_prompts, folder / "cache" / "prompts", identity=digest(config.base, str(pipeline.tokenizer))
+        pipeline.encode_prompts,
+        folder / "cache" / "prompts",
+        identity=digest(config.base, str(pipeline.tokenizer), str(pipeline.text_encoder.dtype)),
     )
     process = process_state()
     with process.main_process_first():  # it encodes, the others read what it wrote
@@ -258,7 +261,9 @@ def fit_generator(
             dataset = _Joined(labelled, others)
             batch = global_batch(config.train)
             keys = mixed_keys(len(labelled), len(others), batch, config.labelled_fraction, config.seed)
-        pipeline.prompts([""])
+        # The first tile, and three more spread over the others: the same in every preview.
+        shown = [round(i * (len(tiles) - 1) / 3) for i in range(4)] if len(tiles) >= 4 else list(range(len(tiles)))
+        pipeline.prompts.prepare(["", *pipeline.captions(tiles.masks[shown])])
     if config.base is not None:
         # Every prompt is encoded by now; three text encoders would only hold memory.
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -267,16 +272,11 @@ def fit_generator(
                 part.to("cpu")  # to be saved with the model
             elif part is not None:
                 setattr(pipeline, name, None)
-    precision = config.train.precision
-    if computes_in_bfloat16(_DEVICE, precision):
-        round_linear(pipeline.transformer)
-    pipeline.transformer.to(_DEVICE)
+    transformer, precision = pipeline.transformer, config.train.precision
+    exact = round_linear(transformer) if computes_in_bfloat16(_DEVICE, precision) else {}
+    transformer.to(_DEVICE)
     pipeline.text_dropout, pipeline.mask_dropout = config.text_dropout, config.mask_dropout
     pipeline.density = config.density
-    transformer = pipeline.transformer
-
-    # The first tile, and three more spread over the others: the same in every preview.
-    shown = [round(i * (len(tiles) - 1) / 3) for i in range(4)] if len(tiles) >= 4 else list(range(len(tiles)))
 
     def preview(step: int) -> dict[str, float]:
         images = pipeline(
@@ -299,7 +299,7 @@ def fit_generator(
         seed=config.seed,
         keys=keys,
         identity={
-            "generator": config.model_dump(mode="json", exclude={"train"}),
+            "generator": config.model_dump(mode="json", exclude={"train": True, "autoencoder": {"train": HARMLESS}}),
             "data": tiles.fingerprint(),
             "unlabelled": None if unlabelled is None else unlabelled.fingerprint(),
         },
@@ -308,7 +308,9 @@ def fit_generator(
         label="training the generator",
     )
     if outcome.finished and process.is_main_process and not (folder / "model").is_dir():
-        torch.nn.Module.to(pipeline.transformer, "cpu", torch.float32)  # as every model is stored
+        torch.nn.Module.to(transformer, "cpu", torch.float32)
+        for layer, weight in exact.items():
+            layer.weight.data = weight
         with atomic_dir(folder / "model") as partial:
             if config.save_precision == "fp16":
                 pipeline.cast(torch.float16)  # to start from, not to compute in

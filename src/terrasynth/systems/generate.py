@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,22 +117,20 @@ def paint(
     if len(done) > len(jobs):
         say(f"{folder} has {len(done)} images already, more than the {len(jobs)} asked for: it is left as it is")
     device = pipeline.transformer.device
+    # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
+    cut = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
+    batches = [batch for batch in cut if any(job.id not in done for job in batch)]
     if any(encoder.device != device for encoder in pipeline.text_encoders):
-        # Brought to the card once, not for each batch with a new prompt.
-        with track(len(jobs), "reading masks", unit="masks", done=len(done)) as progress:
-            coming = {""}
-            for job in jobs:
-                if job.id not in done:
-                    coming.update(pipeline.captions([view_mask(masks[job.source], job.view)]))
-                    progress.advance()
-        pipeline.prompts.prepare(sorted(coming))
+        # They are brought to the card once, not for each batch with a new prompt.
+        with track(sum(map(len, batches)), "reading masks", unit="masks") as progress:
+            coming = [""] if batches else []
+            for job in chain.from_iterable(batches):
+                coming += pipeline.captions([view_mask(masks[job.source], job.view)])
+                progress.advance()
+        pipeline.prompts.prepare(coming)
     with track(len(jobs), label, unit="images", done=len(done)) as progress:
-        # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
-        for start in range(0, len(jobs), sampling.batch_size):
-            batch = jobs[start : start + sampling.batch_size]
+        for batch in batches:
             missing = [job for job in batch if job.id not in done]
-            if not missing:
-                continue
             if between is not None:
                 between()
             targets = torch.stack([view_mask(masks[job.source], job.view) for job in batch])

@@ -138,7 +138,7 @@ def paint_large(pipeline: TODSynthPipeline, mask: Tensor, *, seed: int, sampling
     batches = [windows[i : i + sampling.batch_size] for i in range(0, len(windows), sampling.batch_size)]
 
     pixels = (window.scaled(pipeline.factor) for window in windows)
-    pipeline.prompts.prepare(pipeline.captions(padded[window.rows, window.columns] for window in pixels))
+    pipeline.prompts.prepare(["", *pipeline.captions(padded[window.rows, window.columns] for window in pixels)])
 
     def velocity_of(batch: list[Patch], progress: Tracker) -> Velocity:
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:

@@ -147,6 +147,8 @@ class TODSynthPipeline(DiffusionPipeline):
         )
         self.prompts = PromptCache(self.encode_prompts, folder=None, identity="")
         self._null_masks: dict[torch.Size, Tensor] = {}
+        self._trained_on = torch.float32
+        self._precision: Precision = "fp32"
         self.text_dropout = self.mask_dropout = 0.0
         self.density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
 
@@ -161,7 +163,8 @@ class TODSynthPipeline(DiffusionPipeline):
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts to prompt embeddings (B, L, D) and pooled embeddings (B, P); `prompts` is the same with a cache.
 
-        Text encoders in main memory come to the autoencoder's device for this, and leave it again.
+        One by one: in a batch each would be rounded as its neighbours have it. Text encoders in main memory come to the
+        autoencoder's device for this, and leave it again.
         """
         clip = [(self.tokenizer, self.text_encoder)]
         if self.text_encoder_2 is not None:
@@ -171,7 +174,8 @@ class TODSynthPipeline(DiffusionPipeline):
         try:
             for encoder in visitors:
                 encoder.to(self.vae.device)
-            return encode_prompts(prompts, clip, t5)
+            embeds, pooled = zip(*(encode_prompts([prompt], clip, t5) for prompt in prompts), strict=True)
+            return torch.cat(embeds), torch.cat(pooled)
         finally:
             for encoder in visitors:
                 encoder.to("cpu")
@@ -228,8 +232,9 @@ class TODSynthPipeline(DiffusionPipeline):
                     names = ("label_schema", "caption", "image_size", "mask_coding", "mask_init")
                     wanted = {name: kwargs.pop(name, None) for name in names}
             pipeline = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            pipeline._trained_on = pipeline.text_encoder.dtype  # text encoders come in the precision of their files
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
-                pipeline.cast(torch.float32)  # text encoders come in the precision of their files
+                pipeline.cast(torch.float32)
             if wanted:
                 pipeline.adapt(LabelSchema.from_dict(wanted["label_schema"]), wanted["caption"])
                 pipeline.register_to_config(image_size=wanted["image_size"] or pipeline.config.image_size)
@@ -247,18 +252,20 @@ class TODSynthPipeline(DiffusionPipeline):
         """Bring the networks where they paint, in as little of a card's memory as that takes, and return self.
 
         The text encoders, most of the weights of a large model, stay in main memory but for the prompts that
-        `encode_prompts` meets. What is painted in bfloat16 has its weights in it.
+        `encode_prompts` meets; stored in bfloat16, as they were in training, they are used in it. What is painted in
+        bfloat16 has its linear layers in it.
 
         Args:
             device: where to paint.
             precision: of every call of the pipeline from now on.
         """
-        device = torch.device(device)
+        device, self._precision = torch.device(device), precision
         if computes_in_bfloat16(device, precision):
             self.transformer.requires_grad_(False)
             round_linear(self.transformer)
-            for encoder in self.text_encoders:
-                encoder.to(torch.bfloat16)
+            if self._trained_on == torch.bfloat16:
+                for encoder in self.text_encoders:
+                    encoder.to(torch.bfloat16)
         for part in (self.transformer, self.vae):
             part.to(device)
         return self
@@ -352,7 +359,7 @@ class TODSynthPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         steering: Steering | None = None,
         callback: Callable[[FlowStep, Tensor], None] | None = None,
-        precision: Precision = "fp32",
+        precision: Precision | None = None,
         output_type: Literal["pt", "pil"] = "pil",
     ) -> ImagePipelineOutput:
         """Paint one image under each mask.
@@ -369,7 +376,8 @@ class TODSynthPipeline(DiffusionPipeline):
             guidance_interval: noise levels above the first and up to the second are guided.
             steering: changes the velocity in each step, as `ControlRectify`.
             callback: told each step and its estimate of the clean latents.
-            precision: `bf16` or `auto` evaluate float32 weights in bfloat16; the latents stay in float32.
+            precision: `bf16` or `auto` evaluate float32 weights in bfloat16; the latents stay in float32. By default
+                that of `place`, or `fp32`.
             output_type: `pt` for a float tensor (B, 3, H, W) in [0, 1], `pil` for a list of images.
 
         Raises:
@@ -379,7 +387,7 @@ class TODSynthPipeline(DiffusionPipeline):
         device = self._execution_device
         masks = masks.to(device)
         shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
-        with autocast(device, precision):
+        with autocast(device, precision or self._precision):
             latents = sample_flow(
                 self.velocity(masks, prompts, text_scale, mask_scale, guidance_interval),
                 seeded_noise(seeds, shape).to(device),
@@ -409,7 +417,7 @@ class TODSynthPipeline(DiffusionPipeline):
         device, dtype = masks.device, self.transformer.dtype
         if prompts is None:
             prompts = self.captions(masks)
-        # In full precision, whatever the caller paints in: some of it is kept for other calls.
+        # In the precision of the encoders, whatever the caller paints in: some of it is kept for other calls.
         with torch.autocast(device.type, enabled=False):
             embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
             null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, full_disk, remove_incomplete
 from terrasynth.progress import say, track
-from terrasynth.recipe import TrainConfig
+from terrasynth.recipe import HARMLESS, TrainConfig
 from terrasynth.training import checkpoint
 from terrasynth.training.keys import Key, KeyedDataset, hash63, mixed_keys, sequenced_keys, shuffled_keys
 from terrasynth.training.offload import Twins
@@ -48,10 +48,7 @@ from terrasynth.training.processes import process_state
 __all__ = ["Key", "Outcome", "global_batch", "learning_rate", "mixed_keys", "sequenced_keys", "shuffled_keys", "train"]
 
 #: What may differ when a run goes on: it changes no weight, or (the processes) by rounding alone.
-_HARMLESS = frozenset(
-    f"config.{key}"
-    for key in ("checkpoint_every", "log_every", "workers", "gradient_checkpointing", "offload_optimizer")
-) | {"processes"}
+_HARMLESS = frozenset(f"config.{key}" for key in HARMLESS) | {"processes"}
 #: Every process holds the whole model.
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 

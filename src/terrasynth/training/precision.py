@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from terrasynth.recipe import Precision
 
@@ -29,15 +29,20 @@ def computes_in_bfloat16(device: torch.device, precision: Precision) -> bool:
     return precision == "bf16" or (precision == "auto" and _native(device))
 
 
-def round_linear(network: nn.Module) -> None:
+def round_linear(network: nn.Module) -> dict[nn.Linear, Tensor]:
     """Keep the frozen weights of linear layers in bfloat16, in place.
 
     Under `autocast` they are rounded to it at every use, so nothing that the network computes there changes, to the
     bit; without, it no longer computes.
+
+    Returns:
+        What the weights were, where they were.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            module.weight.data = module.weight.data.bfloat16()
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    exact = {layer: layer.weight.data for layer in layers if not layer.weight.requires_grad}
+    for layer, weight in exact.items():
+        layer.weight.data = weight.bfloat16()
+    return exact
 
 
 def _native(device: torch.device) -> bool:
