@@ -187,7 +187,7 @@ def test_an_override_that_can_not_be_carried_out_is_named(override):
             "generator.train.warmup_steps (20) must be less than",
         ),
         (["segmentor.train.steps=9"], "segmentor.train.warmup_steps (20) must be less than"),
-        (["generator.mask_dropout=0"], "sampling.mask_scale (3.0) needs generator.mask_dropout > 0"),
+        (["generator.mask_dropout=0"], "sampling.mask_scale (1.5) needs generator.mask_dropout > 0"),
         (
             ["generator.text_dropout=0", "sampling.text_scale=3"],
             "sampling.text_scale (3.0) needs generator.text_dropout",
