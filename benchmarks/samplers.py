@@ -22,7 +22,7 @@ from torch import Tensor
 
 from terrasynth.data.folder import load_tiles
 from terrasynth.recipe_io import load_recipe
-from terrasynth.sampling.flow import Solver, guidance_terms
+from terrasynth.sampling.flow import Solver, guidance_terms, is_guided
 from terrasynth.study.quality import kid, random_features, whitening
 from terrasynth.systems.generate import load_pipeline
 from terrasynth.tasks.confusion import Confusion
@@ -122,7 +122,7 @@ def main() -> None:
             for rows in every.split(batch_size)
         ]
         speed = len(tiles) / (time.perf_counter() - begun)
-        guided = sum(row.interval[0] < sigma <= row.interval[1] for sigma in levels[: row.steps])
+        guided = sum(is_guided(sigma, row.interval) for sigma in levels[: row.steps])
         evaluations = row.steps + guided * (len(guidance_terms(1.0, row.mask_scale)) - 1)
         within = "" if row.interval == (0, 1) else " within {:g}–{:g}".format(*row.interval)
         settings = f"{row.solver} | {row.steps} | {row.shift:g} | {row.mask_scale:g}{within} | {evaluations}"

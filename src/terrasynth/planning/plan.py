@@ -99,6 +99,11 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         stages = [counted("encode tiles, prompts", encode(recipe, pipeline))]
         on = config.train.gradient_checkpointing
         stages.append(counted("training step", step(pipeline, checkpointing=on)))
+        if config.train.offload_optimizer:
+            notes.append(
+                f"AdamW's moments, with weights and gradients, have {4 * stages[-1].gradients / _GIB:,.1f} GiB of main "
+                "memory; the time of its update there is not counted"
+            )
         # In the precision of the training, as its weights are.
         seen = recipe.sampling.model_copy(update={"precision": config.train.precision})
         preview = counted("preview", paint(recipe.model_copy(update={"sampling": seen}), pipeline, _PREVIEWS, gpu=gpu))
@@ -173,10 +178,6 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
         + ", ".join(f"{part} {flops / sum(plan.parts.values()):.0%}" for part, flops in shares)
     ]
     step = next(stage for stage in plan.stages if stage.name == "training step")
-    offloaded = (
-        f"AdamW's moments, with weights and gradients, have {4 * step.gradients / _GIB:,.1f} GiB of main memory; "
-        "the time of its update there is not counted"
-    )
     for card in cards:
         if card.speed is not None and step.peak <= card.memory:
             time = duration(train.steps * seconds(step.operations, card.speed))
@@ -184,7 +185,6 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
             lines.append(f"All {train.steps:,} steps on {card.name}, at {speed}, so at least: {time}")
     lines += [
         *plan.notes,
-        *([offloaded] if train.offload_optimizer else []),
         "Fits: in 92 % of the memory; drivers, kernels and gaps have the rest",
         "Tiles and prompts are encoded once; then the text encoders leave the card until painting",
     ]

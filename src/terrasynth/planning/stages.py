@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from terrasynth.planning.footprint import Operations, checkpoint, count, flops, nbytes
 from terrasynth.planning.parts import length, modules, on_card
-from terrasynth.sampling.flow import FlowStep, guidance_terms
+from terrasynth.sampling.flow import FlowStep, guidance_terms, is_guided
 from terrasynth.systems.generate import steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor
@@ -215,11 +215,10 @@ def paint(
     # On a GPU the text encoders are not there any more.
     networks = [pipeline.transformer, pipeline.vae] if gpu else modules(pipeline)
 
-    low, high = sampling.guidance_interval
     with unset_fake_temporarily():
         scheduler = pipeline.shifted(sampling.shift)
         scheduler.set_timesteps(sampling.steps)
-        guided = sum(low < timestep / 1000 <= high for timestep in scheduler.timesteps.tolist())
+        guided = sum(is_guided(t / 1000, sampling.guidance_interval) for t in scheduler.timesteps.tolist())
 
     @torch.no_grad()
     def evaluate(rows: int) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "flow_batch",
     "guidance_terms",
     "guided_velocity",
+    "is_guided",
     "sample_flow",
     "seeded_generator",
     "seeded_noise",
@@ -159,6 +160,12 @@ def guidance_terms(text_scale: float, mask_scale: float) -> list[GuidanceTerm]:
     return [term for term in terms if term.coefficient != 0]
 
 
+def is_guided(sigma: float, interval: tuple[float, float]) -> bool:
+    """Whether the noise level σ lies within an interval of guidance, low < σ <= high."""
+    low, high = interval
+    return low < sigma <= high
+
+
 def guided_velocity(
     predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     terms: list[GuidanceTerm],
@@ -175,13 +182,11 @@ def guided_velocity(
             `use_mask`, to velocities (n B, C, h, w). Row k B + b is image b under term k; `condition_or_null` makes the
             conditions that fit.
         terms: the n terms, from `guidance_terms`.
-        interval: guidance is for low < σ <= high, where σ is that of the first image.
+        interval: see `is_guided`; σ is that of the first image.
     """
-    low, high = interval
 
     def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
-        guided = low < timestep[0].item() / 1000 <= high
-        summed = terms if guided else guidance_terms(1, 1)
+        summed = terms if is_guided(timestep[0].item() / 1000, interval) else guidance_terms(1, 1)
         n, device = len(summed), latents.device
         use_text = torch.tensor([term.use_text for term in summed], device=device).repeat_interleave(len(latents))
         use_mask = torch.tensor([term.use_mask for term in summed], device=device).repeat_interleave(len(latents))
