@@ -30,8 +30,9 @@ __all__ = [
 Color = tuple[int, int, int]
 
 #: Distinguishable without colour vision, and on white as on black; the baseline is the grey one.
-ARM_COLORS = ("#868e96", "#3f86c7", "#d9902f", "#c2476b", "#3c9a78", "#8a6bc4", "#7f9a2e", "#2aa3b5")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
+ARM_COLORS = ("#868e96", "#3f86c7", "#d9902f", "#c2476b", "#3c9a78", "#8a6bc4", "#7f9a2e", "#2aa3b5", "#7d5a44")
+# Ten beside nine colours: a pair of both comes back after ninety arms.
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "<", "h")
 #: matplotlib knows no CSS variables: it draws in these colours, which are replaced in the SVG.
 _INK, _MUTED, _HAIRLINE = "#010203", "#040506", "#070809"
 _THEME = {_INK: "var(--ink, #1c2023)", _MUTED: "var(--muted, #687076)", _HAIRLINE: "var(--hairline, #dcdcd6)"}
