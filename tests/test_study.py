@@ -115,6 +115,7 @@ def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
         *(f"synthetic/steered-seed-{seed}" for seed in (0, 1)),
         *(f"{place}/real-synthetic-crfm-seed-{seed}" for place in ("cells", "scores") for seed in (0, 1)),
         *(f"scores/agreement-steered-seed-{seed}" for seed in (0, 1)),
+        *(f"audits/steered-seed-{seed}" for seed in (0, 1)),
     }
     Study(tiny_recipe, Path(), finished).run()  # leave results.json as the other tests expect it
 
@@ -327,7 +328,7 @@ def test_more_painted_tiles_continue_the_set_and_change_no_arm_that_takes_fewer(
     changed = {name.rsplit("-", 1)[0] for name, stamp in after.items() if before.get(name) != stamp}
     assert changed == {
         f"{place}-seed-{seed}"
-        for place in ("synthetic/plain", "cells/more", "scores/more", "scores/agreement-plain")
+        for place in ("synthetic/plain", "cells/more", "scores/more", "scores/agreement-plain", "audits/plain")
         for seed in (0, 1)
     }
     page = (tmp_path / "study" / "report.html").read_text()

@@ -185,10 +185,14 @@ def _local_contrast(x: Tensor) -> tuple[Tensor, Tensor]:
     return fine / (deviation + _HALF), deviation / (deviation + _HALF)
 
 
+def _resized(images: Tensor, side: int) -> Tensor:
+    return F.interpolate(images.float().mean(1, keepdim=True), (side, side), mode="bilinear", antialias=True)
+
+
 def _middle(images: Tensor) -> tuple[Tensor, Tensor]:
     """Local contrast of the middle in grey, and how much there was of it, both (N, 1, 24, 24)."""
     edge = (_FINE - _MIDDLE) // 2
-    evened, contrast = _local_contrast(F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), _FINE))
+    evened, contrast = _local_contrast(_resized(images, _FINE))
     return evened[..., edge:-edge, edge:-edge], contrast[..., edge:-edge, edge:-edge]
 
 
@@ -215,11 +219,10 @@ def likeness(images: Tensor, others: Tensor) -> Tensor:
     """
     template, _ = _middle(images)
     norm = template.square().sum((1, 2, 3)).sqrt()
-    grey = others.float().mean(1, keepdim=True)
     best = torch.full((len(images),), -1.0)
     for zoom in _ZOOMS:
         side = round(_FINE / zoom)
-        x, _ = _local_contrast(F.interpolate(grey, (side, side), mode="bilinear", antialias=True))
+        x, _ = _local_contrast(_resized(others, side))
         spectrum = torch.fft.rfft2(x) * torch.fft.rfft2(template, s=(side, side)).conj()
         shifts = side - _MIDDLE + 1  # beyond them the template would leave the image
         product = torch.fft.irfft2(spectrum, s=(side, side))[:, 0, :shifts, :shifts]

@@ -67,12 +67,13 @@ class Painted(Images):
     sources: tuple[str | None, ...]
 
 
-def read_painted(folder: str | Path, count: int | None = None) -> Painted:
+def read_painted(folder: str | Path, count: int | None = None, *, name: str | None = None) -> Painted:
     """The images of a synthetic dataset, read one after the other.
 
     Args:
         folder: of the dataset.
         count: how many, from the first; None takes all.
+        name: what to call them; by default as the folder.
 
     Raises:
         TerraSynthError: it is no such dataset, is unfinished, or samples are damaged.
@@ -90,7 +91,7 @@ def read_painted(folder: str | Path, count: int | None = None) -> Painted:
         ids, thumbnails, files, pixels = _described(each())
     views = [row.get("view") for row in rows]
     return Painted(
-        folder.name,
+        name or folder.name,
         ids,
         thumbnails,
         files,
