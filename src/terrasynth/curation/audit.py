@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from terrasynth.errors import TerraSynthError, listed
 from terrasynth.io import atomic_write, write_json
 from terrasynth.progress import track
 
-__all__ = ["Audit", "Layouts", "audit", "audit_folders"]
+__all__ = ["AMONG", "HELD_OUT", "Audit", "Layouts", "audit", "audit_folders"]
 
 _Array = NDArray[np.uint8]
+#: Kinds of sets: images that must not be in the dataset, and the dataset itself.
+HELD_OUT, AMONG = "held out", "one another"
 #: A mask with more of one class than this is too plain to tell where it comes from.
 _PLAIN_MASK = 0.98
 #: Of the other set's own distances in features, the share that a painted image's is compared with.
@@ -72,10 +74,11 @@ class Audit:
 
     def table(self) -> str:
         """One line a set, then the findings."""
-        lines: list[tuple[str, ...]] = [("", "images", "limit", "copies", "leaks", "closest")]
+        lines: list[tuple[str, ...]] = [("", "images", "limit", "closest", "copies", "under own mask", "leaks")]
         for entry in self.report["sets"]:
             closest = None if entry["closest"] is None else entry["closest"]["likeness"]
-            numbers = (entry["images"], entry["limit"], entry["copies"], entry["leaks"], closest)
+            keys = ("copies", "copies_under_own_mask", "leaks")
+            numbers = (entry["images"], entry["limit"], closest, *(entry[key] for key in keys))
             lines.append((f"{entry['name']} ({entry['kind']})", *map(_shown, numbers)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = [
@@ -115,7 +118,7 @@ def audit(
     """
     plain = detail(painted.thumbnails) < LEAST_DETAIL
     compared = [_with_real(painted, plain, other, "training") for other in train]
-    compared += [_with_real(painted, plain, other, "held out") for other in against]
+    compared += [_with_real(painted, plain, other, HELD_OUT) for other in against]
     compared.append(_among_painted(painted, plain, max((c.limit for c in compared), default=limit(torch.empty(0)))))
     under = [(layout, _under(painted, layout)) for layout in layouts]
     findings = [finding for c in compared for finding in c.findings(painted)]
@@ -149,15 +152,17 @@ class _Compared:
     """The painted images with one other set; `copies` has for some of them how, and of which, they are one."""
 
     other: Images
-    kind: Literal["training", "held out", "painted, each with the others"]
+    kind: str
     found: Nearest
     copies: Mapping[int, tuple[str, int]]
     limit: float
+    own_mask: frozenset[int] = frozenset()
+    """The copies that were painted under the mask of what they are a copy of: they share its layout by design."""
     measures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def leaking(self) -> bool:
-        return self.kind == "held out"
+        return self.kind == HELD_OUT
 
     def closest(self, plain: Tensor) -> list[int]:
         """The painted images that come nearest, nearest first."""
@@ -180,7 +185,7 @@ class _Compared:
                 painted.ids[index],
                 self.other.name,
                 self.other.ids[position],
-                how,
+                f"{how}, under its own mask" if index in self.own_mask else how,
                 float(self.found.likeness[index]) if position == self.found.position[index] else None,
                 leak=self.leaking,
             )
@@ -196,12 +201,13 @@ class _Compared:
             "limit": self.limit,
             **self.measures,
             "copies": len(self.copies),
+            "copies_under_own_mask": len(self.own_mask),
             "leaks": len(self.copies) if self.leaking else None,
             "closest": {"painted": painted.ids[closest[0]], **self.nearest(closest[0])} if closest else None,
         }
 
 
-def _with_real(painted: Images, plain: Tensor, other: Images, kind: Literal["training", "held out"]) -> _Compared:
+def _with_real(painted: Painted, plain: Tensor, other: Images, kind: str) -> _Compared:
     count = len(painted)
     # The other images among themselves are the yardstick; together, because that saves describing them twice.
     itself = torch.cat([torch.full((count,), -1), torch.arange(len(other))])
@@ -222,10 +228,11 @@ def _with_real(painted: Images, plain: Tensor, other: Images, kind: Literal["tra
     near = (found.likeness >= limit(real)) & ~plain & ~plain_other[found.position]
     for index in near.nonzero().flatten().tolist():
         copies.setdefault(index, ("near copy", int(found.position[index])))
-    return _Compared(other, kind, found, copies, limit(real), measures)
+    own = frozenset(i for i, (_, position) in copies.items() if painted.sources[i] == Path(other.ids[position]).stem)
+    return _Compared(other, kind, found, copies, limit(real), own, measures)
 
 
-def _among_painted(painted: Images, plain: Tensor, bound: float) -> _Compared:
+def _among_painted(painted: Painted, plain: Tensor, bound: float) -> _Compared:
     itself = torch.arange(len(painted))
     with track(2 * len(painted), "comparing the painted images", unit="images") as progress:
         found = nearest_images(painted.thumbnails, painted.thumbnails, itself=itself, between=progress.advance)
@@ -241,7 +248,9 @@ def _among_painted(painted: Images, plain: Tensor, bound: float) -> _Compared:
         position = int(found.position[index])
         if position < index or int(found.position[position]) != index:
             copies.setdefault(index, ("near copy", position))
-    return _Compared(painted, "painted, each with the others", found, copies, bound)
+    sources = painted.sources
+    own = frozenset(i for i, (_, other) in copies.items() if sources[i] is not None and sources[i] == sources[other])
+    return _Compared(painted, AMONG, found, copies, bound, own)
 
 
 def _same(painted: Images, other: Images) -> dict[int, tuple[str, int]]:
@@ -288,6 +297,7 @@ def _of_masks(layouts: Layouts, found: Mapping[int, int]) -> dict[str, Any]:
         "images": len(layouts.ids),
         "limit": None,
         "copies": len(found),
+        "copies_under_own_mask": None,
         "leaks": len(found),
         "closest": None,
     }

@@ -32,7 +32,7 @@ _LOWEST_LIMIT, _HIGHEST_LIMIT, _QUANTILE = 0.6, 0.75, 0.99
 
 _TURNS = 8
 # Sides at which candidates are looked for (by detail, by features) and compared; the comparison covers the middle.
-_COARSE, _FEATURED, _FINE, _MIDDLE = 16, 32, 32, 24
+_COARSE, _FEATURED, _FINE, _MIDDLE = 16, 24, 32, 24
 _WINDOW = 7
 # Contrast that counts half, in grey levels: what is left of a plain surface after compression is below.
 _HALF = 3.0
@@ -178,11 +178,16 @@ def _local_contrast(x: Tensor) -> tuple[Tensor, Tensor]:
     """
 
     def smooth(x: Tensor) -> Tensor:
-        return F.avg_pool2d(F.pad(x, [_WINDOW // 2] * 4, mode="reflect"), _WINDOW, stride=1)
+        return _means(F.pad(x, [_WINDOW // 2] * 4, mode="reflect"), _WINDOW)
 
     fine = x - smooth(x)
     deviation = smooth(fine.square().mean(1, keepdim=True)).clamp_min(0).sqrt()
     return fine / (deviation + _HALF), deviation / (deviation + _HALF)
+
+
+def _means(x: Tensor, side: int) -> Tensor:
+    """Of every window of side x side; one direction after the other, which is several times as fast as both at once."""
+    return F.avg_pool2d(F.avg_pool2d(x, (side, 1), stride=1), (1, side), stride=1)
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
@@ -199,12 +204,13 @@ def _middle(images: Tensor) -> tuple[Tensor, Tensor]:
 def detail(images: Tensor) -> Tensor:
     """How much there is to tell a copy by, float (N,): 0 for one colour, a gradient or a single edge, 1 for a texture.
 
-    The median over the image of c / (c + 3), c the local contrast in grey levels: half of the image has as much.
+    The lower quartile over the image of c / (c + 3), c the local contrast in grey levels: three quarters of the image
+    have as much.
 
     Args:
         images: thumbnails, uint8 (N, 3, SIDE, SIDE).
     """
-    return torch.cat([_middle(batch)[1].flatten(1).median(1).values for batch in images.split(_BLOCK)])
+    return torch.cat([_middle(batch)[1].flatten(1).quantile(0.25, 1) for batch in images.split(_BLOCK)])
 
 
 def likeness(images: Tensor, others: Tensor) -> Tensor:
@@ -226,7 +232,7 @@ def likeness(images: Tensor, others: Tensor) -> Tensor:
         spectrum = torch.fft.rfft2(x) * torch.fft.rfft2(template, s=(side, side)).conj()
         shifts = side - _MIDDLE + 1  # beyond them the template would leave the image
         product = torch.fft.irfft2(spectrum, s=(side, side))[:, 0, :shifts, :shifts]
-        energy = F.avg_pool2d(x.square(), _MIDDLE, stride=1)[:, 0] * _MIDDLE**2
+        energy = _means(x.square(), _MIDDLE)[:, 0] * _MIDDLE**2
         correlation = product / (energy.clamp_min(0).sqrt() * norm[:, None, None]).clamp_min(1e-3)
         best = torch.maximum(best, correlation.flatten(1).amax(1))
     return best

@@ -29,8 +29,8 @@ __all__ = ["Results", "Verdict", "read_results", "verdict", "write_report"]
 _WIDE, _NARROW = 8.6, 3.7
 #: Larger pictures of the gallery are shrunk to this, so that the page stays small enough to send.
 _THUMBNAIL = 256
-#: How an audit calls the comparison of a painted set with itself.
-_AMONG = "painted, each with the others"
+#: What an audit calls the painted tiles compared with each other (`curation.audit.AMONG`, which would load torch).
+_AMONG = "one another"
 _METRICS = (("miou", "mIoU"), ("oa", "OA"), ("macc", "mAcc"), ("f1", "F1"))
 #: NaN is no JSON, but Python writes and reads it.
 _Score = Annotated[float | None, AfterValidator(lambda value: None if value != value else value)]
@@ -121,6 +121,7 @@ class _Set(_Part):
     images: int
     limit: _Score
     copies: int
+    copies_under_own_mask: int | None
     leaks: int | None
     closest: _Nearest | None
 
@@ -515,6 +516,7 @@ def _audit_row(name: str, group: list[_Set]) -> dict[str, Any]:
         "images": group[0].images,
         "limit": group[0].limit,
         "copies": sum(entry.copies for entry in group),
+        "own": sum(entry.copies_under_own_mask or 0 for entry in group),
         "held_out": group[0].leaks is not None,
         "closest": max(likeness, default=None),
     }
