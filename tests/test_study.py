@@ -96,6 +96,17 @@ def test_the_test_tiles_change_nothing_but_the_scores(finished, tiny_recipe, tmp
             assert np.array_equal(open_image(file).values, open_image(before / file.relative_to(after)).values)
 
 
+def test_every_painted_set_is_audited_against_every_split(finished, tiny_recipe):
+    audits = json.loads((finished / "results.json").read_text())["audit"]
+    assert [(one["kind"], one["seed"]) for one in audits] == [(k, s) for k in ("plain", "steered") for s in (0, 1)]
+    for one in audits:
+        named = {entry["name"]: (entry["images"], entry["leaks"]) for entry in one["sets"]}
+        assert {"train": (4, None), "validation": (2, 0), "test": (2, 0)}.items() <= named.items()
+        assert named["masks of test"] == (2, 0)
+        assert one["painted"] == 4
+        assert (finished / one["sheet"]).is_file()
+
+
 def test_finished_units_are_not_computed_again(finished, tiny_recipe):
     before, scored = stamps(finished), scores(finished)
     Study(tiny_recipe, Path(), finished).run()

@@ -590,9 +590,9 @@ def audit(
 ) -> None:
     """Look for copies in DATASET: of images it must not show, of training images, of each other.
 
-    Copies are found by their bytes, by their pixels, and by their details even if they are flipped, turned, zoomed by
-    up to a fifth, brightened or compressed again. Prints a table and writes DATASET-audit.json and DATASET-audit.png,
-    which shows the closest pairs. DATASET is not changed. Exit code 1 if there is a leak, 0 if not.
+    Copies are found by their bytes, by their pixels, and by their details even if they are flipped, turned, cut by up
+    to a tenth of their side, brightened or compressed again. Prints a table and writes DATASET-audit.json and
+    DATASET-audit.png, which shows the closest pairs. DATASET is not changed. Exit code 1 if there is a leak, 0 if not.
     """
     from terrasynth.curation.audit import audit_folders
 
