@@ -297,6 +297,12 @@ def test_a_set_of_one_image_is_compared(real, independent, tmp_path):
     assert told(done.leaks) == {("000000", "test", real["test"].ids[0], "same pixels", True)}
 
 
+def test_a_dataset_with_the_name_of_another_folder_is_told_from_it(independent, folders, tmp_path):
+    dataset = written(tmp_path / "test", independent.images[:3], independent.masks[:3])
+    done, _, _ = audit_folders(dataset, [folders / "images" / "test"])
+    assert set(done.report["images"][0]["nearest"]) == {"test", "test (painted)"}
+
+
 def test_the_command_ends_with_1_on_a_leak_and_0_without(planted, independent, folders, tmp_path):
     leaking = CliRunner().invoke(app, ["audit", str(planted), "--against", str(folders / "images" / "test")])
     assert leaking.exit_code == 1

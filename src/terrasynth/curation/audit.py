@@ -370,8 +370,9 @@ def audit_folders(
         TerraSynthError: no such dataset, or files that can not be used.
     """
     dataset = Path(dataset).resolve()
-    painted = read_painted(dataset)
     names = _distinct([*train, *against, *masks])
+    taken = dataset.name in names.values()
+    painted = read_painted(dataset, name=f"{dataset.name} (painted)" if taken else dataset.name)
     learned, held_out = ([read_folder(f, names[Path(f)]) for f in folders] for folders in (train, against))
     layouts = []
     if masks:

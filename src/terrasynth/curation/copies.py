@@ -241,9 +241,9 @@ def likeness(images: Tensor, others: Tensor) -> Tensor:
 def limit(among_real: Tensor) -> float:
     """From which likeness on an image counts as a copy, by what real images do among themselves.
 
-    The 99th percentile of the likeness of real images to their nearest other one, but at least 0.6, above which no
-    images of different ground were seen, and at most 0.75, which copies that were changed a little still reach: real
-    images that overlap on the ground must not make copies pass.
+    The 99th percentile of the likeness of real images to their nearest other one, but at least 0.6, which images of
+    different ground hardly reach (see docs/audit.md), and at most 0.75, which copies that were changed a little still
+    do: real images that overlap on the ground must not make copies pass.
 
     Args:
         among_real: float (N,), of one set against itself; plain images are left out. With fewer than 20, 0.6 it is.
