@@ -253,6 +253,35 @@ def test_report_is_self_contained_and_well_formed(tmp_path):
         assert fact in text
 
 
+def audited(folder, leaks):
+    Image.new("RGB", (1131, 600)).save(folder / "audit.png")
+    leak = {"painted": "000007", "set": "test", "other": "t<1>", "how": "near copy", "likeness": 0.9, "leak": True}
+    real = {"kind": "held out", "images": 64, "limit": 0.6, "copies": leaks, "copies_under_own_mask": 0}
+    own = {"kind": "one another", "images": 48, "limit": 0.6, "copies": 2, "copies_under_own_mask": 1, "leaks": None}
+    closest = {"painted": "000001", "id": "t2", "likeness": 0.4321}
+    sets = [{"name": "test", **real, "leaks": leaks, "closest": closest}, {"name": "x", **own, "closest": None}]
+    found = {"painted": 48, "too_plain": 5, "sets": sets, "findings": [leak] * leaks}
+    return [{"kind": "plain", "seed": seed, "sheet": "audit.png", **found} for seed in (0, 1)]
+
+
+def test_report_shows_the_audit(tmp_path):
+    text = written(tmp_path, {**study(FULL), "audit": audited(tmp_path, leaks=0)})
+    _Page(text)
+    assert "No painted tile is a copy of a validation or test tile" in text
+    assert "96 painted tiles were compared; 10 of them are too plain" in " ".join(text.split())
+    row = re.search(r"<th scope=.row.>test</th>(.*?)</tr>", text).group(1)
+    assert re.findall(r"<td>(.*?)</td>", row) == ["64", "0", "0", "0.43", "0.60"]
+    row = re.search(r"<th scope=.row.>one another</th>(.*?)</tr>", text).group(1)
+    assert re.findall(r"<td>(.*?)</td>", row) == ["48", "4", "2", "–", "0.60"]
+
+
+def test_report_tells_leaks_first(tmp_path):
+    text = " ".join(written(tmp_path, {**study(FULL), "audit": audited(tmp_path, leaks=1)}).split())
+    assert "2 painted tiles are copies of" in text
+    assert "plain, seed 1: 000007 ~ test/t&lt;1&gt; (near copy)" in text
+    assert "2 (leak)" in text
+
+
 def test_charts_of_one_page_share_no_identifier(tmp_path):
     text = written(tmp_path, study(FULL, plateau=[0.001, -0.001, 0.0]))
     identifiers = re.findall(r'\bid="([^"]+)"', text)

@@ -96,6 +96,17 @@ def test_the_test_tiles_change_nothing_but_the_scores(finished, tiny_recipe, tmp
             assert np.array_equal(open_image(file).values, open_image(before / file.relative_to(after)).values)
 
 
+def test_every_painted_set_is_audited_against_every_split(finished, tiny_recipe):
+    audits = json.loads((finished / "results.json").read_text())["audit"]
+    assert [(one["kind"], one["seed"]) for one in audits] == [(k, s) for k in ("plain", "steered") for s in (0, 1)]
+    for one in audits:
+        named = {entry["name"]: (entry["images"], entry["leaks"]) for entry in one["sets"]}
+        assert {"train": (4, None), "validation": (2, 0), "test": (2, 0)}.items() <= named.items()
+        assert named["masks of test"] == (2, 0)
+        assert one["painted"] == 4
+        assert (finished / one["sheet"]).is_file()
+
+
 def test_finished_units_are_not_computed_again(finished, tiny_recipe):
     before, scored = stamps(finished), scores(finished)
     Study(tiny_recipe, Path(), finished).run()
@@ -115,6 +126,7 @@ def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
         *(f"synthetic/steered-seed-{seed}" for seed in (0, 1)),
         *(f"{place}/real-synthetic-crfm-seed-{seed}" for place in ("cells", "scores") for seed in (0, 1)),
         *(f"scores/agreement-steered-seed-{seed}" for seed in (0, 1)),
+        *(f"audits/steered-seed-{seed}" for seed in (0, 1)),
     }
     Study(tiny_recipe, Path(), finished).run()  # leave results.json as the other tests expect it
 
@@ -327,7 +339,7 @@ def test_more_painted_tiles_continue_the_set_and_change_no_arm_that_takes_fewer(
     changed = {name.rsplit("-", 1)[0] for name, stamp in after.items() if before.get(name) != stamp}
     assert changed == {
         f"{place}-seed-{seed}"
-        for place in ("synthetic/plain", "cells/more", "scores/more", "scores/agreement-plain")
+        for place in ("synthetic/plain", "cells/more", "scores/more", "scores/agreement-plain", "audits/plain")
         for seed in (0, 1)
     }
     page = (tmp_path / "study" / "report.html").read_text()

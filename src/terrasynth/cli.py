@@ -551,6 +551,58 @@ def export(
     typer.echo(write(dataset, to, out, shard_size=shard_size or 1000))
 
 
+@app.command(epilog=_example("terrasynth audit painted --train tiles/images/train --against tiles/images/test"))
+def audit(
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATASET", exists=True, file_okay=False, help="Folder that `terrasynth generate` wrote."
+        ),
+    ],
+    against: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of images that must not be in DATASET: validation, test. A copy of one is a leak; repeatable.",
+        ),
+    ],
+    train: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of the images that the generator learned from. Copies are told, but are no leak; repeatable.",
+        ),
+    ] = None,
+    masks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of masks that nothing may be painted under: those of validation and test. A painted image "
+            "under one of them is a leak; repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Look for copies in DATASET: of images it must not show, of training images, of each other.
+
+    Copies are found by their bytes, by their pixels, and by their details even if they are flipped, turned, cut by up
+    to a tenth of their side, brightened or compressed again. Prints a table and writes DATASET-audit.json and
+    DATASET-audit.png, which shows the closest pairs. DATASET is not changed. Exit code 1 if there is a leak, 0 if not.
+    """
+    from terrasynth.curation.audit import audit_folders
+
+    done, written, remarks = audit_folders(dataset, against, train or (), masks or ())
+    typer.echo(done.table())
+    for line in ("", *remarks, *written):
+        typer.echo(line)
+    raise typer.Exit(1 if done.leaks else 0)
+
+
 @app.command(epilog=_example("terrasynth study dubai16 --data tiles/dubai --set study.seeds=[0,1,2,3,4]"))
 def study(
     recipe: RecipeName,

@@ -13,6 +13,8 @@ from terrasynth.data.schema import LabelSchema
 __all__ = ["contact_sheet"]
 
 Color = tuple[int, int, int]
+#: Height of a line of a caption.
+_LINE = 14
 
 
 def contact_sheet(
@@ -23,6 +25,7 @@ def contact_sheet(
     columns: int = 8,
     zoom: int = 1,
     legend: bool = False,
+    captions: Sequence[str] = (),
 ) -> Image.Image:
     """Masks above what belongs to them: rows of masks, and under each the rows of `images`, labelled.
 
@@ -33,6 +36,7 @@ def contact_sheet(
         columns: tiles side by side before the next block of rows starts.
         zoom: whole-number enlargement, pixels kept sharp.
         legend: name the classes below, and unlabelled ground if there is some.
+        captions: N texts of equally many lines, each below what belongs to a mask, cut to its width.
     """
     count, height, width = masks.shape
     columns = min(columns, count)
@@ -43,7 +47,9 @@ def contact_sheet(
     gutter = margin + int(max(font.getlength(label) for label in ("mask", *images))) + 10
     rows = 1 + len(images)
     cell_x, cell_y = width * zoom + gap, height * zoom + gap
-    block_height = rows * cell_y + 2 * gap
+    small = ImageFont.load_default(11)
+    lines = 1 + captions[0].count("\n") if captions else 0
+    block_height = rows * cell_y + 2 * gap + lines * _LINE
     sheet_width = gutter + columns * cell_x - gap + margin
     named = [*zip(schema.names, schema.colors, strict=True)]
     if (masks == schema.ignore_index).any():
@@ -62,11 +68,22 @@ def contact_sheet(
                 tile = np.asarray(schema.to_color(masks[index])) if row == 0 else _pixels(images[label][index])
                 picture = Image.fromarray(tile).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
                 sheet.paste(picture, (gutter + column * cell_x, top + row * cell_y))
+        for column, caption in enumerate(captions[block * columns : (block + 1) * columns]):
+            for line, text in enumerate(caption.split("\n")):
+                corner = (gutter + column * cell_x, top + rows * cell_y + line * _LINE)
+                draw.text(corner, _cut(text, small, width * zoom), font=small, fill=ink)
     base = sheet.height - margin - foot
     for name, x, y, color in entries:
         draw.rectangle((x, base + y + 10, x + 12, base + y + 22), fill=color, outline=(150, 150, 150))
         draw.text((x + 18, base + y + 16), name, font=font, fill=ink, anchor="lm")
     return sheet
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The end of a text that is too wide: names differ there."""
+    while len(text) > 1 and font.getlength(text) > width:
+        text = f"…{text.removeprefix('…')[1:]}"
+    return text
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:

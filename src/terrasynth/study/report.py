@@ -29,6 +29,8 @@ __all__ = ["Results", "Verdict", "read_results", "verdict", "write_report"]
 _WIDE, _NARROW = 8.6, 3.7
 #: Larger pictures of the gallery are shrunk to this, so that the page stays small enough to send.
 _THUMBNAIL = 256
+#: What an audit calls the painted tiles compared with each other (`curation.audit.AMONG`, which would load torch).
+_AMONG = "one another"
 _METRICS = (("miou", "mIoU"), ("oa", "OA"), ("macc", "mAcc"), ("f1", "F1"))
 #: NaN is no JSON, but Python writes and reads it.
 _Score = Annotated[float | None, AfterValidator(lambda value: None if value != value else value)]
@@ -107,6 +109,41 @@ class _Painted(_Part):
     agreement: _Score
 
 
+class _Nearest(_Part):
+    painted: str
+    id: str
+    likeness: _Score
+
+
+class _Set(_Part):
+    name: str
+    kind: str
+    images: int
+    limit: _Score
+    copies: int
+    copies_under_own_mask: int | None
+    leaks: int | None
+    closest: _Nearest | None
+
+
+class _Finding(_Part):
+    painted: str
+    set: str
+    other: str
+    how: str
+    leak: bool
+
+
+class _Audit(_Part):
+    kind: str
+    seed: int
+    sheet: str
+    painted: int
+    too_plain: int
+    sets: tuple[_Set, ...]
+    findings: tuple[_Finding, ...]
+
+
 class Results(_Part):
     """`results.json`: everything a study measured. Scores are fractions in [0, 1]; the first arm is the baseline."""
 
@@ -121,6 +158,8 @@ class Results(_Part):
     timing: tuple[_Duration, ...]
     total_seconds: float
     synthetic: dict[str, _Painted]
+    audit: tuple[_Audit, ...] = ()
+    """Copies among the painted tiles, by kind and seed."""
     filtered: dict[str, dict[str, _Score]]
     """Of each arm with the filter: `dropped`, the share of painted pixels it dropped, and `dropped/NAME` of a class."""
     environment: dict[str, Any]
@@ -379,6 +418,7 @@ def _context(results: Results, folder: Path) -> dict[str, Any]:
         ],
         "figures": _figures(results, answer),
         "gallery": _gallery(folder),
+        "audit": _audit(results, folder),
         "setup": _setup(results),
         "touched": _touched(results),
         "recipe_yaml": yaml.safe_dump(results.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -445,15 +485,51 @@ def _gallery(folder: Path) -> dict[str, Any] | None:
     return {"columns": columns, "rows": rows} if rows else None
 
 
-def _data_uri(folder: Path, name: str) -> str:
+def _audit(results: Results, folder: Path) -> dict[str, Any] | None:
+    """What was compared with what, over all painted sets together, and the sheet of the one with most to see."""
+    if not results.audit:
+        return None
+    own = [entry for one in results.audit for entry in one.sets if entry.kind == _AMONG]
+    names = dict.fromkeys(entry.name for one in results.audit for entry in one.sets if entry.kind != _AMONG)
+    groups = [[e for one in results.audit for e in one.sets if e.name == name and e.kind != _AMONG] for name in names]
+    closest = max(
+        results.audit,
+        key=lambda one: (
+            len(one.findings),
+            max((entry.closest.likeness or 0.0 for entry in one.sets if entry.closest), default=0.0),
+        ),
+    )
+    return {
+        "painted": sum(one.painted for one in results.audit),
+        "too_plain": sum(one.too_plain for one in results.audit),
+        "rows": [_audit_row(group[0].name, group) for group in groups] + [_audit_row("one another", own)],
+        "leaks": [(one, finding) for one in results.audit for finding in one.findings if finding.leak],
+        "of": f"{closest.kind}, seed {closest.seed}",
+        "sheet": _data_uri(folder, closest.sheet, thumbnail=None),
+    }
+
+
+def _audit_row(name: str, group: list[_Set]) -> dict[str, Any]:
+    likeness = [entry.closest.likeness for entry in group if entry.closest and entry.closest.likeness is not None]
+    return {
+        "name": name,
+        "images": group[0].images,
+        "limit": group[0].limit,
+        "copies": sum(entry.copies for entry in group),
+        "own": sum(entry.copies_under_own_mask or 0 for entry in group),
+        "held_out": group[0].leaks is not None,
+        "closest": max(likeness, default=None),
+    }
+
+
+def _data_uri(folder: Path, name: str, thumbnail: int | None = _THUMBNAIL) -> str:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise TerraSynthError(
-            "a picture outside the study's folder", path=folder / "gallery.json", found=name, fix="use relative paths"
-        )
+        raise TerraSynthError("a picture outside the study's folder", path=folder, found=name, fix="use relative paths")
     picture = Image.fromarray(open_image(path).values)
     # Nearest keeps the exact colours of a mask.
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.NEAREST)
+    if thumbnail is not None:
+        picture.thumbnail((thumbnail, thumbnail), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -561,7 +637,8 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             "Validation tiles",
             "choose the checkpoint of a segmentor"
             + (", and every arm's learning rate and steps," if results.recipe.study.search else ",")
-            + " nothing else",
+            + " nothing else"
+            + (" but the audit" if results.audit else ""),
         ),
         ("Test tiles", "score finished segmentors, once, and nothing else: no training, no selection"),
     ]
@@ -573,9 +650,11 @@ def _touched(results: Results) -> list[tuple[str, str]]:
         rows.insert(
             1, ("Painted tiles", "train the segmentors of the arms with synthetic data, beside the training tiles")
         )
+        audited = " but the audit" if results.audit else ""
         rows[-1] = (
             "Test tiles",
-            "score finished segmentors, once, and nothing else: no training, no painting, no steering, no selection",
+            f"score finished segmentors, once, and nothing else{audited}: no training, no painting, no steering, "
+            "no selection",
         )
     if results.data.unlabelled:
         uses = _self_training(results.recipe, teacher)
@@ -588,6 +667,13 @@ def _touched(results: Results) -> list[tuple[str, str]]:
         rows.insert(
             1 + bool(results.painted_arms),
             ("Unlabelled images", f"{results.data.unlabelled} windows of them " + "; ".join(uses)),
+        )
+    if results.audit:
+        rows.append(
+            (
+                "Audit",
+                "compares finished painted tiles with the tiles of all splits, and only reports: nothing reads it",
+            )
         )
     if "steered" in results.synthetic:
         rows.append(

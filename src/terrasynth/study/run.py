@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import terrasynth
+from terrasynth.curation.audit import Layouts, audit
 from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
+from terrasynth.curation.images import from_tiles, read_painted
 from terrasynth.data.folder import Tiles, check_splits, join, load_synthetic, load_tiles, unlabelled_windows
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
@@ -37,6 +39,7 @@ from terrasynth.tasks.segmentation import Segmentor, fit, label
 __all__ = ["Study"]
 
 _MASKS = "masks.safetensors"
+_AUDIT = "audit.png"
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -355,6 +358,35 @@ class Study:
         agreement: float = self._do("test", "scores", f"agreement {kind} seed {seed}", inputs, work).result
         return agreement
 
+    def audited(self, kind: str, seed: int) -> Unit:
+        """Copies in what was painted under a seed, of training tiles and of tiles that must stay unseen.
+
+        Nothing depends on this unit: it reads validation and test tiles only to report.
+        """
+        painted, count = self.painted(kind, seed), self.count(kind)
+        splits = {"validation": self.validation, "test": self.test}
+
+        def work(folder: Path) -> dict[str, Any]:
+            with _remade(painted):
+                dataset = read_painted(painted.folder / "dataset", count, name=f"{kind}, seed {seed}")
+            found = audit(
+                dataset,
+                [from_tiles("train", self.train)],
+                [from_tiles(name, tiles) for name, tiles in splits.items()],
+                [Layouts(f"masks of {name}", tiles.ids, tiles.masks) for name, tiles in splits.items()],
+            )
+            write_json(folder / "audit.json", found.report)
+            with atomic_write(folder / _AUDIT) as partial:
+                found.sheet.save(partial)
+            return {name: found.report[name] for name in ("painted", "too_plain", "sets", "findings")}
+
+        inputs = {
+            "painted": painted.key,
+            "count": count,
+            **{name: tiles.fingerprint() for name, tiles in {"train": self.train, **splits}.items()},
+        }
+        return self._do("audit", "audits", f"{kind} seed {seed}", inputs, work, products=(_AUDIT, "audit.json"))
+
     def _check_clock(self) -> None:
         if self.clock.left() == 0:
             raise OutOfTime
@@ -376,6 +408,7 @@ class Study:
         tasks += [partial(self.metrics, arm, seed) for arm in study.arms for seed in study.seeds]
         tasks += [partial(self.metrics, arm, seed, times=2) for arm in self._checked for seed in study.seeds]
         tasks += [partial(self.agreement, kind, seed) for kind in self._kinds for seed in study.seeds]
+        tasks += [partial(self.audited, kind, seed) for kind in self._kinds for seed in study.seeds]
         while tasks:
             left: list[tuple[Callable[[], object], Busy]] = []
             for task in tasks:
@@ -409,6 +442,7 @@ class Study:
         metrics = {arm.name: [self.metrics(arm, seed) for seed in study.seeds] for arm in study.arms}
         twice = {arm.name: [self.metrics(arm, seed, times=2) for seed in study.seeds] for arm in self._checked}
         agreement = {kind: [self.agreement(kind, seed) for seed in study.seeds] for kind in kinds}
+        audits = {kind: [self.audited(kind, seed) for seed in study.seeds] for kind in kinds}
         adding = any(arm.adds_tiles for arm in study.arms)
         seconds: dict[str, float] = {}
         for group, unit in self._used.values():
@@ -462,6 +496,12 @@ class Study:
                     kind: {"count": self.count(kind), "agreement": sum(values) / len(values)}
                     for kind, values in agreement.items()
                 },
+                "audit": [
+                    {"kind": kind, "seed": seed, "sheet": (unit.folder / _AUDIT).relative_to(self.out).as_posix()}
+                    | unit.result
+                    for kind, units in audits.items()
+                    for seed, unit in zip(study.seeds, units, strict=True)
+                ],
                 "filtered": {arm.name: _mean_shares(cells[arm.name]) for arm in study.arms if arm.filter},
                 "environment": {
                     "terrasynth": terrasynth.__version__,
