@@ -1,1 +1,1 @@
-"""What of the painted tiles is kept; tensors in, tensors out, no model and no task."""
+"""What of the painted tiles is used: rules on what a segmentor of the real tiles finds in them."""

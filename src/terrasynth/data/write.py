@@ -9,6 +9,7 @@ row), and stays one while it grows:
     images/ID.png       RGB; its text chunks say `synthetic=1` and hold the sample's row
     metadata.jsonl      the rows, and
     README.md           the dataset card: written by `finish`
+    scores/, views/     what `terrasynth curate` adds (`data.scores`, `data.view`)
 
 A sample exists once its image does: the mask is written first, each file appears whole or not at all, and the row
 travels inside the image. So whenever a run is killed, the same run started again yields the same files as one that was
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from torch import Tensor
 
 from terrasynth.data.card import Contents, check_license, dataset_card, front_matter
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.scores import add_scores
 from terrasynth.errors import TerraSynthError, changes
 from terrasynth.io import atomic_write, open_image, read_json, remove_incomplete, write_json
 
-__all__ = ["Rows", "SyntheticWriter", "read_manifest", "read_plan"]
+__all__ = ["Rows", "SyntheticWriter", "read_manifest", "read_plan", "write_rows"]
 
 _MARKER = ".terrasynth.json"
 _ROW = "terrasynth"
@@ -191,8 +193,7 @@ class SyntheticWriter:
         with atomic_write(self.folder / "README.md") as partial:
             partial.write_text(card, encoding="utf-8")
         # Last: a folder with this file is a finished one.
-        with atomic_write(self.folder / "metadata.jsonl") as partial:
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_rows(self.folder, rows)
         return self.folder
 
 
@@ -211,6 +212,13 @@ from terrasynth.data.folder import load_synthetic      # tensors
 
 tiles = load_synthetic("path/to/this/folder")
 ```"""
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `metadata.jsonl`: what each sample came from, and what a segmentor found in it, as far as it was asked."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in add_scores(folder, rows)]
+    with atomic_write(folder / "metadata.jsonl") as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 class Rows:
