@@ -635,7 +635,7 @@ def curate(
     ] = None,
     max_weight: Annotated[
         float | None,
-        typer.Option(metavar="W", help="For --balance: the largest weight; 1 is the average. (default: 4)"),
+        typer.Option(metavar="W", help="For --balance: weights are from 1/W to W; 1 is the average. (default: 4)"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of --resample.")] = 0,
     skip_bad: SkipBad = False,

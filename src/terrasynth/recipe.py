@@ -364,7 +364,7 @@ class CurationConfig(_Config):
     """Weigh tiles so that the classes' shares of the drawn pixels come near `uniform` ones, those of the `real` tiles,
     or those given by name (`{water: 0.2}`); classes that are not named share the rest as they do now."""
     max_weight: Annotated[float, Field(ge=1)] = 4.0
-    """For `balance`: no tile weighs more than this many times the average."""
+    """For `balance`: no tile weighs more than this many times the average, nor less than the average by as much."""
 
     @model_validator(mode="after")
     def _can_be_done(self) -> CurationConfig:

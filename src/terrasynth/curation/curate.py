@@ -46,28 +46,18 @@ def curate(dataset: Path, name: str, config: CurationConfig, *, seed: int = 0) -
             found=f"{len(missing)} of {len(rows)}: {listed(missing, shown=5)}",
             fix=f"score them: {AGAIN}",
         )
-    scores = [row["curation"] for row in rows]
-    pixels = np.array([score["pixels"] for score in scores], dtype=np.int64)
+    scores = [{**row["curation"], "kept": row["curation"]["pixels"]} for row in rows]
     limit = None if config.margin is None else code_limit(config.margin)
-    kept, sizes = pixels.copy(), np.array([row["width"] * row["height"] for row in rows], dtype=np.int64)
     if limit is not None:
         with track(len(rows), "reading scores", unit="images") as progress:
-            for position, (row, _, mask) in enumerate(read_samples(dataset, schema, rows)):
+            for score, (row, _, mask) in zip(scores, read_samples(dataset, schema, rows), strict=True):
                 labels = mask[read_codes(dataset, row["id"], mask.shape) <= limit]
-                kept[position] = np.bincount(labels, minlength=256)[: schema.num_classes]
+                score["kept"] = np.bincount(labels, minlength=256)[: schema.num_classes]
                 progress.advance()
-    table = Table(
-        ids=tuple(row["id"] for row in rows),
-        sources=tuple(str(row.get("source_mask", row["id"])) for row in rows),
-        sizes=sizes,
-        pixels=pixels,
-        kept=kept,
-        # None becomes NaN, which no threshold lets pass.
-        accuracy=np.array([score["accuracy"] for score in scores], dtype=np.float64),
-        miou=np.array([score["miou"] for score in scores], dtype=np.float64),
-        mean_losses=np.array(statistics.mean_losses),
-        real_pixels=np.array(statistics.pixels, dtype=np.int64),
-    )
+    for score, row in zip(scores, rows, strict=True):
+        score["size"] = row["width"] * row["height"]
+    sources = [str(row.get("source_mask", row["id"])) for row in rows]
+    table = Table.of([row["id"] for row in rows], sources, scores, statistics)
     selection = select(table, config, schema.names, seed)
     used = zip(table.ids, selection.weights.tolist(), strict=True)
     view = View(
@@ -101,6 +91,7 @@ def _summary(table: Table, selection: Selection, class_names: Sequence[str]) -> 
         # So many samples of equal weight would vary as much (Kish 1965).
         "effective": round(float(weights.sum() ** 2 / (weights @ weights)), 1),
         "labels_dropped": round(1 - float(table.kept.sum() / table.pixels.sum()), 6),
+        **({} if selection.rare is None else {"rare": [class_names[index] for index in selection.rare]}),
         "classes": {
             name: {column: float(shares[index]) for column, shares in columns.items()}
             for index, name in enumerate(class_names)
@@ -125,6 +116,7 @@ def report(view: View) -> str:
             f"{summary['used']} of {view.of} samples, worth {summary['effective']:g} of equal weight; "
             f"{summary['labels_dropped']:.1%} of all labels dropped",
             *table,
+            *([f"rare: {', '.join(summary['rare']) or 'none'}"] if "rare" in summary else []),
             str(view_file(view.dataset, view.name)),
             str(view_file(view.dataset, view.name).with_suffix(".png")),
         ]

@@ -35,11 +35,22 @@ def draw_view(view: View, schema: LabelSchema, rows: Sequence[Mapping[str, Any]]
 
     shown = [*rows[:_SHOWN], *rows[_SHOWN:][-_SHOWN:]]
     least = min(_SHOWN, len(rows))
-    bars = 1.1 + 0.24 * schema.num_classes
-    figure = Figure(figsize=(1.15 * 2 * _SHOWN + 1.2, 5.9 + bars), dpi=110, layout="constrained")
+    # In inches. An automatic layout would take several times as long as the drawing.
+    columns, side, gap, left, top, bars = 2 * _SHOWN, 1.2, 0.08, 1.6, 1.2, 0.28 * schema.num_classes
+    width, height = left + columns * (side + gap), top + len(_ROWS) * (side + gap) + 0.3 + bars + 0.6
+    figure = Figure(figsize=(width, height), dpi=110)
     FigureCanvasAgg(figure)
-    tiles, chart = figure.subfigures(2, 1, height_ratios=[5.9, bars], squeeze=False)[:, 0]
-    grid = tiles.subplots(len(_ROWS), 2 * _SHOWN, squeeze=False)
+
+    def place(x: float, y: float, across: float, down: float) -> Any:
+        """Axes by their upper left corner and size in inches."""
+        return figure.add_axes((x / width, 1 - (y + down) / height, across / width, down / height))
+
+    grid = np.array(
+        [
+            [place(left + column * (side + gap), top + row * (side + gap), side, side) for column in range(columns)]
+            for row in range(len(_ROWS))
+        ]
+    )
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -57,13 +68,16 @@ def draw_view(view: View, schema: LabelSchema, rows: Sequence[Mapping[str, Any]]
         grid[0, column].set_title(
             f"{row['id']}\naccuracy {score['accuracy']:.2f}\nmIoU {score['miou']:.2f}\n{use}", fontsize=7
         )
-    tiles.suptitle(
+    figure.text(
+        left / width,
+        1 - 0.1 / height,
         f"{view.name}: the {least} samples that agree least with their masks"
         + (f", and the {len(shown) - least} that agree most" if len(shown) > least else "")
         + "\nloss: of each pixel, relative to its class's mean on real tiles, from 0 (dark) to 2 and more (yellow)",
         fontsize=9,
+        va="top",
     )
-    _histogram(chart.subplots(), view.summary["classes"], schema)
+    _histogram(place(left, height - bars - 0.6, columns * (side + gap), bars), view.summary["classes"], schema)
     with atomic_write(view_file(view.dataset, view.name).with_suffix(".png")) as partial:
         # Without the library's version, so that equal views have equal pictures.
         figure.savefig(partial, metadata={"Software": None})

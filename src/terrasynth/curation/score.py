@@ -1,8 +1,8 @@
-"""Asking a segmentor once what it finds in every sample of a synthetic dataset."""
+"""Asking a segmentor, once, what it finds in every painted sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from terrasynth.curation.filter import class_sums, loss_codes
+from terrasynth.curation.select import Table, select
 from terrasynth.data.folder import Tiles, read_samples
 from terrasynth.data.scores import ClassStatistics, read_score, write_score
+from terrasynth.data.view import code_limit
 from terrasynth.data.write import read_manifest, write_rows
 from terrasynth.errors import TerraSynthError, changes
 from terrasynth.io import remove_incomplete, weights_digest
 from terrasynth.progress import track
+from terrasynth.recipe import CurationConfig
 from terrasynth.tasks.confusion import Confusion
 from terrasynth.tasks.segmentation import Segmentor
 
-__all__ = ["class_statistics", "found_in", "score_dataset"]
+__all__ = ["class_statistics", "curated_tiles", "found_in", "score_dataset"]
 
 _BATCH = 16
 
@@ -62,18 +65,59 @@ def score_dataset(dataset: Path, segmentor_folder: Path, real: Tiles) -> ClassSt
             fix=f"give those, or delete {dataset / 'scores'} to score anew (views have to be made again then)",
         )
     remove_incomplete(dataset / "scores")
+    remove_incomplete(dataset, "metadata")
     missing = [row for row in rows if read_score(dataset, row["id"], statistics) is None]
     means = torch.tensor(statistics.mean_losses, dtype=torch.float64)
     with track(len(rows), "scoring", unit="images", done=len(rows) - len(missing)) as progress:
         for row, image, mask in read_samples(dataset, schema, missing):
-            pixels, labels = torch.tensor(image).permute(2, 0, 1)[None], torch.tensor(mask)[None]
-            losses, classes = segmentor.compare(pixels, labels)
-            codes = loss_codes(labels, losses, means)[0].numpy()
-            numbers = found_in(labels[0], losses[0], classes[0], schema.num_classes, schema.ignore_index)
-            write_score(dataset, row["id"], codes, numbers, statistics)
+            codes, numbers = _score(segmentor, torch.tensor(image).permute(2, 0, 1), torch.tensor(mask), means)
+            write_score(dataset, row["id"], codes.numpy(), numbers, statistics)
             progress.advance()
     write_rows(dataset, list(rows))
     return statistics
+
+
+def curated_tiles(
+    tiles: Tiles, sources: Sequence[str], real: Tiles, segmentor: Segmentor, config: CurationConfig, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `score_dataset` and `curate` do to a dataset, for N painted tiles in memory.
+
+    Args:
+        tiles: painted.
+        sources: the mask that each was painted under, by name.
+        real: labelled training tiles.
+        segmentor: trained on real tiles.
+        config: the rules.
+        seed: of what they draw.
+
+    Returns:
+        Positions of the M tiles used, int64 (M,); their masks without the labels that are dropped, uint8 (M, S, S);
+        their weights, float64 (M,).
+
+    Raises:
+        TerraSynthError: a class is unknown, or nothing is left.
+    """
+    statistics = class_statistics(segmentor, real, {"segmentor": "", "real": ""})
+    means, masks, scores = torch.tensor(statistics.mean_losses, dtype=torch.float64), tiles.masks.clone(), []
+    with track(len(tiles), "scoring", unit="images") as progress:
+        for image, mask in zip(tiles.images, masks, strict=True):
+            codes, numbers = _score(segmentor, image, mask, means)
+            if config.margin is not None:
+                mask[codes > code_limit(config.margin)] = segmentor.ignore_index
+            kept = mask[mask != segmentor.ignore_index].flatten().bincount(minlength=segmentor.num_classes)
+            scores.append({**numbers, "size": mask.numel(), "kept": kept.tolist()})
+            progress.advance()
+    table = Table.of(tiles.ids, sources, scores, statistics)
+    weights = torch.from_numpy(select(table, config, tiles.schema.names, seed).weights)
+    used = weights.nonzero().flatten()
+    return used, masks[used], weights[used]
+
+
+def _score(segmentor: Segmentor, image: Tensor, mask: Tensor, means: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Codes, uint8 (H, W), and numbers of one sample: uint8 (3, H, W), and its mask (H, W)."""
+    losses, classes = segmentor.compare(image[None], mask[None])
+    numbers = found_in(mask, losses[0], classes[0], segmentor.num_classes, segmentor.ignore_index)
+    return loss_codes(mask, losses[0], means), numbers
 
 
 def class_statistics(segmentor: Segmentor, real: Tiles, about: Mapping[str, str]) -> ClassStatistics:

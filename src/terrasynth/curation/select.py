@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from terrasynth.data.scores import ClassStatistics
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest
 from terrasynth.recipe import CurationConfig
@@ -36,8 +38,8 @@ _Ints = NDArray[np.int64]
 #: An update of weights ends when no others could bring the divergence further down than this, in nats.
 _GAP = 1e-4
 _UPDATES = 20_000
-#: Share of its own weight that every sample keeps in an update, so that none is locked at zero.
-_FLOOR = 1e-9
+#: In place of 0 for a sample without a wanted class, which goes to its lower bound at once.
+_TINY = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,28 @@ class Table:
     mean_losses: _Floats
     real_pixels: _Ints
 
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[str],
+        sources: Sequence[str],
+        scores: Sequence[Mapping[str, Any]],
+        statistics: ClassStatistics,
+    ) -> Table:
+        """From the numbers of N samples: `size`, `pixels`, `kept`, and `accuracy` and `miou` (None without labels)."""
+        return cls(
+            ids=tuple(ids),
+            sources=tuple(sources),
+            sizes=np.array([score["size"] for score in scores], dtype=np.int64),
+            pixels=np.array([score["pixels"] for score in scores], dtype=np.int64),
+            kept=np.array([score["kept"] for score in scores], dtype=np.int64),
+            # None becomes NaN, which no threshold lets pass.
+            accuracy=np.array([score["accuracy"] for score in scores], dtype=np.float64),
+            miou=np.array([score["miou"] for score in scores], dtype=np.float64),
+            mean_losses=np.array(statistics.mean_losses),
+            real_pixels=np.array(statistics.pixels, dtype=np.int64),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -73,11 +97,13 @@ class Selection:
 
     Attributes:
         weights: float64 (N,), how often each is drawn: 0 for one that is left out, 1 on average over the labels kept.
+        rare: int64, the classes that were taken for rare; None if no rule asks.
         wanted: float64 (K,), the class histogram that was asked for; None if none was.
     """
 
     weights: _Floats
-    wanted: _Floats | None = None
+    rare: _Ints | None
+    wanted: _Floats | None
 
 
 def select(table: Table, config: CurationConfig, class_names: Sequence[str], seed: int) -> Selection:
@@ -89,6 +115,7 @@ def select(table: Table, config: CurationConfig, class_names: Sequence[str], see
     Raises:
         TerraSynthError: a class is none of the data set, or nothing is left.
     """
+    rare = wanted = None
     stays = table.kept.sum(1) > 0
     if config.min_accuracy is not None:
         stays &= table.accuracy >= config.min_accuracy
@@ -118,9 +145,10 @@ def select(table: Table, config: CurationConfig, class_names: Sequence[str], see
     if config.balance is not None:
         wanted = wanted_shares(config.balance, histogram(table.kept, weights), table.real_pixels, class_names)
         weights[chosen] = balanced(table.kept[chosen], wanted, weights[chosen], config.max_weight)
-        return Selection(weights, wanted)
-    labels = table.kept.sum(1)
-    return Selection(weights * (labels[chosen].sum() / (weights @ labels)))
+    else:
+        labels = table.kept.sum(1)
+        weights *= labels[chosen].sum() / (weights @ labels)
+    return Selection(weights, rare, wanted)
 
 
 # --- FreeMask: hardness ----------------------------------------------------------------------------------------------
@@ -240,11 +268,11 @@ def balanced(pixels: _Ints, wanted: _Floats, start: _Floats, max_weight: float) 
     """Weights that bring the class histogram of the drawn samples as near to a wanted one as they can.
 
     With u_i the share of the drawn labels that comes from sample i, and p_ic the share of class c among its labels, the
-    histogram is h_c = Σ_i u_i p_ic. Sought is the minimum of KL(t ‖ h) over all u with Σ_i u_i = 1 and 0 ≤ u_i ≤ W b_i,
-    where b_i is that share at equal weights: a convex problem. The weights are w_i = u_i / b_i. One step of
+    histogram is h_c = Σ_i u_i p_ic. Sought is the minimum of KL(t ‖ h) over all u with Σ_i u_i = 1 and b_i / W ≤ u_i ≤
+    W b_i, where b_i is that share at equal weights: a convex problem. The weights are w_i = u_i / b_i. One step of
     expectation-maximisation for the proportions of a mixture multiplies::
 
-        u_i ← min(W b_i, λ u_i Σ_c t_c p_ic / h_c),     λ such that Σ_i u_i = 1,
+        u_i ← λ u_i Σ_c t_c p_ic / h_c, cut to its bounds,     λ such that Σ_i u_i = 1,
 
     which never increases the divergence. It ends when Frank and Wolfe's gap, a bound on what is left to gain, is small.
     Wanted classes of which no sample has a pixel can not be had: their share goes to the others in proportion.
@@ -256,7 +284,7 @@ def balanced(pixels: _Ints, wanted: _Floats, start: _Floats, max_weight: float) 
         max_weight: W, at least 1.
 
     Returns:
-        (N,), at most W, with a mean of 1 over all labels.
+        (N,), from 1 / W to W, with a mean of 1 over all labels.
     """
     labels = pixels.sum(1)
     p, b = pixels / labels[:, None], labels / labels.sum()
@@ -264,35 +292,32 @@ def balanced(pixels: _Ints, wanted: _Floats, start: _Floats, max_weight: float) 
     if not wanted.any():
         return start / (start @ b)
     wanted = wanted / wanted.sum()
-    most = max_weight * b
-    u = _capped(start * b, most)
+    least, most = b / max_weight, b * max_weight
+    u = _within(start * b, least, most)
     for _ in range(_UPDATES):
         h = u @ p
         gradient = p @ np.divide(wanted, h, out=np.zeros_like(h), where=wanted > 0)
-        if _best(gradient, most) - gradient @ u < _GAP:
+        if _best(gradient, least, most) - gradient @ u < _GAP:
             break
-        u = _capped(np.maximum(u * gradient, _FLOOR * b), most)
+        u = _within(u * np.maximum(gradient, _TINY), least, most)
     return u / b
 
 
-def _capped(amounts: _Floats, most: _Floats) -> _Floats:
-    """min(most, λ amounts) with the λ that makes them sum to 1; `most` sums to at least 1."""
-    ratios = most / amounts
-    order = np.argsort(ratios, kind="stable")
-    full = np.concatenate([[0.0], np.cumsum(most[order])[:-1]])
-    rest = np.cumsum(amounts[order][::-1])[::-1]
-    scales = (1 - full) / rest
-    # The first λ at which the next one is not full; rounding may leave none where all are.
-    fits = np.append(scales <= ratios[order], True)
-    first = int(np.argmax(fits))
-    return most.copy() if first == len(scales) else np.minimum(most, scales[first] * amounts)
+def _within(amounts: _Floats, least: _Floats, most: _Floats) -> _Floats:
+    """λ amounts, cut to what is allowed, with the λ that makes them sum to 1."""
+    # The sum rises with λ in straight lines: each amount counts from where it passes `least` to where it meets `most`.
+    turns = np.concatenate([least / amounts, most / amounts])
+    order = np.argsort(turns, kind="stable")
+    turns, slopes = turns[order], np.cumsum(np.concatenate([amounts, -amounts])[order])
+    sums = least.sum() + np.concatenate([[0.0], np.cumsum(slopes[:-1] * np.diff(turns))])
+    return np.clip(np.interp(1, sums, turns) * amounts, least, most)
 
 
-def _best(gradient: _Floats, most: _Floats) -> float:
-    """The largest Σ gradient v over all v with Σ v = 1 and 0 ≤ v ≤ most: fill the steepest ones first."""
+def _best(gradient: _Floats, least: _Floats, most: _Floats) -> float:
+    """The largest Σ gradient v over all v with Σ v = 1 and least ≤ v ≤ most: the steepest ones are filled first."""
     order = np.argsort(-gradient, kind="stable")
-    filled = np.minimum(np.cumsum(most[order]), 1)
-    return float(gradient[order] @ np.diff(filled, prepend=0))
+    filled = np.minimum(np.cumsum((most - least)[order]), 1 - least.sum())
+    return float(gradient @ least + gradient[order] @ np.diff(filled, prepend=0))
 
 
 def _index(name: str, class_names: Sequence[str], key: str) -> int:
