@@ -17,7 +17,7 @@ from terrasynth.data.view import code_limit
 from terrasynth.data.write import read_manifest, write_rows
 from terrasynth.errors import TerraSynthError, changes
 from terrasynth.io import remove_incomplete, weights_digest
-from terrasynth.progress import track
+from terrasynth.progress import say, track
 from terrasynth.recipe import CurationConfig
 from terrasynth.tasks.confusion import Confusion
 from terrasynth.tasks.segmentation import Segmentor
@@ -48,6 +48,12 @@ def score_dataset(dataset: Path, segmentor_folder: Path, real: Tiles) -> ClassSt
             found="; ".join(changes(schema.to_dict(), real.schema.to_dict())),
             expected="the same classes in the same order, and the same ignore index",
             fix="give the recipe whose training tiles the generator learned from",
+        )
+    size = real.masks.shape[-1]
+    if other := next((row for row in rows if (row["width"], row["height"]) != (size, size)), None):
+        say(
+            f"the real tiles have {size} x {size} pixels, {dataset / other['file_name']} {other['width']} x "
+            f"{other['height']}: their losses compare only if a pixel covers the same ground in both"
         )
     segmentor = Segmentor.from_pretrained(segmentor_folder, schema=schema)
     segmentor.to("cuda" if torch.cuda.is_available() else "cpu")
