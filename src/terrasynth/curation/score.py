@@ -45,7 +45,8 @@ def score_dataset(dataset: Path, segmentor_folder: Path, real: Tiles) -> ClassSt
         raise TerraSynthError(
             "the real tiles have other classes than the synthetic dataset",
             path=dataset,
-            found="; ".join(changes(schema.to_dict(), real.schema.to_dict())),
+            found=f"{', '.join(schema.names)} -> {', '.join(real.schema.names)}; ignore index {schema.ignore_index} -> "
+            f"{real.schema.ignore_index}",
             expected="the same classes in the same order, and the same ignore index",
             fix="give the recipe whose training tiles the generator learned from",
         )

@@ -33,11 +33,22 @@ from PIL.PngImagePlugin import PngInfo
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, file_digest, open_image, read_json, write_json
 
-__all__ = ["AGAIN", "STEPS", "ClassStatistics", "add_scores", "read_codes", "read_score", "write_score"]
+__all__ = [
+    "AGAIN",
+    "PNG_KEY",
+    "STEPS",
+    "ClassStatistics",
+    "add_scores",
+    "read_codes",
+    "read_png_row",
+    "read_score",
+    "write_score",
+]
 
 #: Codes per multiple of a class's mean loss.
 STEPS = 64
-_TEXT = "terrasynth"
+#: Of the text chunk of a PNG that holds JSON about it.
+PNG_KEY = "terrasynth"
 _KEY = "curation"
 #: What adds missing scores.
 AGAIN = "terrasynth curate DATASET --segmentor DIR --real RECIPE"
@@ -108,13 +119,22 @@ def _sample_digest(dataset: Path, id: str) -> str:
     return digest(*(file_digest(dataset / kind / f"{id}.png") for kind in ("images", "masks")))
 
 
+def read_png_row(path: Path) -> dict[str, Any] | None:
+    """The JSON inside a PNG that TerraSynth wrote; None if it has none, or is damaged before its pixels."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return dict(json.loads(image.info[PNG_KEY]))
+    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, TypeError, ValueError):
+        return None
+
+
 def write_score(
     dataset: Path, id: str, codes: NDArray[np.uint8], numbers: Mapping[str, Any], statistics: ClassStatistics
 ) -> None:
     """Keep the codes (H, W) and the JSON-able numbers of one sample; they appear together."""
     about = {"statistics": statistics.key, "sample": _sample_digest(dataset, id)}
     text = PngInfo()
-    text.add_text(_TEXT, json.dumps({**about, **numbers}, allow_nan=False))
+    text.add_text(PNG_KEY, json.dumps({**about, **numbers}, allow_nan=False))
     # Not durable: what a power failure leaves is checked when it is read, and computed again.
     with atomic_write(_score_file(dataset, id), durable=False) as partial:
         Image.fromarray(codes).save(partial, pnginfo=text)
@@ -122,16 +142,17 @@ def write_score(
 
 def read_score(dataset: Path, id: str, statistics: ClassStatistics) -> dict[str, Any] | None:
     """The numbers of one sample; None if there are none of these statistics for the files as they are."""
+    path = _score_file(dataset, id)
+    values = read_png_row(path)
+    if values is None or values.get("statistics") != statistics.key:
+        return None
+    if values.pop("sample", None) != _sample_digest(dataset, id):
+        return None
     try:
-        with Image.open(_score_file(dataset, id), formats=["PNG"]) as image:
-            values = json.loads(image.info[_TEXT])
-            image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError):
+        open_image(path)  # a power failure may have left a part
+    except TerraSynthError:
         return None
-    sample = values.pop("sample", None)
-    if values.get("statistics") != statistics.key or sample != _sample_digest(dataset, id):
-        return None
-    return dict(values)
+    return values
 
 
 def read_codes(dataset: Path, id: str, shape: Sequence[int]) -> NDArray[np.uint8]:
