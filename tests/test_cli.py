@@ -16,7 +16,19 @@ from terrasynth.cli import Commands, app
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe_io import load_recipe, packaged
 
-COMMANDS = ["demo", "prepare", "train", "generate", "predict", "export", "study", "report", "recipe", "doctor"]
+COMMANDS = [
+    "demo",
+    "prepare",
+    "train",
+    "generate",
+    "predict",
+    "export",
+    "curate",
+    "study",
+    "report",
+    "recipe",
+    "doctor",
+]
 
 
 def invoke(*arguments):

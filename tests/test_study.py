@@ -232,9 +232,53 @@ def test_an_interrupted_filtered_cell_goes_on_with_the_masks_it_began_with(finis
     assert study.cell(arm, 0).result == whole.result
 
 
+def test_a_curated_arm_trains_on_what_the_rules_leave(finished, tiny_recipe, tmp_path):
+    from terrasynth.curation.curate import curate
+    from terrasynth.curation.score import score_dataset
+    from terrasynth.data.folder import join, load_synthetic, load_tiles
+    from terrasynth.recipe import CurationConfig
+
+    class Hurry(Clock):
+        def left(self):
+            return 1e-9
+
+    shutil.copytree(finished, tmp_path / "study")
+    decided(tmp_path / "study")
+    rules = CurationConfig(margin=1.5, resample=2, balance="uniform")
+    arms = (tiny_recipe.study.arms[0], ArmConfig(name="curated", synthetic="plain", curate=rules))
+    update = {"arms": arms, "plateau_check": "none", "seeds": (0, 1)}
+    recipe = tiny_recipe.model_copy(update={"study": tiny_recipe.study.model_copy(update=update)})
+    study = Study(recipe, Path(), tmp_path / "study")
+    study.clock = Hurry()
+    with pytest.raises(OutOfTime):
+        study.cell(arms[1], 1)
+    state = next((tmp_path / "study").glob("cells/curated-seed-1-*/training/checkpoints/*/state.json"))
+    trained_on = json.loads(state.read_text())["identity"]["data"]["painted"]
+    Study(recipe, Path(), tmp_path / "study").run()
+    assert (
+        "rules margin 1.5, resample 2, balance uniform, max_weight 4.0"
+        in (tmp_path / "study" / "report.html").read_text()
+    )
+
+    # The same by the way of the command: scores in the dataset, and a view of it.
+    (teacher,) = (tmp_path / "study").glob("cells/real-seed-1-????????/segmentor")
+    (painted,) = (tmp_path / "study").glob("synthetic/plain-seed-1-*/dataset")
+    score_dataset(painted, teacher, load_tiles(recipe.data, "train"))
+    curate(painted, "view", rules, seed=1)
+    view, everything = load_synthetic(painted, view="view"), load_synthetic(painted)
+    assert trained_on == join([view]).fingerprint()
+    (cell,) = (tmp_path / "study").glob("cells/curated-seed-1-*")
+    result = json.loads((cell / "unit.json").read_text())["result"]
+    assert result["used"] == len(view) / len(everything)
+    labelled = [(tiles.masks != 255).sum().item() for tiles in (view, everything)]
+    assert result["filter"]["dropped"] == pytest.approx(1 - labelled[0] / labelled[1])
+
+
 def test_an_arm_that_filters_nothing_is_refused():
     with pytest.raises(ValueError, match="needs painted tiles"):
         ArmConfig(name="real, filtered", filter=True)
+    with pytest.raises(ValueError, match="so filter must be false"):
+        ArmConfig(name="twice", synthetic="plain", filter=True, curate={})
 
 
 def test_the_report_is_there_and_answers(finished):

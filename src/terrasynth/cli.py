@@ -534,6 +534,14 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the export: new, empty, or an earlier one.")],
+    view: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A view that `terrasynth curate` made: its samples and labels, and its weights as weights.json. "
+            "(default: all there is)",
+        ),
+    ] = None,
     shard_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Samples in a tar file of webdataset. (default: 1000)")
     ] = None,
@@ -548,7 +556,126 @@ def export(
 
     from terrasynth.data.export import export as write
 
-    typer.echo(write(dataset, to, out, shard_size=shard_size or 1000))
+    typer.echo(write(dataset, to, out, shard_size=shard_size or 1000, view=view))
+
+
+@app.command(
+    epilog=_example(
+        "terrasynth curate painted --segmentor runs/dubai16/cells/real-seed-0-1a2b3c4d/segmentor --real dubai16 "
+        "--data tiles/dubai --balance uniform"
+    )
+)
+def curate(
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATASET", exists=True, file_okay=False, help="Folder that `terrasynth generate` wrote."
+        ),
+    ],
+    segmentor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Score samples that have no scores yet with this segmentor, trained on real tiles. Needs --real.",
+        ),
+    ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Measure losses by those on the training tiles of this recipe. Needs --segmentor."
+        ),
+    ] = None,
+    data: Data = None,
+    view: Annotated[
+        str, typer.Option(metavar="NAME", help="Name of the view; one of that name is replaced.")
+    ] = "curated",
+    margin: Annotated[
+        str,
+        typer.Option(
+            metavar="M",
+            help="Drop labels whose loss is above M times their class's mean on real tiles; a multiple of 1/64 below "
+            "4, or `none`.",
+        ),
+    ] = "1.25",
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Leave out samples of which the segmentor finds fewer pixels as in the mask."
+        ),
+    ] = None,
+    min_miou: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Leave out samples whose mask the segmentor finds with a lower mIoU."),
+    ] = None,
+    rare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|CLASS,...",
+            help="Leave out samples that have no pixel of these classes left, unless enough of them is labelled; "
+            "`auto`: classes with less than half of an even share of the real pixels.",
+        ),
+    ] = None,
+    valid_share: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="For --rare: more than this is enough. (default: 0.8)")
+    ] = None,
+    resample: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Use a mask up to N times, the more often the harder its classes. Published: 20."
+        ),
+    ] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="uniform|real|CLASS=SHARE,...",
+            help="Weigh samples so that the classes' shares of the drawn pixels come near these.",
+        ),
+    ] = None,
+    max_weight: Annotated[
+        float | None,
+        typer.Option(metavar="W", help="For --balance: weights are from 1/W to W; 1 is the average. (default: 4)"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of --resample.")] = 0,
+    skip_bad: SkipBad = False,
+    overrides: Overrides = None,
+) -> None:
+    """Choose what of a synthetic data set is worth training on: a view of samples, weights and labels.
+
+    A segmentor scores every sample once; after that, views are made without it, as many as you like: leave --segmentor
+    and --real out. Nothing is deleted: `views/NAME.json` says what is used, `views/NAME.png` shows it. Stopped or
+    killed, the same command goes on.
+    """
+    if (segmentor is None) != (real is None):
+        raise typer.BadParameter("scoring needs a segmentor, and the real tiles", param_hint="--segmentor, --real")
+    if real is None and (data or overrides or skip_bad):
+        raise typer.BadParameter("these belong to --real", param_hint="--data, --set, --skip-bad")
+
+    from terrasynth.recipe_io import curation_config
+
+    # What is wrong with the options shows before torch is loaded.
+    settings = curation_config(
+        margin=margin,
+        min_accuracy=min_accuracy,
+        min_miou=min_miou,
+        rare=rare,
+        valid_share=valid_share,
+        resample=resample,
+        balance=balance,
+        max_weight=max_weight,
+    )
+    if segmentor is not None and real is not None:
+        training_tiles = _open(real, data, None, None, _settings(overrides, skip_bad)).train
+
+        from terrasynth.curation.score import score_dataset
+
+        score_dataset(dataset, segmentor, training_tiles)
+
+    from terrasynth.curation.curate import curate as make_view
+    from terrasynth.curation.curate import report as summary
+
+    typer.echo(summary(make_view(dataset, view, settings, seed=seed)))
 
 
 @app.command(epilog=_example("terrasynth audit painted --train tiles/images/train --against tiles/images/test"))

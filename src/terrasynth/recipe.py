@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 __all__ = [
     "ArmConfig",
     "AutoencoderConfig",
+    "CurationConfig",
     "DataConfig",
     "GeneratorConfig",
     "Recipe",
@@ -344,6 +345,42 @@ class SegmentorConfig(_Config):
     """The training run of one cell."""
 
 
+class CurationConfig(_Config):
+    """What of the painted tiles is used, and how often: rules on the scores that a segmentor gave them."""
+
+    margin: Annotated[float, Field(ge=0, le=254 / 64)] | None = 1.25
+    """A pixel is left unlabelled where its loss is above this many times its class's mean on real tiles (FreeMask, Yang
+    et al. 2023); a multiple of 1/64, below 4. Null keeps every label."""
+    min_accuracy: Fraction | None = None
+    """Leave out tiles of which the segmentor finds less than this share of the pixels as in the mask."""
+    min_miou: Fraction | None = None
+    """Leave out tiles whose mask the segmentor finds with less than this mIoU over the classes of the tile. One small
+    region that is missed costs a whole class."""
+    rare: Literal["auto"] | tuple[str, ...] | None = None
+    """Keep a tile if any pixel of these classes is left or enough of it is labelled (`valid_share`), and leave out the
+    others (TISynth, Dong et al. 2025). `auto`: those with less than half of an even share of the real pixels."""
+    valid_share: Fraction = 0.8
+    """For `rare`: how much of a tile without these classes must be labelled after filtering; more than this."""
+    resample: Positive | None = None
+    """Use the paintings of a mask the more often the harder its classes are, up to this many times (FreeMask,
+    published: 20). Null uses all alike."""
+    balance: Literal["uniform", "real"] | dict[str, Fraction] | None = None
+    """Weigh tiles so that the classes' shares of the drawn pixels come near `uniform` ones, those of the `real` tiles,
+    or those given by name (`{water: 0.2}`); classes that are not named share the rest as they do now."""
+    max_weight: Annotated[float, Field(ge=1)] = 4.0
+    """For `balance`: no tile weighs more than this many times the average, nor less than the average by as much."""
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> CurationConfig:
+        steps = 64 * (self.margin or 0)
+        if steps != int(steps):
+            near = " or ".join(f"{number / 64:.10g}" for number in (int(steps), int(steps) + 1))
+            raise ValueError(f"a margin of {self.margin:g} is no multiple of 1/64; near it is {near}")
+        if isinstance(self.balance, dict) and sum(self.balance.values()) > 1 + 1e-9:
+            raise ValueError(f"the shares of `balance` sum to {sum(self.balance.values()):g}, more than 1")
+        return self
+
+
 class ArmConfig(_Config):
     """One arm of the study: what is added to the real tiles."""
 
@@ -367,6 +404,9 @@ class ArmConfig(_Config):
     filter: bool = False
     """Pixels of painted tiles whose loss under the teacher of the seed is above 1.25 times its class's mean on the
     real tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
+    curate: CurationConfig | None = None
+    """Instead of `filter`: rules on what the teacher of the seed finds in the painted tiles, as `terrasynth curate` has
+    them (docs/curation.md). `{}` is the filter alone."""
 
     @property
     def adds_tiles(self) -> bool:
@@ -375,7 +415,9 @@ class ArmConfig(_Config):
 
     @model_validator(mode="after")
     def _paints_something(self) -> ArmConfig:
-        idle = [name for name in ("filter", "synthetic_first", "ratio") if getattr(self, name)]
+        if self.filter and self.curate:
+            raise ValueError("curate filters by its own margin, so filter must be false")
+        idle = [name for name in ("filter", "curate", "synthetic_first", "ratio") if getattr(self, name)]
         if idle and self.synthetic == "none":
             raise ValueError(f"{idle[0]} needs painted tiles, so synthetic must be plain or steered")
         return self

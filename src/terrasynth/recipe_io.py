@@ -19,9 +19,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from terrasynth.errors import TerraSynthError
-from terrasynth.recipe import Recipe
+from terrasynth.recipe import CurationConfig, Recipe
 
-__all__ = ["LoadedRecipe", "explain", "load_recipe", "load_yaml", "override_defaults", "packaged"]
+__all__ = ["LoadedRecipe", "curation_config", "explain", "load_recipe", "load_yaml", "override_defaults", "packaged"]
 
 _FOLDER = Path(__file__).parent / "recipes"
 _WIDTH = 110
@@ -108,6 +108,34 @@ def override_defaults(overrides: Sequence[str], sections: Sequence[str]) -> Reci
             )
         _assign(values, override)
     return _validate(values, "--set")
+
+
+def curation_config(**options: Any) -> CurationConfig:
+    """The options of `terrasynth curate` as settings; those that are None keep their defaults.
+
+    `margin` may be "none", `rare` "auto" or names with commas between them, `balance` "uniform", "real" or NAME=SHARE
+    with commas between them.
+
+    Raises:
+        TerraSynthError: `CurationConfig` does not take them: all faults, one a line.
+    """
+    values = {key: value for key, value in options.items() if value is not None}
+    if values.get("margin") == "none":
+        values["margin"] = None
+    if values.get("rare", "auto") != "auto":
+        values["rare"] = [name.strip() for name in values["rare"].split(",")]
+    if "=" in values.get("balance", ""):
+        # A class's name may hold `=`; its share may not.
+        pairs = [part.rpartition("=") for part in values["balance"].split(",")]
+        values["balance"] = {name.strip(): share for name, _, share in pairs}
+    try:
+        return CurationConfig.model_validate(values)
+    except ValidationError as error:
+        # A choice between forms is a fault for each of them.
+        lines = dict.fromkeys(_fault({**details, "loc": details["loc"][:1]}) for details in error.errors())
+        raise TerraSynthError(
+            "\n  ".join(["these rules can not be applied", *lines]), fix="`terrasynth curate --help` describes them"
+        ) from error
 
 
 def explain(recipe: Recipe) -> str:

@@ -1,1 +1,1 @@
-"""What of the painted tiles is kept, and whether they are copies; no model and no task."""
+"""What of the painted tiles is used, and whether they are copies."""

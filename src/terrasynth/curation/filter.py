@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["class_mean_losses", "dropped", "filter_pixels"]
+from terrasynth.data.scores import STEPS
+
+__all__ = ["class_mean_losses", "class_sums", "dropped", "filter_pixels", "loss_codes"]
 
 
 def class_mean_losses(losses: Tensor, masks: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
@@ -27,11 +29,16 @@ def class_mean_losses(losses: Tensor, masks: Tensor, num_classes: int, ignore_in
     Returns:
         float64 (K,); infinite for a class without a pixel, by which nothing can be judged.
     """
+    sums, counts = class_sums(losses, masks, num_classes, ignore_index)
+    return torch.where(counts > 0, sums / counts, torch.inf)
+
+
+def class_sums(losses: Tensor, masks: Tensor, num_classes: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+    """Σ_{p: y_p = c} l_p, float64 (K,), and N_c, int64 (K,): sums of parts add up to those of the whole."""
     labelled = masks != ignore_index
     classes, values = masks[labelled].long(), losses[labelled].double()
     counts = torch.bincount(classes, minlength=num_classes)
-    sums = torch.bincount(classes, weights=values, minlength=num_classes)
-    return torch.where(counts > 0, sums / counts, torch.inf)
+    return torch.bincount(classes, weights=values, minlength=num_classes), counts
 
 
 def filter_pixels(
@@ -53,6 +60,30 @@ def filter_pixels(
     for index, mean in enumerate(class_means.tolist()):
         filtered[(masks == index) & (losses > margin * mean)] = ignore_index
     return filtered
+
+
+def loss_codes(masks: Tensor, losses: Tensor, class_means: Tensor) -> Tensor:
+    """Losses relative to their class's mean, as 8-bit codes (`data.scores`).
+
+    For every margin m = k/64, k in 0...254, `code > k` exactly where `filter_pixels` drops the label.
+
+    Args:
+        masks: class indices or the ignore index, (N, H, W), any type.
+        losses: float (N, H, W), the segmentor's cross-entropy at each pixel; any value where unlabelled.
+        class_means: (K,), of the same segmentor on real tiles; infinite where nothing can be judged.
+
+    Returns:
+        uint8 (N, H, W), 0 where unlabelled or not to be judged.
+    """
+    codes = torch.zeros(masks.shape, dtype=torch.uint8)
+    multiples = torch.arange(255, dtype=torch.float64) / STEPS
+    for index, mean in enumerate(class_means.tolist()):
+        if mean < torch.inf:
+            here = masks == index
+            # In the type of the losses, in which `filter_pixels` compares them.
+            limits = (multiples * mean).to(losses.dtype)
+            codes[here] = torch.bucketize(losses[here], limits).to(torch.uint8)
+    return codes
 
 
 def dropped(before: Tensor, after: Tensor, class_names: Sequence[str], ignore_index: int = 255) -> dict[str, float]:

@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from PIL import Image
 from terrasynth.data.card import Contents, dataset_card, front_matter
 from terrasynth.data.folder import read_samples
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.view import View
 from terrasynth.data.write import Rows, read_manifest, read_plan
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, digest, read_json, remove_incomplete, write_json
@@ -41,14 +42,15 @@ class _Dataset:
 
     folder: Path
     schema: LabelSchema
-    rows: Rows
+    rows: Rows | Sequence[Mapping[str, Any]]
+    view: View | None
     title: str
     license: str
     contents: Contents
 
     def __iter__(self) -> Iterator[_Sample]:
         with track(len(self.rows), f"exporting {self.folder}", unit="images") as progress:
-            for row, _, mask in read_samples(self.folder, self.schema, self.rows):
+            for row, _, mask in read_samples(self.folder, self.schema, self.rows, self.view):
                 mask = np.where(mask == self.schema.ignore_index, np.uint8(_IGNORE), mask)
                 self.contents.add(row, mask)
                 yield _Sample(row["id"], row, self.folder / row["file_name"], mask)
@@ -63,17 +65,20 @@ class _Sample:
     mask: NDArray[np.uint8]
 
 
-def export(dataset: str | Path, to: str, folder: str | Path, *, shard_size: int = 1000) -> Path:
+def export(
+    dataset: str | Path, to: str, folder: str | Path, *, shard_size: int = 1000, view: str | None = None
+) -> Path:
     """Write a synthetic dataset in another layout.
 
-    The result depends on the dataset, the format and the shard size alone, and appears whole or not at all. One sample
-    at a time is in memory.
+    The result depends on the dataset, the view, the format and the shard size alone, and appears whole or not at all.
+    One sample at a time is in memory.
 
     Args:
         dataset: finished, of `data.write.SyntheticWriter`.
         to: a key of `FORMATS`.
         folder: new, empty, or an earlier export to the same format, which is replaced.
         shard_size: samples per tar file (`webdataset`).
+        view: name of a view of `terrasynth curate`: its samples and labels; their weights are in `weights.json`.
 
     Returns:
         The folder.
@@ -85,17 +90,24 @@ def export(dataset: str | Path, to: str, folder: str | Path, *, shard_size: int 
         raise TerraSynthError("unknown format", found=to, expected=" | ".join(FORMATS))
     folder = Path(folder)
     target = folder.resolve()
-    schema, rows = read_manifest(dataset)
+    schema, all_rows = read_manifest(dataset)
+    chosen = None if view is None else View.read(dataset, view)
+    rows = all_rows if chosen is None else chosen.rows(all_rows)
     front = front_matter(dataset)
     _claim(target, to)
     remove_incomplete(target.parent, target.name)
     title = str(front.get("pretty_name", "Synthetic remote-sensing tiles"))
-    source = _Dataset(Path(dataset), schema, rows, title, front.get("license", "unknown"), Contents())
+    source = _Dataset(Path(dataset), schema, rows, chosen, title, front.get("license", "unknown"), Contents())
+    plan = read_plan(dataset)
+    if chosen is not None:
+        plan["view"] = {"name": chosen.name, **chosen.settings}
     with atomic_dir(target) as partial:
         about = FORMATS[to](source, partial, shard_size)
         exported = replace(schema, ignore_index=_IGNORE, values=None, ignore_values=())
         write_json(partial / "schema.json", exported.to_dict())
-        card = dataset_card(source.contents, exported, read_plan(dataset), title=title, license=source.license, **about)
+        if chosen is not None:
+            write_json(partial / "weights.json", chosen.weights)
+        card = dataset_card(source.contents, exported, plan, title=title, license=source.license, **about)
         (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / _MARKER, {"format": "terrasynth export", "version": 1, "to": to, **_files(partial)})
     return folder

@@ -24,6 +24,7 @@ from torch import Tensor
 from terrasynth.data.read import common_coding, read_image, read_mask, refuse_bad_files, without_recipe
 from terrasynth.data.schema import LabelSchema, packaged_labels
 from terrasynth.data.unlabelled import cut_windows, find_images, merged_schema, pseudo_masks
+from terrasynth.data.view import View
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import Rows, read_manifest
 from terrasynth.errors import TerraSynthError, listed
@@ -70,6 +71,7 @@ class Tiles:
         schema: the classes.
         caption: template of the captions of `sample`; one for all, or one a tile.
         left_out: how many more the split has that can not be used (`data.skip_bad`).
+        weights: of added tiles, how often each is drawn compared with the others; None draws all alike.
     """
 
     ids: tuple[str, ...]
@@ -78,6 +80,7 @@ class Tiles:
     schema: LabelSchema
     caption: str | tuple[str, ...] = "a satellite image of {classes}"
     left_out: int = 0
+    weights: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,7 +105,8 @@ class Tiles:
     def first(self, count: int) -> Tiles:
         """The first `count` tiles."""
         caption = self.caption if isinstance(self.caption, str) else self.caption[:count]
-        return Tiles(self.ids[:count], self.images[:count], self.masks[:count], self.schema, caption)
+        weights = None if self.weights is None else self.weights[:count]
+        return Tiles(self.ids[:count], self.images[:count], self.masks[:count], self.schema, caption, weights=weights)
 
     @property
     def unlabelled(self) -> int:
@@ -112,14 +116,15 @@ class Tiles:
     def fingerprint(self) -> str:
         """SHA-256 of names, pixels and classes, as 64 hex digits: equal for equal content, however it was stored.
 
-        Captions of single tiles are content; one template for all is a setting. Computed once: a study asks for it with
-        every unit.
+        Captions of single tiles and weights are content; one template for all is a setting. Computed once: a study asks
+        for it with every unit.
         """
         return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
-        own = [] if isinstance(self.caption, str) else [self.caption]
+        own: list[Any] = [] if isinstance(self.caption, str) else [self.caption]
+        own += [] if self.weights is None else [self.weights]
         state = hashlib.sha256(json.dumps([self.ids, self.schema.to_dict(), self.images.shape, *own]).encode())
         for tensor in (self.images, self.masks):
             state.update(tensor.numpy().tobytes())
@@ -244,15 +249,22 @@ def load_masks(
     return tuple(path.stem for path in paths), torch.from_numpy(np.stack([readings[coding] for readings in masks]))
 
 
-def load_synthetic(folder: str | Path) -> Tiles:
+def load_synthetic(folder: str | Path, view: str | None = None) -> Tiles:
     """Load a finished dataset of `data.write.SyntheticWriter`.
 
+    Args:
+        folder: of the dataset.
+        view: name of a view that `terrasynth curate` made: its samples, weights and labels; None loads all there is.
+
     Raises:
-        TerraSynthError: the folder is no such dataset, is unfinished, or has files missing, added or damaged.
+        TerraSynthError: the folder is no such dataset, is unfinished, has files missing, added or damaged, or no such
+            view.
     """
-    schema, rows = read_manifest(folder)
+    schema, all_rows = read_manifest(folder)
+    chosen = None if view is None else View.read(folder, view)
+    rows = all_rows if chosen is None else chosen.rows(all_rows)
     ids, images, masks = [], [], []
-    for row, image, mask in read_samples(folder, schema, rows):
+    for row, image, mask in read_samples(folder, schema, rows, chosen):
         ids.append(row["id"])
         images.append(image)
         masks.append(mask)
@@ -261,11 +273,12 @@ def load_synthetic(folder: str | Path) -> Tiles:
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(np.stack(masks)),
         schema,
+        weights=None if chosen is None else tuple(chosen.weights[id] for id in ids),
     )
 
 
 def read_samples(
-    folder: str | Path, schema: LabelSchema, rows: Rows | Sequence[Mapping[str, Any]]
+    folder: str | Path, schema: LabelSchema, rows: Rows | Sequence[Mapping[str, Any]], view: View | None = None
 ) -> Iterator[tuple[Mapping[str, Any], _Array, _Array]]:
     """Read samples of a synthetic dataset one after the other.
 
@@ -273,6 +286,7 @@ def read_samples(
         folder: of the dataset.
         schema: its classes.
         rows: which samples; `read_manifest` has them all.
+        view: whose labels they get.
 
     Yields:
         Row, image uint8 (H, W, 3) and mask uint8 (H, W), of every sample that is whole.
@@ -292,6 +306,8 @@ def read_samples(
                     path=folder / row["mask_file_name"],
                     found=_size(mask.shape),
                 )
+            if view is not None:
+                mask = view.filtered(row["id"], mask, schema.ignore_index)
         except TerraSynthError as error:
             problems.append(error)
         else:
@@ -306,13 +322,15 @@ def read_samples(
 
 
 def join(parts: Sequence[Tiles]) -> Tiles:
-    """One set of all tiles of `parts`, which have the same size and classes."""
+    """One set of all tiles of `parts`, which have the same size and classes; those without weights weigh 1."""
+    weighted = any(tiles.weights is not None for tiles in parts)
     return Tiles(
         tuple(id_ for tiles in parts for id_ in tiles.ids),
         torch.cat([tiles.images for tiles in parts]),
         torch.cat([tiles.masks for tiles in parts]),
         parts[0].schema,
         tuple(tiles.template(index) for tiles in parts for index in range(len(tiles))),
+        weights=tuple(w for tiles in parts for w in tiles.weights or (1.0,) * len(tiles)) if weighted else None,
     )
 
 

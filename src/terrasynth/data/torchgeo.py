@@ -20,6 +20,7 @@ from torch import Tensor
 
 from terrasynth.data.folder import read_samples
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.view import View
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError, changes, combined
 from terrasynth.io import atomic_dir, atomic_write, new_tiff, read_json, remove_incomplete, write_json
@@ -48,27 +49,39 @@ class SyntheticTiles(NonGeoDataset):
     Attributes:
         schema: the classes.
         classes: their names.
+        weights: how often each sample is to be drawn compared with the others (`torch.utils.data.WeightedRandomSampler`
+            takes them); 1 without a view.
 
     Args:
         root: folder of the dataset.
         transforms: takes a sample and returns it changed.
+        view: name of a view of `terrasynth curate`: its samples and labels.
 
     Raises:
-        TerraSynthError: the folder is no such dataset, is unfinished, or a file is missing or damaged.
+        TerraSynthError: the folder is no such dataset, is unfinished, a file is missing or damaged, or there is no such
+            view.
     """
 
-    def __init__(self, root: str | Path, transforms: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        transforms: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        *,
+        view: str | None = None,
+    ) -> None:
         self.root = Path(root)
         self.schema, rows = read_manifest(root)
         self.classes = self.schema.names
         self.transforms = transforms
-        self._rows = list(rows)
+        self._view = None if view is None else View.read(root, view)
+        self._rows = list(rows) if self._view is None else self._view.rows(rows)
+        self.weights = [1.0 if self._view is None else self._view.weights[row["id"]] for row in self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        ((_, image, mask),) = read_samples(self.root, self.schema, [self._rows[index]])
+        ((_, image, mask),) = read_samples(self.root, self.schema, [self._rows[index]], self._view)
         sample = {"image": torch.tensor(image).permute(2, 0, 1).float(), "mask": torch.tensor(mask).long()}
         return sample if self.transforms is None else self.transforms(sample)
 

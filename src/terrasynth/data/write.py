@@ -9,6 +9,7 @@ row), and stays one while it grows:
     images/ID.png       RGB; its text chunks say `synthetic=1` and hold the sample's row
     metadata.jsonl      the rows, and
     README.md           the dataset card: written by `finish`
+    scores/, views/     what `terrasynth curate` adds (`data.scores`, `data.view`)
 
 A sample exists once its image does: the mask is written first, each file appears whole or not at all, and the row
 travels inside the image. So whenever a run is killed, the same run started again yields the same files as one that was
@@ -19,24 +20,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from terrasynth.data.card import Contents, check_license, dataset_card, front_matter
 from terrasynth.data.schema import LabelSchema
+from terrasynth.data.scores import PNG_KEY, add_scores, read_png_row
 from terrasynth.errors import TerraSynthError, changes
 from terrasynth.io import atomic_write, open_image, read_json, remove_incomplete, write_json
 
-__all__ = ["Rows", "SyntheticWriter", "read_manifest", "read_plan"]
+__all__ = ["Rows", "SyntheticWriter", "read_manifest", "read_plan", "write_rows"]
 
 _MARKER = ".terrasynth.json"
-_ROW = "terrasynth"
 _REBUILD = "run the command that painted it again: it adds what is missing"
 
 
@@ -128,7 +129,7 @@ class SyntheticWriter:
             image.unlink()
             mask.unlink()
             return False
-        return shapes[0] == shapes[1] and _read_row(image) is not None
+        return shapes[0] == shapes[1] and read_png_row(image) is not None
 
     def add(self, id: str, image: Tensor, mask: Tensor, row: Mapping[str, Any]) -> None:
         """Commit one sample: image, mask and row appear together.
@@ -157,7 +158,7 @@ class SyntheticWriter:
         text.add_text("synthetic", "1")
         text.add_text("Software", f"TerraSynth {self._versions['terrasynth']}")
         text.add_text("seed", str(row.get("seed", "")))
-        text.add_text(_ROW, json.dumps(full_row, allow_nan=False))
+        text.add_text(PNG_KEY, json.dumps(full_row, allow_nan=False))
         with atomic_write(self.folder / names["file_name"]) as partial:
             Image.fromarray(image.movedim(0, -1).cpu().numpy()).save(partial, pnginfo=text)
         self._whole.add(id)
@@ -168,7 +169,7 @@ class SyntheticWriter:
         Returns:
             The folder.
         """
-        rows = [row for id in sorted(self.done()) if (row := _read_row(self.folder / "images" / f"{id}.png"))]
+        rows = [row for id in sorted(self.done()) if (row := read_png_row(self.folder / "images" / f"{id}.png"))]
         if not rows:
             raise TerraSynthError("nothing was painted", path=self.folder)
         for mask in (self.folder / "masks").glob("*.png"):
@@ -191,8 +192,7 @@ class SyntheticWriter:
         with atomic_write(self.folder / "README.md") as partial:
             partial.write_text(card, encoding="utf-8")
         # Last: a folder with this file is a finished one.
-        with atomic_write(self.folder / "metadata.jsonl") as partial:
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_rows(self.folder, rows)
         return self.folder
 
 
@@ -211,6 +211,13 @@ from terrasynth.data.folder import load_synthetic      # tensors
 
 tiles = load_synthetic("path/to/this/folder")
 ```"""
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `metadata.jsonl`: what each sample came from, and what a segmentor found in it, as far as it was asked."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in add_scores(folder, rows)]
+    with atomic_write(folder / "metadata.jsonl") as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 class Rows:
@@ -277,12 +284,3 @@ def read_manifest(folder: str | Path) -> tuple[LabelSchema, Rows]:
 def read_plan(folder: str | Path) -> dict[str, Any]:
     """Everything that the samples of a dataset depend on: what `SyntheticWriter` was given as `plan`."""
     return dict(read_json(Path(folder) / _MARKER)["plan"])
-
-
-def _read_row(path: Path) -> dict[str, Any] | None:
-    """The row inside a painted PNG; None if it has none, or is damaged before its pixels."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return json.loads(image.info[_ROW])
-    except (UnidentifiedImageError, OSError, SyntaxError, KeyError, ValueError):
-        return None

@@ -8,7 +8,6 @@ import torch
 
 from terrasynth.data.card import check_license
 from terrasynth.data.folder import Tiles, load_masks
-from terrasynth.errors import TerraSynthError
 from terrasynth.progress import say
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
@@ -59,13 +58,6 @@ def generate(
         ids, layouts = masks.ids, masks.masks
     steer = None
     if segmentor is not None:
-        if not (segmentor / "config.json").is_file():
-            raise TerraSynthError(
-                "not the folder of a segmentor",
-                path=segmentor,
-                found="no config.json",
-                fix="give a folder called `segmentor`, from `cells/` of a study",
-            )
         steer = steering_for(steering, Segmentor.from_pretrained(segmentor, schema=pipeline.schema).to(device).loss)
     return paint(
         pipeline,

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, open_image, read_json
-from terrasynth.recipe import Recipe, SteeringConfig, TrainConfig
+from terrasynth.recipe import ArmConfig, Recipe, SteeringConfig, TrainConfig
 from terrasynth.study.figures import Color, arm_color, class_figure, curve_figure, difference_figure
 from terrasynth.study.statistics import Difference, Summary, compare, difference_text, points, summarise
 
@@ -144,6 +144,11 @@ class _Audit(_Part):
     findings: tuple[_Finding, ...]
 
 
+class _Curated(_Part):
+    used: _Score
+    dropped: _Score
+
+
 class Results(_Part):
     """`results.json`: everything a study measured. Scores are fractions in [0, 1]; the first arm is the baseline."""
 
@@ -162,6 +167,8 @@ class Results(_Part):
     """Copies among the painted tiles, by kind and seed."""
     filtered: dict[str, dict[str, _Score]]
     """Of each arm with the filter: `dropped`, the share of painted pixels it dropped, and `dropped/NAME` of a class."""
+    curated: dict[str, _Curated] = {}
+    """Of each arm with rules: the shares of the tiles that are used, and of all painted pixels that are dropped."""
     environment: dict[str, Any]
     command: str
 
@@ -600,6 +607,8 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                     f"on the training tiles are left unlabelled (FreeMask). {drops}",
                 ),
             )
+        if results.curated:
+            rows.insert(-2, ("Curation", "; ".join(_curation(results, arm) for arm in study.arms if arm.curate)))
     return rows
 
 
@@ -679,11 +688,25 @@ def _touched(results: Results) -> list[tuple[str, str]]:
         rows.append(
             ("Steering", f"the segmentor that steers the painting under a seed is that of {teacher}, same seed")
         )
-    if results.filtered:
+    if results.filtered or results.curated:
         rows.append(
             ("Filter", f"the segmentor that filters painted tiles under a seed is that of {teacher}, same seed")
         )
     return rows
+
+
+def _curation(results: Results, arm: ArmConfig) -> str:
+    """The rules of an arm that are in force, and what they left."""
+    assert arm.curate is not None
+    rules = {key: value for key, value in arm.curate.model_dump(mode="json").items() if value is not None}
+    for rule, setting in (("rare", "valid_share"), ("balance", "max_weight")):
+        if rule not in rules:
+            del rules[setting]
+    used, dropped = (
+        points(share, signed=False) for share in (results.curated[arm.name].used, results.curated[arm.name].dropped)
+    )
+    told = ", ".join(f"{key} {value}" for key, value in rules.items()) or "none"
+    return f"{arm.name}: rules {told}; {used} % of the painted tiles are used, {dropped} % of all their pixels dropped"
 
 
 def _self_training(recipe: Recipe, teacher: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ import terrasynth
 from terrasynth.curation.audit import Layouts, audit
 from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
 from terrasynth.curation.images import from_tiles, read_painted
+from terrasynth.curation.score import curated_tiles
 from terrasynth.data.folder import Tiles, check_splits, join, load_synthetic, load_tiles, unlabelled_windows
+from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
-from terrasynth.recipe import HARMLESS, ArmConfig, Recipe, SegmentorConfig
+from terrasynth.recipe import HARMLESS, ArmConfig, CurationConfig, Recipe, SegmentorConfig
 from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.gallery import write_gallery
 from terrasynth.study.report import write_report
@@ -163,14 +166,14 @@ class Study:
         }
 
         def work(folder: Path) -> None:
-            _store(folder / _MASKS, label([_segmentor(teacher) for teacher in teachers], windows, confidence))
+            _store(folder / _MASKS, masks=label([_segmentor(teacher) for teacher in teachers], windows, confidence))
 
         group, name = "read unlabelled images", f"at least {confidence:g}"
         return self._do(group, "readings", name, inputs, work, products=(_MASKS,))
 
     def read(self, confidence: float) -> Tiles:
         """The unlabelled images under what the teachers read in them."""
-        masks = _stored(self.reading(confidence).folder / _MASKS)
+        masks = _stored(self.reading(confidence).folder / _MASKS)["masks"]
         return replace(self._windows, masks=masks, caption=self.train.caption)
 
     @property
@@ -221,7 +224,7 @@ class Study:
         study = self.recipe.study
         painted = None if arm.synthetic == "none" else self.painted(arm.synthetic, seed)
         count = (arm.ratio or study.ratio) * len(self.train)
-        judge = self.cell(self.teacher, seed) if arm.filter else None
+        judge = self.cell(self.teacher, seed) if arm.filter or arm.curate else None
         confidence = arm.pseudo_labels
         inputs: dict[str, Any] = {
             "segmentor": config.model_dump(mode="json", exclude={"train": HARMLESS}),
@@ -233,6 +236,8 @@ class Study:
             "filter": None if judge is None else judge.key,
             "seed": seed,
         }
+        if arm.curate is not None:  # only named where it is asked for, as below
+            inputs["curate"] = arm.curate.model_dump(mode="json")
         if confidence is not None:
             inputs["pseudo-labels"] = [self.reading(confidence).key, study.real_fraction, arm.synthetic_first]
 
@@ -245,10 +250,15 @@ class Study:
             schema = self.train.schema
             synthetic = None if painted is None else _tiles(painted).first(count)
             shares = None
-            if synthetic is not None and judge is not None:
-                labels = synthetic.masks
-                synthetic = _filtered(synthetic, self.train, judge, folder / "filtered" / _MASKS)
-                shares = dropped(labels, synthetic.masks, schema.names, schema.ignore_index)
+            used: dict[str, float] = {}
+            if synthetic is not None and painted is not None and judge is not None:
+                before, stored = synthetic, folder / "filtered" / _MASKS
+                if arm.curate is None:
+                    synthetic = _filtered(synthetic, self.train, judge, stored)
+                else:
+                    synthetic = _curated(synthetic, painted, self.train, judge, arm.curate, seed, stored)
+                    used = {"used": len(synthetic) / len(before)}
+                shares = dropped(before.masks, synthetic.masks, schema.names, schema.ignore_index)
             added = [] if synthetic is None else [synthetic]
             if confidence is not None:
                 added.append(self.read(confidence))
@@ -276,7 +286,7 @@ class Study:
             if not outcome.finished:
                 raise OutOfTime
             segmentor.save_pretrained(folder / "segmentor")
-            return {"curve": _curve(folder / "training" / "log.jsonl"), "filter": shares}
+            return {"curve": _curve(folder / "training" / "log.jsonl"), "filter": shares, **used}
 
         name = f"{arm.name} seed {seed}{suffix}"
         made = {"products": ("segmentor",), "scratch": ("training/checkpoints", "filtered")}
@@ -503,6 +513,14 @@ class Study:
                     for seed, unit in zip(study.seeds, units, strict=True)
                 ],
                 "filtered": {arm.name: _mean_shares(cells[arm.name]) for arm in study.arms if arm.filter},
+                "curated": {
+                    arm.name: {
+                        "used": summarise([unit.result["used"] for unit in cells[arm.name]]).mean,
+                        "dropped": _mean_shares(cells[arm.name])["dropped"],
+                    }
+                    for arm in study.arms
+                    if arm.curate
+                },
                 "environment": {
                     "terrasynth": terrasynth.__version__,
                     "torch": torch.__version__,
@@ -567,8 +585,22 @@ def _filtered(painted: Tiles, real: Tiles, judge: Unit, stored: Path) -> Tiles:
     # Kept for the next sittings: where the rounding is another, a pixel near the limit may fall on its other side, and
     # the work would no longer be the one that began.
     if not stored.is_file():
-        _store(stored, masks())
-    return replace(painted, masks=_stored(stored))
+        _store(stored, masks=masks())
+    return replace(painted, masks=_stored(stored)["masks"])
+
+
+def _curated(
+    tiles: Tiles, painted: Unit, real: Tiles, judge: Unit, config: CurationConfig, seed: int, stored: Path
+) -> Tiles:
+    """What the rules leave of painted tiles, by what the judge, a teacher, finds in them, with their weights."""
+    if not stored.is_file():  # kept as those of `_filtered`
+        rows = islice(read_manifest(painted.folder / "dataset")[1], len(tiles))
+        sources = [row["source_mask"] for row in rows]
+        used, masks, weights = curated_tiles(tiles, sources, real, _segmentor(judge), config, seed)
+        _store(stored, masks=masks, used=used, weights=weights)
+    kept = _stored(stored)
+    ids = tuple(tiles.ids[index] for index in kept["used"])
+    return Tiles(ids, tiles.images[kept["used"]], kept["masks"], tiles.schema, weights=tuple(kept["weights"].tolist()))
 
 
 def _segmentor(cell: Unit) -> Segmentor:
@@ -587,15 +619,15 @@ def _remade(unit: Unit) -> Iterator[None]:
         raise TerraSynthError(error.problem, path=error.path, found=error.found, fix=again) from error
 
 
-def _store(path: Path, masks: Tensor) -> None:
+def _store(path: Path, **tensors: Tensor) -> None:
     with atomic_write(path) as partial:
-        save_file({"masks": masks}, partial)
+        save_file(tensors, partial)
 
 
-def _stored(path: Path) -> Tensor:
+def _stored(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)["masks"]
-    except (OSError, KeyError, SafetensorError) as error:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
         raise TerraSynthError(
             "the masks that segmentors read can not be loaded",
             path=path,

@@ -42,6 +42,13 @@ class Description:
             TerraSynthError: it is not one, or its description is not whole.
         """
         folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise TerraSynthError(
+                "not the folder of a segmentor",
+                path=folder,
+                found="no config.json",
+                fix="give a folder called `segmentor`, from `cells/` of a study",
+            )
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or values.get("kind") != "segmentor":
             raise TerraSynthError(

@@ -270,11 +270,26 @@ class Segmentor(nn.Module):
         """
         self.check_schema(tiles.schema)
         losses = []
-        with self._evaluating():
-            for images, masks in zip(tiles.images.split(batch_size), tiles.masks.split(batch_size), strict=True):
-                targets = masks.to(self.device).long()
-                losses.append(self.loss(images.to(self.device).float() / 255, targets, "none").float().cpu())
+        for images, masks in zip(tiles.images.split(batch_size), tiles.masks.split(batch_size), strict=True):
+            losses.append(self.compare(images, masks)[0])
         return torch.cat(losses)
+
+    def compare(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """What the segmentor sees, beside the masks.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            masks: class indices or `ignore_index`, (B, H, W).
+
+        Returns:
+            On the CPU: the cross-entropy of every pixel, float32 (B, H, W), 0 where unlabelled; the most likely class
+            of every pixel, int64 (B, H, W).
+        """
+        with self._evaluating():
+            logits = self(images.to(self.device).float() / 255)
+            losses = self._reduced(logits, masks.to(self.device).long(), "none")
+        # Tensors made in inference mode could not serve in a loss.
+        return losses.float().cpu().clone(), logits.argmax(1).cpu().clone()
 
     def check_schema(self, schema: LabelSchema) -> None:
         """Refuse labels that mean something else than they did in training.
@@ -431,9 +446,9 @@ def fit(
         config: its `train` part says how.
         folder: checkpoints and `log.jsonl` (`miou`, `oa` and `macc` of the validation); a run found here goes on.
         seed: of the order of the tiles, their augmentation and everything else random in training.
-        synthetic: painted tiles, or others that are added to the real ones. Where a batch has two or more of each
-            kind, the kinds lend each other nothing, and the running statistics of batch norms are those of the real
-            ones.
+        synthetic: painted tiles, or others that are added to the real ones, drawn by their weights. Where a batch has
+            two or more of each kind, the kinds lend each other nothing, and the running statistics of batch norms are
+            those of the real ones.
         real_fraction: share of real tiles in every batch when there are painted ones.
         synthetic_first: instead of mixing them, train on painted tiles alone for the first half of the steps and on
             real ones alone for the second.
@@ -490,9 +505,9 @@ def fit(
     if synthetic is not None:
         batch, switch = global_batch(config.train), round(_FIRST * config.train.steps)
         keys = (
-            sequenced_keys(len(train), len(synthetic), batch, switch, seed)
+            sequenced_keys(len(train), len(synthetic), batch, switch, seed, synthetic.weights)
             if synthetic_first
-            else mixed_keys(len(train), len(synthetic), batch, real_fraction, seed)
+            else mixed_keys(len(train), len(synthetic), batch, real_fraction, seed, synthetic.weights)
         )
     return train_loop(
         segmentor,
