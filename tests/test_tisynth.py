@@ -19,8 +19,10 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.convert_ldm import load_published_tisynth
 from terrasynth.models.text import word_tokenizer
+from terrasynth.recipe import TrainConfig
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.systems.tisynth import TISynthPipeline
+from terrasynth.training.loop import train
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((200, 150, 90), (90, 90, 90), (20, 60, 160)))
 
@@ -208,6 +210,39 @@ def test_conditions_are_dropped_independently_and_as_often_as_asked(masks, refer
     shares = torch.stack([seen[name] for name in ("text", "mask", "reference")]).double()
     assert (shares.mean(1) - torch.tensor([0.5, 0.75, 0.9])).abs().max() < 0.1
     assert torch.corrcoef(shares).sub(torch.eye(3)).abs().max() < 0.2
+
+
+class Tiles:
+    """One tile a key, as `train` reads a dataset."""
+
+    def __init__(self, rows):
+        self.rows = {name: tensor for name, tensor in rows.items() if name != "seed"}
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, key):
+        index, _ = key
+        return {name: tensor[index].detach() for name, tensor in self.rows.items()}
+
+
+def test_the_training_loop_trains_every_branch_and_goes_on_after_an_interruption(masks, references, tmp_path):
+    config = TrainConfig(steps=3, batch_size=2, warmup_steps=1, evaluate_every=100, checkpoint_every=1)
+
+    def trained(folder, **stop):
+        pipeline = small_pipeline()
+        pipeline.text_dropout = pipeline.mask_dropout = pipeline.reference_dropout = 0.3
+        tiles = Tiles(batch(pipeline, masks, references))
+        return pipeline, train(pipeline.unet, pipeline.training_loss, tiles, config, folder, seed=0, **stop)
+
+    whole, _ = trained(tmp_path / "whole")
+    _, outcome = trained(tmp_path / "interrupted", max_minutes=0)
+    assert outcome.step == 1
+    resumed, _ = trained(tmp_path / "interrupted")
+    before = dict(small_pipeline().unet.named_parameters())
+    after = dict(resumed.unet.named_parameters())
+    assert [name for name, tensor in after.items() if torch.equal(before[name], tensor)] == []
+    assert all(torch.equal(tensor, after[name]) for name, tensor in whole.unet.named_parameters())
 
 
 @pytest.mark.parametrize(("coding", "channels"), [("onehot", 3), ("bits", 2), ("grey", 3), ("ids", 3)])
