@@ -390,9 +390,11 @@ def test_different_numbers_of_conditions_are_refused(pipeline, masks, given):
         pipeline(masks[:1], **given)
 
 
-def test_references_of_another_size_are_refused(pipeline, masks):
+def test_references_of_another_size_or_type_are_refused(pipeline, masks):
     with pytest.raises(TerraSynthError, match=r"\(3, 16, 16\)[\s\S]*\(3, 32, 32\)"):
         pipeline(masks[:1], torch.rand(1, 3, 16, 16), seeds=[1])
+    with pytest.raises(TerraSynthError, match=r"uint8[\s\S]*divide bytes by 255"):
+        pipeline(masks[:1], torch.zeros(1, 3, 32, 32, dtype=torch.uint8), seeds=[1])
 
 
 @pytest.mark.parametrize("patch_size", [3, 16])

@@ -105,7 +105,7 @@ class AllInAttentionUNet(UNet2DConditionModel):
             that their feature maps are the same in all steps of a sampling. Published encoders see both.
 
     Raises:
-        TerraSynthError: the middle or all of the decoder has no transformers, or an outer level lacks them.
+        TerraSynthError: the levels of the decoder that have transformers are not its outer ones.
     """
 
     @register_to_config
@@ -274,8 +274,9 @@ class AllInAttentionUNet(UNet2DConditionModel):
             for name, parameter in theirs.items()
             if name not in ours and name in unet.config and unet.config[name] != parameter.default
         }
-        if foreign or not isinstance(unet.config.attention_head_dim, int):
-            foreign |= {"attention_head_dim": unet.config.attention_head_dim}
+        if not isinstance(unet.config.attention_head_dim, int):
+            foreign["attention_head_dim"] = unet.config.attention_head_dim
+        if foreign:
             raise TerraSynthError(
                 "the base model's U-Net is of another kind",
                 path=unet.config.get("_name_or_path") or None,

@@ -330,12 +330,14 @@ class TISynthPipeline(DiffusionPipeline):
         for name, given in (("references", references), ("prompts", prompts), ("seeds", seeds)):
             if given is not None and len(given) != len(masks):
                 raise TerraSynthError(f"`{name}` and `masks` differ in number", found=len(given), expected=len(masks))
-        if references is not None and references.shape[1:] != (3, height, width):
+        if references is None:
+            return
+        if references.shape[1:] != (3, height, width) or not references.is_floating_point():
             raise TerraSynthError(
                 "the references are not RGB images of the masks' size",
-                found=tuple(references.shape[1:]),
-                expected=(3, height, width),
-                fix="crop or resize them",
+                found=f"{tuple(references.shape[1:])}, {references.dtype}",
+                expected=f"{(3, height, width)}, floating point in [0, 1]",
+                fix="crop or resize them; divide bytes by 255",
             )
 
     # Construction
