@@ -10,15 +10,18 @@ The interface is that of `diffusers.AutoencoderKL`, so either can stand in a pip
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-__all__ = ["PatchPCA", "spatial_factor"]
+__all__ = ["Autoencoder", "PatchPCA", "decode_latents", "encode_images", "spatial_factor"]
 
 
 class _Point:
@@ -146,3 +149,20 @@ def spatial_factor(autoencoder: ConfigMixin) -> int:
     if "patch_size" in config:
         return int(config.patch_size)
     return int(2 ** (len(config.block_out_channels) - 1))
+
+
+Autoencoder: TypeAlias = AutoencoderKL | PatchPCA
+
+
+@torch.no_grad()
+def encode_images(vae: Autoencoder, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] to latents (B, C, h, w) of about unit variance; the mode, not a sample."""
+    with torch.autocast(images.device.type, enabled=False):
+        z = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
+    return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
+    z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return (vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)

@@ -31,7 +31,7 @@ from torch import Tensor
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.mmdit import TEXT_BRANCH, MaskMMDiT, MlpModulation
 
-__all__ = ["load_published"]
+__all__ = ["check_fit", "first", "load_published", "read_checkpoint"]
 
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
@@ -72,12 +72,12 @@ def load_published(
         TerraSynthError: no safetensors file, another layout, foreign or missing tensors, or tensors of another size.
     """
     path = None if isinstance(source, Mapping) else Path(source)
-    published = source if isinstance(source, Mapping) else _read(Path(source))
+    published = source if isinstance(source, Mapping) else read_checkpoint(Path(source))
     if _MASK_EMBED not in published:
         raise TerraSynthError(
             "not a checkpoint in the published TODSynth layout",
             path=path,
-            found=f"tensors {_first(published)}",
+            found=f"tensors {first(published)}",
             expected=f"{_MASK_EMBED} among them",
             fix="load folders that TerraSynth or diffusers saved with `from_pretrained`",
         )
@@ -98,30 +98,18 @@ def load_published(
     for name in state:
         if ".mask.modulation." in name:
             state[name] = _modulation_rows(state[name], chunks=expected[name].shape[0] // model.inner_dim)
-    problems = {
-        "tensors that are foreign to it": [
-            name for name, new in renamed.items() if new not in expected and not _without_effect(new, model)
-        ],
-        "missing tensors": [
-            name
-            for name in expected
-            if name not in state and not name.endswith(".pos_embed") and not any(part in name for part in optional)
-        ],
-        "tensors of another size (was -> expected)": [
-            f"{name} {tuple(tensor.shape)} -> {tuple(expected[name].shape)}"
-            for name, tensor in state.items()
-            if tensor.shape != expected[name].shape
-        ],
-    }
-    for problem, names in problems.items():
-        if names:
-            raise TerraSynthError(
-                f"the checkpoint does not fit the base model: {problem}",
-                path=path,
-                found=_first(names),
-                expected=f"the published layout for {model.config.num_layers} blocks of width {model.inner_dim}",
-                fix="give the base model that the checkpoint was trained from",
-            )
+    check_fit(
+        {name: new for name, new in renamed.items() if not _without_effect(new, model)},
+        state,
+        {
+            name: tensor
+            for name, tensor in expected.items()
+            if name in state or not (name.endswith(".pos_embed") or any(part in name for part in optional))
+        },
+        path=path,
+        layout=f"the published layout for {model.config.num_layers} blocks of width {model.inner_dim}",
+        fix="give the base model that the checkpoint was trained from",
+    )
     model.load_state_dict(state, strict=False)
     return model
 
@@ -150,7 +138,54 @@ def _modulation_rows(tensor: Tensor, chunks: int) -> Tensor:
     return torch.cat([shift, scale, *rest[: chunks - 2]])
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def check_fit(
+    renamed: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    path: Path | None,
+    layout: str,
+    fix: str,
+) -> None:
+    """Refuse a published checkpoint that is not of a model's size and layout.
+
+    Args:
+        renamed: our name of each published tensor that has an effect.
+        state: the tensors by our names.
+        expected: what the model needs.
+        path: of the checkpoint.
+        layout: what was expected, in words.
+        fix: what to do.
+
+    Raises:
+        TerraSynthError: it has foreign tensors, lacks some, or some are of another size; they are named.
+    """
+    problems = {
+        "tensors that are foreign to it": [name for name, new in renamed.items() if new not in expected],
+        "missing tensors": [name for name in expected if name not in state],
+        "tensors of another size (was -> expected)": [
+            f"{name} {tuple(tensor.shape)} -> {tuple(expected[name].shape)}"
+            for name, tensor in state.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise TerraSynthError(
+                f"the checkpoint does not fit the base model: {problem}",
+                path=path,
+                found=first(names),
+                expected=layout,
+                fix=fix,
+            )
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of the `model.safetensors` in a folder.
+
+    Raises:
+        TerraSynthError: it is of another kind, not there, or damaged.
+    """
     file = path / "model.safetensors" if path.is_dir() else path
     if file.suffix != ".safetensors":
         raise TerraSynthError(
@@ -170,6 +205,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _first(names: Iterable[str], count: int = 4) -> str:
+def first(names: Iterable[str], count: int = 4) -> str:
+    """Some of many names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from terrasynth.io import atomic_write, digest
 
-__all__ = ["PromptCache", "encode_prompts", "word_encoder", "word_tokenizer"]
+__all__ = ["PromptCache", "encode_prompts", "encode_prompts_sd1", "word_encoder", "word_tokenizer"]
 
 _WORD = r"[^\W_]+"
 #: What words are spelt with: digits, and the Latin letters that are left when accents are taken off.
@@ -122,6 +122,24 @@ def encode_prompts(
         long = encoder(_tokens(tokenizer, prompts, t5_length, encoder))[0]
         embeds = torch.cat([F.pad(embeds, (0, long.shape[-1] - embeds.shape[-1])), long], dim=1)
     return embeds, torch.cat(pooled, dim=-1)
+
+
+@torch.no_grad()
+def encode_prompts_sd1(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Encode prompts as Stable Diffusion 1 does: the last hidden states of one CLIP encoder.
+
+    Args:
+        prompts: B texts.
+        tokenizer: the encoder's.
+        encoder: `CLIPTextModel`, with or without projection.
+
+    Returns:
+        (B, L, D) prompt embeddings, and (B, 0): there is no pooled embedding, but `PromptCache` keeps pairs.
+    """
+    hidden = encoder(_tokens(tokenizer, prompts, tokenizer.model_max_length, encoder)).last_hidden_state
+    return hidden, hidden.new_empty(len(prompts), 0)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int, encoder: nn.Module) -> Tensor:

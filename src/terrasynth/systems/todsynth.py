@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from terrasynth.data.schema import Coding, LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.models.autoencoder import PatchPCA, spatial_factor
+from terrasynth.models.autoencoder import PatchPCA, decode_latents, encode_images, spatial_factor
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
@@ -38,6 +37,7 @@ from terrasynth.sampling.flow import (
     seeded_generator,
     seeded_noise,
 )
+from terrasynth.systems.loading import loading
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
 if TYPE_CHECKING:
@@ -192,17 +192,13 @@ class TODSynthPipeline(DiffusionPipeline):
         # Nothing is lost: the pixels under one latent become its channels.
         return F.pixel_unshuffle(code, self.factor).to(self.transformer.dtype)
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to latents (B, C, h, w) of about unit variance; the mode, not a sample."""
-        with torch.autocast(images.device.type, enabled=False):
-            z = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
-        return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return encode_images(self.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
-        z = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        return decode_latents(self.vae, latents)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, batch_size: int = 16) -> Tensor:
@@ -223,7 +219,8 @@ class TODSynthPipeline(DiffusionPipeline):
             TerraSynthError: there is no such model, a part of it is missing or damaged, or it knows no classes.
         """
         pretrained_model_name_or_path = packaged_or(pretrained_model_name_or_path)
-        try:
+        expected = "a pipeline that TerraSynth saved, or Stable Diffusion 3 / 3.5 as a folder or hub name"
+        with loading(pretrained_model_name_or_path, expected):
             wanted: dict[str, Any] = {}
             if "label_schema" in kwargs:
                 where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
@@ -231,7 +228,7 @@ class TODSynthPipeline(DiffusionPipeline):
                     # The coding is the model's own.
                     names = ("label_schema", "caption", "image_size", "mask_coding", "mask_init")
                     wanted = {name: kwargs.pop(name, None) for name in names}
-            pipeline = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
             pipeline._trained_on = pipeline.text_encoder.dtype  # text encoders come in the precision of their files
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
                 pipeline.cast(torch.float32)
@@ -239,14 +236,6 @@ class TODSynthPipeline(DiffusionPipeline):
                 pipeline.adapt(LabelSchema.from_dict(wanted["label_schema"]), wanted["caption"])
                 pipeline.register_to_config(image_size=wanted["image_size"] or pipeline.config.image_size)
             return pipeline
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise TerraSynthError(
-                "the model can not be loaded",
-                path=pretrained_model_name_or_path,
-                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-                expected="a pipeline that TerraSynth saved, or Stable Diffusion 3 / 3.5 as a folder or hub name",
-                fix="check the folder; for a hub name, the connection, the login and the model's licence",
-            ) from error
 
     def place(self, device: str | torch.device, precision: Precision) -> Self:
         """Bring the networks where they paint, in as little of a card's memory as that takes, and return self.

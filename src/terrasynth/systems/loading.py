@@ -1,0 +1,28 @@
+"""What can go wrong when a pipeline is loaded, as one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from terrasynth.errors import TerraSynthError
+
+__all__ = ["loading"]
+
+
+@contextmanager
+def loading(name: str | Path, expected: str) -> Iterator[None]:
+    """Turn what diffusers raises for a model that is missing, damaged or of another kind into a `TerraSynthError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise TerraSynthError(
+            "the model can not be loaded",
+            path=name,
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            expected=expected,
+            fix="check the folder; for a hub name, the connection, the login and the model's licence",
+        ) from error
