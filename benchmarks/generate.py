@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 
 from terrasynth.recipe_io import load_recipe
-from terrasynth.sampling.flow import Steering, guidance_terms
+from terrasynth.sampling.flow import Steering
+from terrasynth.sampling.guidance import guidance_chain
 from terrasynth.systems.generate import sampling_arguments, steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor
@@ -59,7 +60,7 @@ def main() -> None:
         arguments = {**sampling_arguments(sampling), "num_inference_steps": steps}
         pipeline(masks, seeds=range(batch), steering=steer, output_type="pt", **arguments)
 
-    rows = batch * len(guidance_terms(sampling.text_scale, sampling.mask_scale))
+    rows = batch * len(guidance_chain({"text": sampling.text_scale, "mask": sampling.mask_scale}))
     side = args.size // pipeline.factor
     embeds, pooled = pipeline.prompts([""] * rows)
     inputs = {

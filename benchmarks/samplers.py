@@ -22,7 +22,8 @@ from torch import Tensor
 
 from terrasynth.data.folder import load_tiles
 from terrasynth.recipe_io import load_recipe
-from terrasynth.sampling.flow import Solver, guidance_terms, is_guided
+from terrasynth.sampling.flow import Solver
+from terrasynth.sampling.guidance import guidance_chain, is_guided
 from terrasynth.study.quality import kid, random_features, whitening
 from terrasynth.systems.generate import load_pipeline
 from terrasynth.tasks.confusion import Confusion
@@ -123,7 +124,7 @@ def main() -> None:
         ]
         speed = len(tiles) / (time.perf_counter() - begun)
         guided = sum(is_guided(sigma, row.interval) for sigma in levels[: row.steps])
-        evaluations = row.steps + guided * (len(guidance_terms(1.0, row.mask_scale)) - 1)
+        evaluations = row.steps + guided * (len(guidance_chain({"text": 1.0, "mask": row.mask_scale})) - 1)
         within = "" if row.interval == (0, 1) else " within {:g}–{:g}".format(*row.interval)
         settings = f"{row.solver} | {row.steps} | {row.shift:g} | {row.mask_scale:g}{within} | {evaluations}"
         print(f"| {settings} | {measured((torch.cat(painted) * 255).round().byte())} | {speed:.1f} |", flush=True)

@@ -26,8 +26,9 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.models.all_in_attention import AllInAttentionUNet
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.planning.footprint import count, enter, flops, pretend
-from terrasynth.sampling.diffusion import Epsilon, Guided, guidance_chain, sample_ddim
+from terrasynth.sampling.diffusion import Epsilon, sample_ddim
 from terrasynth.sampling.flow import seeded_noise
+from terrasynth.sampling.guidance import Guided, guidance_chain
 from terrasynth.systems.tisynth import TISynthPipeline
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((200, 150, 90), (90, 90, 90), (20, 60, 160)))

@@ -1,11 +1,9 @@
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from terrasynth.sampling.diffusion import diffusion_batch, guidance_chain, sample_ddim
+from terrasynth.sampling.diffusion import diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator
 
 SCHEDULE = {
@@ -64,20 +62,3 @@ def test_sampling_is_ddim_on_latent_diffusions_timesteps(steps):
     torch.testing.assert_close(found.double(), x, atol=2e-5, rtol=1e-4)
     assert [i for i, _ in estimates] == list(range(steps))
     torch.testing.assert_close(estimates[-1][1].double(), told[-1], atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("scales", product([0.0, 1.0, 1.5, 9.0], repeat=3))
-def test_guidance_is_a_chain_of_differences(scales):
-    names = ("mask", "reference", "text")
-    value = {frozenset(names[:k]): v for k, v in enumerate((0.3, -1.2, 2.5, 0.7))}
-    expected = value[frozenset()]
-    for k, scale in enumerate(scales):
-        expected += scale * (value[frozenset(names[: k + 1])] - value[frozenset(names[:k])])
-    terms = guidance_chain(dict(zip(names, scales, strict=True)))
-    assert sum(term.coefficient * value[term.sees] for term in terms) == pytest.approx(expected)
-    assert len(terms) == 1 + sum(a != b for a, b in zip((1.0, *scales), (*scales, 0.0), strict=True)) - 1
-
-
-def test_published_guidance_is_by_text_beside_the_same_mask_and_reference():
-    terms = guidance_chain({"mask": 1.0, "reference": 1.0, "text": 9.0})
-    assert terms == [(-8.0, {"mask", "reference"}), (9.0, {"mask", "reference", "text"})]

@@ -12,16 +12,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from terrasynth.sampling.flow import (
     FlowStep,
-    condition_or_null,
     flow_batch,
-    guidance_terms,
-    guided_velocity,
     sample_flow,
     seeded_generator,
     seeded_noise,
 )
-
-SCALES = [0.0, 0.5, 1.0, 1.5, 4.0]
+from terrasynth.sampling.guidance import condition_or_null, guided_velocity
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +101,12 @@ def test_sampler_equals_the_stable_diffusion_3_pipeline_of_diffusers(shift, scal
         output_type="latent",
     ).images
 
-    def predict(latents, timestep, use_text, use_mask):
-        prompt = condition_or_null(use_text, text, null)
-        summary = condition_or_null(use_text, pooled, null_pooled)
+    def predict(latents, timestep, uses):
+        prompt = condition_or_null(uses["text"], text, null)
+        summary = condition_or_null(uses["text"], pooled, null_pooled)
         return pipeline.transformer(latents, prompt, summary, timestep).sample
 
-    velocity = guided_velocity(predict, guidance_terms(scale, scale))
+    velocity = guided_velocity(predict, {"text": scale})
     actual = sample_flow(velocity, noise, FlowMatchEulerDiscreteScheduler(shift=shift), 5)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -256,68 +252,6 @@ def test_reduced_precision_is_integrated_in_float32():
 
     result = sample_flow(velocity, noise, FlowMatchEulerDiscreteScheduler(), 8)
     assert result.dtype == torch.float32
-
-
-# Guidance
-
-
-@pytest.mark.parametrize("mask_scale", SCALES)
-@pytest.mark.parametrize("text_scale", SCALES)
-def test_guided_velocity_is_the_stated_sum_in_one_forward_pass(text_scale, mask_scale):
-    latents, timestep = torch.randn(3, 4, 6, 6), torch.tensor([900.0, 500.0, 100.0])
-    text, mask = torch.randn(3, 1, 1, 1), torch.randn(3, 1, 1, 1)
-    null_text, null_mask = torch.tensor(0.3), torch.tensor(-0.2)
-    calls = []
-
-    def model(x, t, text, mask):
-        return torch.tanh(x * text + mask + t.view(-1, 1, 1, 1) / 1000 + x * text * mask)
-
-    def predict(x, t, use_text, use_mask):
-        calls.append(len(x))
-        return model(x, t, condition_or_null(use_text, text, null_text), condition_or_null(use_mask, mask, null_mask))
-
-    actual = guided_velocity(predict, guidance_terms(text_scale, mask_scale))(latents, timestep)
-    v_00 = model(latents, timestep, null_text, null_mask)
-    v_t0 = model(latents, timestep, text, null_mask)
-    v_tm = model(latents, timestep, text, mask)
-    torch.testing.assert_close(actual, v_00 + text_scale * (v_t0 - v_00) + mask_scale * (v_tm - v_t0))
-    needed = (text_scale != 1) + (text_scale != mask_scale) + (mask_scale != 0)
-    assert calls == [3 * needed]
-
-
-@pytest.mark.parametrize(
-    ("text_scale", "mask_scale", "evaluations"), [(1, 1, 1), (1, 1.5, 2), (3, 3, 2), (1, 0, 1), (0, 0, 1), (3, 1.5, 3)]
-)
-def test_guidance_evaluates_no_more_than_it_needs(text_scale, mask_scale, evaluations):
-    terms = guidance_terms(text_scale, mask_scale)
-    assert len(terms) == evaluations
-    assert sum(term.coefficient for term in terms) == pytest.approx(1)
-
-
-def test_guidance_is_left_out_outside_its_interval():
-    latents, calls = torch.randn(2, 4, 6, 6), []
-
-    def predict(x, t, use_text, use_mask):
-        calls.append(len(x))
-        return x * (1 + use_mask.float().view(-1, 1, 1, 1)) + use_text.float().view(-1, 1, 1, 1)
-
-    velocity = guided_velocity(predict, guidance_terms(1, 3), (0.2, 0.8))
-    plain, guided = 2 * latents + 1, 4 * latents + 1
-    for timestep, expected, images in ((801, plain, 2), (800, guided, 4), (201, guided, 4), (200, plain, 2)):
-        torch.testing.assert_close(velocity(latents, torch.full((2,), float(timestep))), expected)
-        assert calls.pop() == images
-
-
-def test_without_guidance_the_velocity_is_the_model_itself():
-    v = torch.randn(2, 4, 6, 6)
-    velocity = guided_velocity(lambda x, t, use_text, use_mask: v, guidance_terms(1, 1))
-    assert torch.equal(velocity(torch.zeros_like(v), torch.zeros(2)), v)
-
-
-def test_condition_dropout_takes_the_null_condition_row_by_row():
-    condition, null = torch.randn(3, 5, 16), torch.randn(1, 5, 16)
-    dropped = condition_or_null(torch.tensor([True, False, True]), condition, null)
-    assert torch.equal(dropped, torch.stack([condition[0], null[0], condition[2]]))
 
 
 # Training

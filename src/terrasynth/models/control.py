@@ -16,6 +16,8 @@ that made it as large made it worse in short trainings, since the image finds th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -27,6 +29,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from terrasynth.models.mmdit import (
+    Feature,
     JointBlock,
     MaskMMDiT,
     Projected,
@@ -143,11 +146,18 @@ class AdapterMMDiT(MaskMMDiT):
     def _make_block(self, **sizes: Any) -> JointBlock:
         return AdapterBlock(**sizes, gated=self.config.mask_gate)
 
-    def _through_blocks(self, conditioning: Tensor, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def _through_blocks(
+        self,
+        conditioning: Tensor,
+        image: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        reference: Sequence[Feature] | None,
+    ) -> Tensor:
         features = () if mask is None else (mask,)
         tokens: tuple[Tensor, ...] = (image, text)
-        for block in self.transformer_blocks:
-            tokens = self._run(block, conditioning, *tokens, *features)
+        for block, feature in self._beside(reference):
+            tokens = self._run(partial(block, reference=feature), conditioning, *tokens, *features)
         return tokens[0]
 
 
@@ -181,7 +191,14 @@ class ControlNetMMDiT(MaskMMDiT):
     def _embed_mask(self, mask_latents: Tensor) -> Tensor:
         return self.mask_embed(mask_latents)  # the image tokens that these are added to have the positions
 
-    def _through_blocks(self, conditioning: Tensor, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def _through_blocks(
+        self,
+        conditioning: Tensor,
+        image: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        reference: Sequence[Feature] | None,
+    ) -> Tensor:
         residuals = []
         if mask is not None:
             tokens: tuple[Tensor, ...] = (image + mask, text)
@@ -190,8 +207,8 @@ class ControlNetMMDiT(MaskMMDiT):
                 residuals.append(output(tokens[0]))
         count = len(self.transformer_blocks)
         tokens = (image, text)
-        for i, block in enumerate(self.transformer_blocks):
-            tokens = self._run(block, conditioning, *tokens)
+        for i, (block, feature) in enumerate(self._beside(reference)):
+            tokens = self._run(partial(block, reference=feature), conditioning, *tokens)
             if residuals and i < count - 1:
                 tokens = (tokens[0] + residuals[i * len(residuals) // count], *tokens[1:])
         return tokens[0]

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -37,6 +38,7 @@ from terrasynth.errors import TerraSynthError
 
 __all__ = [
     "TEXT_BRANCH",
+    "Feature",
     "JointBlock",
     "MaskBranch",
     "MaskMMDiT",
@@ -54,6 +56,8 @@ Trainable = Literal["all", "image+mask", "mask", "lora"]
 MlpModulation = Literal["own", "image"]
 #: Queries, keys and values of a stream, each (B, N, heads, d); no queries where nobody reads its tokens again.
 Projected = tuple[Tensor | None, Tensor, Tensor]
+#: Keys and values of a reference image in one block, each (B, N, heads, d).
+Feature = tuple[Tensor, Tensor]
 
 _GATE_GAIN = 32
 #: Up to how many tokens attention in bfloat16 on a CPU is computed plainly, and how many scores at a time.
@@ -247,6 +251,7 @@ class JointBlock(JointTransformerBlock):
             use_dual_attention=dual_attention,
         )
         self.heads = heads
+        self.register_parameter("reference_gate", None)
 
     def streams(self) -> tuple[Stream, ...]:
         """Image and text. Made anew for every use, because adapters replace modules."""
@@ -275,16 +280,28 @@ class JointBlock(JointTransformerBlock):
         )
         return image_stream, text_stream
 
-    def forward(self, conditioning: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, conditioning: Tensor, *tokens: Tensor, reference: Feature | None = None) -> tuple[Tensor, ...]:
         """Update the tokens.
 
         Args:
             conditioning: SiLU of the timestep and pooled-text embedding, (B, D).
-            tokens: of the streams, in their order, each (B, N, D); the last stream may be left out.
+            tokens: of the streams, in their order, each (B, N, D); the last streams may be left out.
+            reference: keys and values of a reference image, of `read`; the image looks at them.
 
         Returns:
             The updated tokens of the streams that are read again, in the same order; in the last block, the image's.
         """
+        updated, _ = self._updated(conditioning, tokens, reference)
+        return updated
+
+    def read(self, conditioning: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """An image by itself: its keys and values, each (B, N, heads, D / heads), and its updated tokens (B, N, D)."""
+        (tokens,), ((_, key, value),) = self._updated(conditioning, (tokens,), None)
+        return key, value, tokens
+
+    def _updated(
+        self, conditioning: Tensor, tokens: Sequence[Tensor], reference: Feature | None
+    ) -> tuple[tuple[Tensor, ...], list[Projected]]:
         streams = self.streams()[: len(tokens)]
         modulations = self._modulate(streams, conditioning)
 
@@ -297,19 +314,23 @@ class JointBlock(JointTransformerBlock):
 
         # The streams meet.
         attended = self._attend(projected)
+        query = projected[0][0]
+        if reference is not None and query is not None:
+            seen = attention(query, *reference)
+            attended[0] = attended[0] + opened(self.reference_gate, seen) * seen
 
         # Every stream that is read again takes what it found, then passes through its feed-forward.
         updated = []
         for stream, x, found, modulation in zip(streams, tokens, attended, modulations, strict=False):
             if stream.out is None or stream.feed_forward is None:
                 break
-            attention, mlp, *dual = modulation
-            x = _add_residual(x, stream.out(found.flatten(2)), attention)
+            attn, mlp, *dual = modulation
+            x = _add_residual(x, stream.out(found.flatten(2)), attn)
             if dual:  # SD3.5: the image attends to itself once more
                 x = _add_residual(x, self.attn2(_shift_and_scale(normed[0], dual[0])), dual[0])
             x = _add_residual(x, stream.feed_forward(_shift_and_scale(_layer_norm(x), mlp)), mlp)
             updated.append(x)
-        return tuple(updated)
+        return tuple(updated), projected
 
     def _modulate(self, streams: Sequence[Stream], conditioning: Tensor) -> list[tuple[Modulation, ...]]:
         return [stream.modulate(conditioning) for stream in streams]
@@ -405,6 +426,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         latent_std: standard deviation of each of the C latent channels. With it the network predicts what the best
             linear denoiser of such data leaves over, scaled to unit variance (`_precondition`); for training from
             scratch. None predicts the velocity itself, as SD3 does.
+        reference: whether it can look at reference images (`add_reference`).
     """
 
     _no_split_modules = ["TripleBlock"]  # noqa: RUF012 - diffusers' own declaration
@@ -429,6 +451,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         mask_mlp_modulation: MlpModulation = "own",
         mask_gate: bool = False,
         latent_std: tuple[float, ...] | None = None,
+        reference: bool = False,
     ) -> None:
         super().__init__(
             sample_size=sample_size,
@@ -452,7 +475,24 @@ class MaskMMDiT(SD3Transformer2DModel):
         self.mask_embed = PatchEmbed(
             patch_size=patch_size, in_channels=mask_channels, embed_dim=self.inner_dim, pos_embed_type=None
         )
+        if reference:
+            self.add_reference()
         self._freeze_dead_parameters()
+
+    def add_reference(self) -> Self:
+        """Let the image look at a reference image in every block, and return self.
+
+        The reference passes through the image branch by itself, clean and without a prompt, so its keys and values are
+        the same in all steps of a sampling (`reference_features`). What the image finds in them is added to what it
+        finds elsewhere (as in IP-Adapter, Ye et al. 2023, arXiv 2308.06721; the shared weights are those of
+        StyleAligned, Hertz et al. 2024, arXiv 2312.02133), through a gate per block and head that starts at zero and is
+        all that is new.
+        """
+        for block in self.transformer_blocks:
+            if block.reference_gate is None:
+                block.reference_gate = nn.Parameter(torch.zeros(block.heads, dtype=self.dtype, device=self.device))
+        self.register_to_config(reference=True)
+        return self
 
     def _add_blocks(self, count: int) -> None:
         """Make `transformer_blocks`: `count` blocks, and whatever else brings the mask to them."""
@@ -480,6 +520,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
         mask_latents: Tensor | None = None,
+        reference: Sequence[Feature] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity.
@@ -490,6 +531,7 @@ class MaskMMDiT(SD3Transformer2DModel):
             encoder_hidden_states: prompt embeddings, (B, L, joint_attention_dim).
             pooled_projections: pooled prompt embeddings, (B, pooled_projection_dim).
             mask_latents: mask code, (B, Cm, h, w); None leaves the mask tokens out, which is the base model.
+            reference: of `reference_features`; None is the model without a reference, and so are values of zero.
             return_dict: return a `Transformer2DModelOutput`, else a tuple.
 
         Returns:
@@ -511,7 +553,7 @@ class MaskMMDiT(SD3Transformer2DModel):
             self._check_mask(mask_latents, hidden_states.shape)
             mask = self._embed_mask(mask_latents)
         embedding = self.time_text_embed(timestep, pooled_projections)
-        image = self._through_blocks(F.silu(embedding), image, text, mask)
+        image = self._through_blocks(F.silu(embedding), image, text, mask, reference)
 
         patches = self.proj_out(self.norm_out(image, embedding))
         p = self.config.patch_size
@@ -521,14 +563,44 @@ class MaskMMDiT(SD3Transformer2DModel):
             velocity = skip * hidden_states + scale_out * velocity
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _through_blocks(self, conditioning: Tensor, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def reference_features(self, latents: Tensor) -> list[Feature]:
+        """What `forward` looks at of reference images: keys and values in every block.
+
+        Args:
+            latents: of the images, (B, C, h, w), of any size up to the grid of positions.
+        """
+        timestep = latents.new_zeros(len(latents))
+        if self.config.latent_std is not None:
+            latents = self._precondition(timestep, latents)[0] * latents
+        tokens = self.pos_embed(latents).contiguous()
+        nothing = latents.new_zeros(len(latents), self.config.pooled_projection_dim)
+        conditioning = F.silu(self.time_text_embed(timestep, nothing))
+        features = []
+        for block in self.transformer_blocks:
+            key, value, tokens = self._run(block.read, conditioning, tokens)
+            features.append((key, value))
+        return features
+
+    def _through_blocks(
+        self,
+        conditioning: Tensor,
+        image: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        reference: Sequence[Feature] | None,
+    ) -> Tensor:
         """Image tokens after the last block."""
         tokens: tuple[Tensor, ...] = (image, text) if mask is None else (image, text, mask)
-        for block in self.transformer_blocks:
-            tokens = self._run(block, conditioning, *tokens)
+        for block, feature in self._beside(reference):
+            tokens = self._run(partial(block, reference=feature), conditioning, *tokens)
         return tokens[0]
 
-    def _run(self, block: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _beside(self, reference: Sequence[Feature] | None) -> Iterator[tuple[Any, Feature | None]]:
+        """Every block and what it sees of the reference."""
+        blocks = self.transformer_blocks
+        return zip(blocks, [None] * len(blocks) if reference is None else reference, strict=True)
+
+    def _run(self, block: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *tensors)
         return block(*tensors)
@@ -709,7 +781,7 @@ class MaskMMDiT(SD3Transformer2DModel):
 
 
 def _trains(name: str, which: Trainable) -> bool:
-    if which == "all" or name.startswith("mask_") or ".mask." in name:
+    if which == "all" or name.startswith("mask_") or ".mask." in name or name.endswith(".reference_gate"):
         return True
     if which == "image+mask":
         return not any(part in name for part in TEXT_BRANCH)

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from terrasynth.planning.footprint import Operations, checkpoint, count, flops, nbytes
 from terrasynth.planning.parts import length, modules, on_card
-from terrasynth.sampling.flow import FlowStep, guidance_terms, is_guided
+from terrasynth.sampling.flow import FlowStep
+from terrasynth.sampling.guidance import guidance_chain, is_guided
 from terrasynth.systems.generate import steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor
@@ -203,7 +204,7 @@ def paint(
     sampling, config = recipe.sampling, recipe.steering
     velocity, latents = (_latents(recipe, pipeline, images) for _ in range(2))
     masks = _masks(recipe, pipeline, images)
-    rows = images * len(guidance_terms(sampling.text_scale, sampling.mask_scale))
+    rows = images * len(guidance_chain({"text": sampling.text_scale, "mask": sampling.mask_scale}))
     embeds, pooled = pipeline.prompts([""] * rows)
     given = {
         "hidden_states": _latents(recipe, pipeline, rows),

@@ -1,4 +1,4 @@
-"""Denoising diffusion: noising, deterministic sampling, and guidance as arithmetic on predictions of the noise.
+"""Denoising diffusion: noising and deterministic sampling.
 
     x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
 
@@ -8,7 +8,7 @@ as callables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from terrasynth.sampling.flow import seeded_generator
 
-__all__ = ["DiffusionBatch", "Epsilon", "Guided", "diffusion_batch", "guidance_chain", "sample_ddim"]
+__all__ = ["DiffusionBatch", "Epsilon", "diffusion_batch", "sample_ddim"]
 
 Epsilon = Callable[[Tensor, Tensor], Tensor]
 """Noisy latents (B, C, h, w) and timesteps (B,) to the noise in them, (B, C, h, w)."""
@@ -85,25 +85,3 @@ def sample_ddim(
         if callback is not None:
             callback(i, step.pred_original_sample)
     return x
-
-
-class Guided(NamedTuple):
-    """One evaluation in a guided prediction: its coefficient, and the conditions that it sees."""
-
-    coefficient: float
-    sees: frozenset[str]
-
-
-def guidance_chain(scales: Mapping[str, float]) -> list[Guided]:
-    """Classifier-free guidance by several conditions, each with its own scale (after Brooks et al. 2023, equation 3).
-
-        ε = ε(∅) + s_1 (ε(c_1) − ε(∅)) + s_2 (ε(c_1, c_2) − ε(c_1)) + …
-
-    Terms whose coefficient is zero are left out: with equal scales two are left, with all scales 1 one.
-
-    Args:
-        scales: s_k of each condition, in the order in which they come in.
-    """
-    names, weights = list(scales), [1.0, *scales.values(), 0.0]
-    terms = [Guided(weights[k] - weights[k + 1], frozenset(names[:k])) for k in range(len(names) + 1)]
-    return [term for term in terms if term.coefficient != 0]

@@ -1,4 +1,4 @@
-"""Rectified flow: the path between data and noise, its samplers, and guidance as arithmetic on velocities.
+"""Rectified flow: the path between data and noise, and its samplers.
 
     x_σ = (1 − σ) x_0 + σ ε        v = dx/dσ = ε − x_0        σ = 1: noise ε, σ = 0: data x_0
 
@@ -22,15 +22,10 @@ __all__ = [
     "Decode",
     "FlowBatch",
     "FlowStep",
-    "GuidanceTerm",
     "Solver",
     "Steering",
     "Velocity",
-    "condition_or_null",
     "flow_batch",
-    "guidance_terms",
-    "guided_velocity",
-    "is_guided",
     "sample_flow",
     "seeded_generator",
     "seeded_noise",
@@ -134,83 +129,6 @@ def sample_flow(
             callback(step, z - step.sigma * v)
         z = z + h * (v + bend)
     return z
-
-
-class GuidanceTerm(NamedTuple):
-    """One evaluation in a guided velocity: its coefficient, and which conditions it sees."""
-
-    coefficient: float
-    use_text: bool
-    use_mask: bool
-
-
-def guidance_terms(text_scale: float, mask_scale: float) -> list[GuidanceTerm]:
-    """Classifier-free guidance by prompt and by mask, each with its own scale (after Brooks et al. 2023, equation 3).
-
-        v = v_00 + s_text (v_t0 − v_00) + s_mask (v_tm − v_t0)
-
-    where 0 stands for the null condition: the empty prompt, the wholly unlabelled mask. Terms whose coefficient is zero
-    are left out: both scales 1 cost one evaluation; equal scales, or a text scale of 1, cost two; others three.
-    """
-    terms = [
-        GuidanceTerm(1 - text_scale, use_text=False, use_mask=False),
-        GuidanceTerm(text_scale - mask_scale, use_text=True, use_mask=False),
-        GuidanceTerm(mask_scale, use_text=True, use_mask=True),
-    ]
-    return [term for term in terms if term.coefficient != 0]
-
-
-def is_guided(sigma: float, interval: tuple[float, float]) -> bool:
-    """Whether the noise level σ lies within an interval of guidance, low < σ <= high."""
-    low, high = interval
-    return low < sigma <= high
-
-
-def guided_velocity(
-    predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    terms: list[GuidanceTerm],
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> Velocity:
-    """The weighted sum of the terms' velocities, evaluated in one forward pass.
-
-    Outside the interval of noise levels the conditions are followed without guidance, in one evaluation (Kynkäänniemi
-    et al. 2024): at high noise guidance moves all colours away from the average image's, at low noise it changes
-    little.
-
-    Args:
-        predict: maps latents (n B, C, h, w), timesteps (n B,) and two boolean vectors (n B,), `use_text` and
-            `use_mask`, to velocities (n B, C, h, w). Row k B + b is image b under term k; `condition_or_null` makes the
-            conditions that fit.
-        terms: the n terms, from `guidance_terms`.
-        interval: see `is_guided`; σ is that of the first image.
-    """
-
-    def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
-        summed = terms if is_guided(timestep[0].item() / 1000, interval) else guidance_terms(1, 1)
-        n, device = len(summed), latents.device
-        use_text = torch.tensor([term.use_text for term in summed], device=device).repeat_interleave(len(latents))
-        use_mask = torch.tensor([term.use_mask for term in summed], device=device).repeat_interleave(len(latents))
-        v = predict(latents.repeat(n, *[1] * (latents.ndim - 1)), timestep.repeat(n), use_text, use_mask).float()
-        coefficients = torch.tensor([term.coefficient for term in summed], device=device)
-        return (coefficients.view(n, *[1] * latents.ndim) * v.unflatten(0, (n, len(latents)))).sum(0)
-
-    return velocity
-
-
-def condition_or_null(use: Tensor, condition: Tensor, null: Tensor) -> Tensor:
-    """Each image's condition where `use` says so, else the null condition.
-
-    Args:
-        use: boolean (n B,): once through the batch per guidance term, or (B,) for dropout in training.
-        condition: (B, ...), one row an image.
-        null: the same, or one row for all.
-
-    Returns:
-        (n B, ...), in the row order of `guided_velocity`.
-    """
-    ones = [1] * (condition.ndim - 1)
-    n = len(use) // len(condition)
-    return torch.where(use.view(-1, *ones), condition.repeat(n, *ones), null.expand_as(condition).repeat(n, *ones))
 
 
 class FlowBatch(NamedTuple):

@@ -23,8 +23,9 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.models.all_in_attention import AllInAttentionUNet
 from terrasynth.models.autoencoder import Autoencoder, PatchPCA, decode_latents, encode_images, spatial_factor
 from terrasynth.models.text import PromptCache, encode_prompts_sd1, word_encoder, word_tokenizer
-from terrasynth.sampling.diffusion import Epsilon, Guided, diffusion_batch, guidance_chain, sample_ddim
-from terrasynth.sampling.flow import condition_or_null, seeded_generator, seeded_noise
+from terrasynth.sampling.diffusion import Epsilon, diffusion_batch, sample_ddim
+from terrasynth.sampling.flow import seeded_generator, seeded_noise
+from terrasynth.sampling.guidance import Guided, condition_or_null, guidance_chain
 from terrasynth.systems.loading import loading
 from terrasynth.training.precision import autocast
 

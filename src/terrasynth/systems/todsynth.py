@@ -22,21 +22,19 @@ from terrasynth.data.schema import Coding, LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA, decode_latents, encode_images, spatial_factor
 from terrasynth.models.control import CONTROL_SCHEMES
-from terrasynth.models.mmdit import MaskMMDiT
+from terrasynth.models.mmdit import Feature, MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
 from terrasynth.sampling.flow import (
     FlowStep,
     Solver,
     Steering,
     Velocity,
-    condition_or_null,
     flow_batch,
-    guidance_terms,
-    guided_velocity,
     sample_flow,
     seeded_generator,
     seeded_noise,
 )
+from terrasynth.sampling.guidance import condition_or_null, guided_velocity
 from terrasynth.systems.loading import loading
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
@@ -149,7 +147,7 @@ class TODSynthPipeline(DiffusionPipeline):
         self._null_masks: dict[torch.Size, Tensor] = {}
         self._trained_on = torch.float32
         self._precision: Precision = "fp32"
-        self.text_dropout = self.mask_dropout = 0.0
+        self.text_dropout = self.mask_dropout = self.reference_dropout = 0.0
         self.density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
 
     # Conditions
@@ -300,7 +298,7 @@ class TODSynthPipeline(DiffusionPipeline):
         Args:
             batch: `latents` (B, C, h, w); `mask` (B, H, W) uint8, or `mask_latents` when masks pass the autoencoder;
                 `prompt_embeds` (B, L, D); `pooled` (B, P); `seed` (B,), from which each sample's timestep, noise and
-                dropped conditions derive.
+                dropped conditions derive; `reference_latents` (B, C, h, w), if the model shall look at references.
         """
         latents = batch["latents"]
         # One stream of random numbers a sample: its timestep and noise, then whether its conditions are dropped.
@@ -315,12 +313,18 @@ class TODSynthPipeline(DiffusionPipeline):
         else:
             unlabelled = torch.full_like(batch["mask"][:1], self.schema.ignore_index)
             mask_latents = self.encode_masks(condition_or_null(keep_mask, batch["mask"], unlabelled))
+        reference = None
+        if "reference_latents" in batch:
+            v = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(latents.device)
+            features = self.transformer.reference_features(batch["reference_latents"])
+            reference = _seen(features, v >= self.reference_dropout)
         predicted = self.transformer(
             hidden_states=flow.noisy,
             timestep=flow.timestep,
             encoder_hidden_states=condition_or_null(keep_text, batch["prompt_embeds"], null_embeds),
             pooled_projections=condition_or_null(keep_text, batch["pooled"], null_pooled),
             mask_latents=mask_latents,
+            reference=reference,
             return_dict=False,
         )[0]
         return F.mse_loss(predicted.float(), flow.velocity)
@@ -338,6 +342,7 @@ class TODSynthPipeline(DiffusionPipeline):
         self,
         masks: Tensor,
         prompts: Sequence[str] | None = None,
+        references: Tensor | None = None,
         *,
         seeds: Sequence[int],
         num_inference_steps: int = 23,
@@ -345,6 +350,7 @@ class TODSynthPipeline(DiffusionPipeline):
         shift: float | None = None,
         text_scale: float = 1.0,
         mask_scale: float = 1.5,
+        reference_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         steering: Steering | None = None,
         callback: Callable[[FlowStep, Tensor], None] | None = None,
@@ -356,12 +362,15 @@ class TODSynthPipeline(DiffusionPipeline):
         Args:
             masks: (B, H, W) class indices; H and W divisible by the pixels of one token.
             prompts: B texts; by default captions of the classes present.
-            seeds: B seeds; an image depends on its own mask, prompt and seed only (to float tolerance).
+            references: (B, 3, h, w) in [0, 1], images in whose look to paint, of any size that the model paints; None
+                for no reference.
+            seeds: B seeds; an image depends on its own mask, prompt, reference and seed only (to float tolerance).
             num_inference_steps: evaluations of the velocity.
             solver: `euler` or `adams`, see `sampling.flow.sample_flow`.
             shift: timestep shift of the sampling, if other than the scheduler's.
             text_scale: guidance scale of the prompt against the empty one; 1 is off.
             mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
+            reference_scale: guidance scale of the reference against none; 1 is off.
             guidance_interval: noise levels above the first and up to the second are guided.
             steering: changes the velocity in each step, as `ControlRectify`.
             callback: told each step and its estimate of the clean latents.
@@ -370,15 +379,17 @@ class TODSynthPipeline(DiffusionPipeline):
             output_type: `pt` for a float tensor (B, 3, H, W) in [0, 1], `pil` for a list of images.
 
         Raises:
-            TerraSynthError: the masks' size does not fit, or their number differs from the prompts' or seeds'.
+            TerraSynthError: the masks' or references' size does not fit, there are not as many of each, or the model
+                can not look at references.
         """
-        self._check(masks, prompts, seeds)
+        self._check(masks, prompts, seeds, references)
         device = self._execution_device
         masks = masks.to(device)
+        references = None if references is None else references.to(device)
         shape = (self.transformer.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
         with autocast(device, precision or self._precision):
             latents = sample_flow(
-                self.velocity(masks, prompts, text_scale, mask_scale, guidance_interval),
+                self.velocity(masks, prompts, text_scale, mask_scale, guidance_interval, references, reference_scale),
                 seeded_noise(seeds, shape).to(device),
                 self.shifted(shift),
                 num_inference_steps,
@@ -401,8 +412,13 @@ class TODSynthPipeline(DiffusionPipeline):
         text_scale: float = 1.0,
         mask_scale: float = 1.5,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        references: Tensor | None = None,
+        reference_scale: float = 1.0,
     ) -> Velocity:
-        """The guided velocity under B masks (B, H, W) and prompts; see `__call__`. It takes B latents."""
+        """The guided velocity under B masks (B, H, W), prompts and references; see `__call__`. It takes B latents.
+
+        What does not depend on the timestep is computed once: the conditions, and what the image sees of a reference.
+        """
         device, dtype = masks.device, self.transformer.dtype
         if prompts is None:
             prompts = self.captions(masks)
@@ -411,20 +427,28 @@ class TODSynthPipeline(DiffusionPipeline):
             embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
             null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
             mask_latents, null_mask = self.encode_masks(masks), self.null_mask_latents(masks[:1])
+        # The mask comes in last: its guidance is between two paintings of the same look.
+        scales = {"text": text_scale, "reference": reference_scale, "mask": mask_scale}
+        features = None
+        if references is None:
+            scales.pop("reference")
+        else:
+            features = self.transformer.reference_features(self.encode_images(references).to(dtype))
 
-        known: dict[tuple[bool, ...], dict[str, Tensor]] = {}
+        known: dict[tuple[bool, ...], dict[str, Any]] = {}
 
-        def predict(z: Tensor, timestep: Tensor, use_text: Tensor, use_mask: Tensor) -> Tensor:
-            used = tuple(torch.cat([use_text, use_mask]).tolist())
+        def predict(z: Tensor, timestep: Tensor, uses: dict[str, Tensor]) -> Tensor:
+            used = tuple(torch.cat(list(uses.values())).tolist())
             if used not in known:  # they are the same in every step with and in every one without guidance
                 known[used] = {
-                    "encoder_hidden_states": condition_or_null(use_text, embeds, null_embeds),
-                    "pooled_projections": condition_or_null(use_text, pooled, null_pooled),
-                    "mask_latents": condition_or_null(use_mask, mask_latents, null_mask),
+                    "encoder_hidden_states": condition_or_null(uses["text"], embeds, null_embeds),
+                    "pooled_projections": condition_or_null(uses["text"], pooled, null_pooled),
+                    "mask_latents": condition_or_null(uses["mask"], mask_latents, null_mask),
+                    "reference": None if features is None else _seen(features, uses["reference"]),
                 }
             return self.transformer(hidden_states=z.to(dtype), timestep=timestep, **known[used], return_dict=False)[0]
 
-        return guided_velocity(predict, guidance_terms(text_scale, mask_scale), guidance_interval)
+        return guided_velocity(predict, scales, guidance_interval)
 
     def shifted(self, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler, with another timestep shift if one is given."""
@@ -432,7 +456,9 @@ class TODSynthPipeline(DiffusionPipeline):
             return self.scheduler
         return type(self.scheduler).from_config(self.scheduler.config, shift=shift)
 
-    def _check(self, masks: Tensor, prompts: Sequence[str] | None, seeds: Sequence[int]) -> None:
+    def _check(
+        self, masks: Tensor, prompts: Sequence[str] | None, seeds: Sequence[int], references: Tensor | None
+    ) -> None:
         side = self.factor * self.transformer.config.patch_size
         height, width = masks.shape[-2:]
         most = side * self.transformer.config.pos_embed_max_size
@@ -443,9 +469,32 @@ class TODSynthPipeline(DiffusionPipeline):
                 expected=f"(B, H, W) with H and W multiples of {side}, at most {most}",
                 fix="resize or crop them",
             )
-        for name, given in (("prompts", prompts), ("seeds", seeds)):
+        for name, given in (("prompts", prompts), ("seeds", seeds), ("references", references)):
             if given is not None and len(given) != len(masks):
                 raise TerraSynthError(f"`{name}` and `masks` differ in number", found=len(given), expected=len(masks))
+        if references is None:
+            return
+        if not self.transformer.config.reference:
+            raise TerraSynthError(
+                "the model can not look at references",
+                found="a model trained without them",
+                expected="one trained with generator.reference",
+                fix="leave out `references`, or train one",
+            )
+        height, width = references.shape[-2:]
+        if (
+            not references.is_floating_point()
+            or references.shape[1:-2] != (3,)
+            or height % side
+            or width % side
+            or max(height, width) > most
+        ):
+            raise TerraSynthError(
+                "the references do not fit the model",
+                found=f"shape {tuple(references.shape)}, {references.dtype}",
+                expected=f"floating point in [0, 1], (B, 3, H, W) with H and W multiples of {side}, at most {most}",
+                fix="resize or crop them; divide bytes by 255",
+            )
 
     # Construction
 
@@ -484,6 +533,14 @@ class TODSynthPipeline(DiffusionPipeline):
             caption=caption,
             image_size=images.shape[-1],
         )
+
+
+def _seen(features: Sequence[Feature], use: Tensor) -> list[Feature]:
+    """What each image sees of its reference: values of zero are no reference; `use` as in `condition_or_null`."""
+    return [
+        (condition_or_null(torch.ones_like(use), key, key), condition_or_null(use, value, value.new_zeros(1, 1, 1, 1)))
+        for key, value in features
+    ]
 
 
 def untrained_autoencoder(config: GeneratorConfig) -> PatchPCA:
