@@ -322,3 +322,54 @@ def test_the_text_encoders_of_a_base_are_saved_as_they_were_computed(sd3_folder,
         (file,) = (model / part).glob("*.safetensors")
         (stored[part],) = {tensor.dtype for tensor in load_file(file).values()}
     assert stored == {"text_encoder_3": torch.bfloat16, "transformer": torch.float32, "vae": torch.float32}
+
+
+def test_a_reference_is_another_view_of_the_same_tile(tiles, tiny_recipe, tmp_path):
+    pipeline = build(tiny_recipe.generator, tiny_recipe.data, tiles)
+    dataset = EncodedViews.encode(pipeline, tiles, 5, tmp_path, "view")
+    for row in (2, 4 + 2, 16 + 2):
+        own = [dataset[(view * 4 + 2, 0)]["latents"] for view in range(5) if view * 4 + 2 != row]
+        seen = [dataset[(row, seed)]["reference_latents"] for seed in range(60)]
+        counts = [sum(torch.equal(latents, reference) for reference in seen) for latents in own]
+        assert sum(counts) == 60
+        assert min(counts) > 4
+        assert torch.equal(dataset[(row, 7)]["reference_latents"], seen[7])
+    assert "reference_latents" not in EncodedViews.encode(pipeline, tiles, 5, tmp_path)[(0, 0)]
+
+
+def test_an_augmented_reference_is_that_of_its_view(tiles, tiny_recipe, tmp_path):
+    from terrasynth.data.augment import view
+    from terrasynth.data.reference import reference_view
+
+    pipeline = build(tiny_recipe.generator, tiny_recipe.data, tiles)
+    item = EncodedViews.encode(pipeline, tiles, 3, tmp_path, "augmented")[(4 + 2, 9)]
+    image, _ = view(tiles.images[2], tiles.masks[2], 1)
+    expected = pipeline.encode_images(reference_view(image, 6)[None])[0]
+    torch.testing.assert_close(item["reference_latents"], expected, atol=2e-3, rtol=2e-3)
+    assert item["reference_latents"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("reference", ["view", "augmented"])
+def test_a_generator_learns_to_look_at_references_and_resumes(tiles, tiny_recipe, tmp_path, reference):
+    config = changed(tiny_recipe.generator, reference=reference)
+
+    def run(name, **options):
+        return fit_generator(tiles, config, tiny_recipe.data, tiny_recipe.sampling, tmp_path / name, **options)
+
+    assert run("whole").finished
+    assert not run("parts", max_minutes=0.0).finished
+    assert run("parts").finished
+    whole, parts = (load_pipeline(tmp_path / name / "model") for name in ("whole", "parts"))
+    for (name, a), b in zip(
+        whole.transformer.state_dict().items(), parts.transformer.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert all(block.reference_gate.abs().max() > 0 for block in whole.transformer.transformer_blocks)
+
+    # A model that can look serves as a base of one that is not to learn it: what it knows of that stays.
+    config = changed(tiny_recipe.generator, base=str(tmp_path / "whole" / "model"))
+    assert run("plain").finished
+    plain = load_pipeline(tmp_path / "plain" / "model").transformer
+    for old, new in zip(whole.transformer.transformer_blocks, plain.transformer_blocks, strict=True):
+        assert torch.equal(old.reference_gate, new.reference_gate)
+        assert not torch.equal(old.attn.to_q.weight, new.attn.to_q.weight)

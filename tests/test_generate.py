@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +75,62 @@ def test_an_interrupted_painting_ends_as_an_uninterrupted_one(model, tiles, tmp_
     pipeline.decode = original
     paint(pipeline, tiles.masks, tiles.ids, jobs, SAMPLING, tmp_path / "cut", provenance={"model": "x"})
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_references_are_drawn_by_seed_and_index_alone():
+    short, long = plan(5, tiles=3, seed=7, references=4), plan(400, tiles=3, seed=7, references=4)
+    assert long[:5] == short
+    counts = [sum(job.reference == k for job in long) for k in range(4)]
+    assert sum(counts) == 400
+    assert min(counts) > 70
+    assert [job.seed for job in plan(5, tiles=3, seed=7)] == [job.seed for job in short]
+    assert [job.reference for job in plan(2, tiles=3, seed=7)] == [None, None]
+
+
+@pytest.fixture(scope="module")
+def looking(tiny_recipe, tiles, tmp_path_factory):
+    """A model that looks at references."""
+    torch.manual_seed(0)
+    pipeline = build(tiny_recipe.generator.model_copy(update={"reference": "view"}), tiny_recipe.data, tiles)
+    for parameter in pipeline.transformer.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("looking")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_every_sample_is_painted_like_the_reference_that_its_row_names(looking, tiles, tmp_path):
+    images = {f"{i}": torch.randint(0, 256, (64, 80, 3), dtype=torch.uint8).numpy() for i in range(3)}
+    (tmp_path / "looks").mkdir()
+    for name, pixels in images.items():
+        Image.fromarray(pixels).save(tmp_path / "looks" / f"{name}.png")
+    options = {"sampling": SAMPLING, "steering": SteeringConfig(), "count": 5, "references": tmp_path / "looks"}
+    folder = generate(looking, tiles, tmp_path / "out", **options)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert len({row["reference"] for row in rows}) > 1
+    painted, pipeline = load_synthetic(folder), load_pipeline(looking)
+    for row, image, mask in zip(rows, painted.images, painted.masks, strict=True):
+        square = Image.fromarray(images[row["reference"]][:, 8:72])
+        look = torch.from_numpy(np.asarray(square.resize((32, 32), Image.Resampling.BOX)).copy())
+        expected = pipeline(
+            mask[None].long(),
+            references=look.movedim(-1, 0)[None].float() / 255,
+            seeds=[row["seed"]],
+            num_inference_steps=2,
+            output_type="pt",
+        ).images[0]
+        assert (image.float() / 255 - expected).abs().max() < 0.6 / 255
+
+    # Other references are another dataset; a folder of none, and images that are too small, are told.
+    (tmp_path / "looks" / "0.png").unlink()
+    with pytest.raises(TerraSynthError, match="references"):
+        generate(looking, tiles, tmp_path / "out", **options)
+    Image.new("RGB", (20, 40)).save(tmp_path / "looks" / "small.png")
+    with pytest.raises(TerraSynthError, match="smaller than the model paints"):
+        generate(looking, tiles, tmp_path / "other", **options)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TerraSynthError, match="no images here"):
+        generate(looking, tiles, tmp_path / "other", **options | {"references": tmp_path / "empty"})
 
 
 def test_text_encoders_that_are_elsewhere_read_all_prompts_at_once(model, tiles, tmp_path, monkeypatch):

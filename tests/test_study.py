@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -599,6 +600,54 @@ def test_damaged_readings_are_named_with_the_way_out(semi_supervised, tmp_path):
         study.layouts(0)
     masks.unlink()
     assert len(study.layouts(0)) == 8
+
+
+def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path):
+    import json
+
+    from terrasynth.data.folder import load_synthetic
+
+    values = semi_supervised.model_dump(mode="json")
+    values["generator"] |= {"reference": "view", "pseudo_labels": None}
+    arms = [{"name": "real"}, {"name": "mixed", "mix": "cutmix"}, {"name": "painted", "synthetic": "plain"}]
+    arms.append({"name": "like", "synthetic": "plain", "references": True})
+    values["study"] |= {"seeds": [0, 1], "arms": arms, "layouts": "labelled", "ratio": 2}
+    study = Study(Recipe.model_validate(values), Path(), tmp_path)
+    page = study.run().read_text()
+    plain, like = (study.painted(kind, 0).folder / "dataset" for kind in ("plain", "plain-like"))
+    rows = [json.loads(line) for line in (like / "metadata.jsonl").read_text().splitlines()]
+    assert {row["reference"] for row in rows} <= set(study.unlabelled.ids)
+    assert len({row["reference"] for row in rows}) > 1
+    # The same masks under the same seeds, another look.
+    before, after = load_synthetic(plain), load_synthetic(like)
+    assert before.masks.equal(after.masks)
+    assert not before.images.equal(after.images)
+    assert {"Reference", "Painted like it"} <= set(re.findall(r"<div>([\w ]+)<img", page))
+    assert "tiles are painted like them" in page
+    assert "8 (plain), 8 (referenced)" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generator": {"reference": None}}, "generator that learned to look at them: generator.reference"),
+        (
+            {"generator": {"reference_dropout": 0.0}, "sampling": {"reference_scale": 2.0}},
+            "generator.reference_dropout",
+        ),
+        ({"data": {"unlabelled": []}}, "references of an arm needs unlabelled images"),
+    ],
+)
+def test_references_that_can_not_be_are_refused(semi_supervised, changes, message):
+    values = semi_supervised.model_dump(mode="json")
+    values["generator"] |= {"reference": "view", "pseudo_labels": None}
+    values["study"] |= {"layouts": "labelled"}
+    values["study"]["arms"][2]["references"] = True
+    Recipe.model_validate(values)
+    for section, settings in changes.items():
+        values[section] |= settings
+    with pytest.raises(ValueError, match=message):
+        Recipe.model_validate(values)
 
 
 def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):

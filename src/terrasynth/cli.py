@@ -445,6 +445,16 @@ def generate(
             help="Steer with this trained segmentor (control-rectify flow matching).",
         ),
     ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of unlabelled images: each painting has the look of one of them. For a generator that was "
+            "trained with `generator.reference`.",
+        ),
+    ] = None,
     license: Annotated[
         str | None,
         typer.Option(
@@ -473,9 +483,10 @@ def generate(
     from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
-    if like is not None and (masks is not None or count is not None or steer is not None):
+    if like is not None and any(option is not None for option in (masks, count, steer, references)):
         raise typer.BadParameter(
-            "these belong to a data set, and --like asks for one picture", param_hint="--masks, --count, --steer"
+            "these belong to a data set, and --like asks for one picture",
+            param_hint="--masks, --count, --steer, --references",
         )
     if like is not None and out is None:
         raise typer.BadParameter("name the picture, as painted.tif", param_hint="--out")
@@ -510,6 +521,7 @@ def generate(
         sampling=settings.sampling,
         steering=settings.steering,
         segmentor=steer,
+        references=references,
         count=count,
         seed=seed,
         license=license,

@@ -133,6 +133,8 @@ class DataConfig(_Config):
     """Settings of `kind: world`."""
 
 
+#: What painted tiles there are (`ArmConfig.kind`).
+KINDS = ("plain", "steered", "plain-like", "steered-like")
 #: Settings of a training that change no weight: it may go on with others.
 HARMLESS = {"checkpoint_every", "log_every", "workers", "gradient_checkpointing", "offload_optimizer"}
 
@@ -243,6 +245,12 @@ class GeneratorConfig(_Config):
     """How often the prompt is replaced by the empty one, so that text guidance works."""
     mask_dropout: Fraction = 0.1
     """How often the mask is replaced by an unlabelled one, so that mask guidance works."""
+    reference: Literal["view", "augmented"] | None = None
+    """Learn to paint in the look of a reference image. In training that is another `view` of the same tile (flipped,
+    turned, zoomed), or the tile `augmented` as published (shifted, scaled, turned by up to 18 degrees; Dong et al.
+    2025, "TISynth")."""
+    reference_dropout: Fraction = 0.1
+    """How often the reference is left out, so that guidance by it works, and painting without one."""
     density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     """Density of the training timesteps (Esser et al. 2024, section 3.1)."""
     shift: Annotated[float, Field(gt=0)] = 3.0
@@ -269,6 +277,8 @@ class GeneratorConfig(_Config):
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads}) and of 4")
         if self.control == "controlnet" and self.blocks < 2:
             raise ValueError("control: controlnet needs at least 2 blocks: what it adds goes between them")
+        if self.reference == "view" and self.views < 2:
+            raise ValueError("reference: view needs another view of each tile, so views must be at least 2")
         return self
 
 
@@ -285,6 +295,8 @@ class SamplingConfig(_Config):
     """Guidance scale of the prompt; 1 is off, anything else needs `text_dropout` and `mask_dropout`."""
     mask_scale: Annotated[float, Field(ge=0)] = 1.5
     """Guidance scale of the mask; 1 is off, anything else needs `mask_dropout`."""
+    reference_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Guidance scale of the reference, where there is one; 1 is off, anything else needs `reference_dropout`."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Noise levels between which guidance applies. At high noise it makes dark classes darker and bright ones brighter
     than they are; `[0.2, 0.8]` keeps the colours, and spares evaluations (Kynkäänniemi et al. 2024)."""
@@ -392,6 +404,8 @@ class ArmConfig(_Config):
     """
     synthetic: Literal["none", "plain", "steered"] = "none"
     """Painted tiles: none, without steering, or with CRFM."""
+    references: bool = False
+    """Paint in the look of references: of each tile, one window of `data.unlabelled` (`generator.reference`)."""
     ratio: Positive | None = None
     """Painted tiles per real tile, if other than `study.ratio`; of arms alike in all else, a smaller set is the
     beginning of a larger one."""
@@ -409,6 +423,11 @@ class ArmConfig(_Config):
     them (docs/curation.md). `{}` is the filter alone."""
 
     @property
+    def kind(self) -> str:
+        """Of its painted tiles: `none`, `plain` or `steered`, and `-like` if these have references."""
+        return f"{self.synthetic}-like" if self.references else self.synthetic
+
+    @property
     def adds_tiles(self) -> bool:
         """Whether it trains on more than the labelled tiles."""
         return self.synthetic != "none" or self.pseudo_labels is not None
@@ -417,7 +436,7 @@ class ArmConfig(_Config):
     def _paints_something(self) -> ArmConfig:
         if self.filter and self.curate:
             raise ValueError("curate filters by its own margin, so filter must be false")
-        idle = [name for name in ("filter", "curate", "synthetic_first", "ratio") if getattr(self, name)]
+        idle = [name for name in ("filter", "curate", "synthetic_first", "references", "ratio") if getattr(self, name)]
         if idle and self.synthetic == "none":
             raise ValueError(f"{idle[0]} needs painted tiles, so synthetic must be plain or steered")
         return self
@@ -543,9 +562,12 @@ class Recipe(_Config):
                 ("generator.pseudo_labels", self.generator.pseudo_labels is not None),
                 ("study.layouts: all", self.study.layouts == "all"),
                 ("pseudo_labels of an arm", any(arm.pseudo_labels is not None for arm in study.arms)),
+                ("references of an arm", any(arm.references for arm in study.arms)),
             )
             if asked and not (self.data.unlabelled and self.data.kind == "folder")
         ]
+        if self.generator.reference is None and any(arm.references for arm in study.arms):
+            faults.append("references of an arm need a generator that learned to look at them: generator.reference")
         # Guidance looks at the null conditions, which a generator knows only if it met them in training. Prompt
         # guidance compares prompts under the null mask, so it needs both.
         faults += [
@@ -554,6 +576,7 @@ class Recipe(_Config):
                 ("text_scale", "text_dropout"),
                 ("text_scale", "mask_dropout"),
                 ("mask_scale", "mask_dropout"),
+                ("reference_scale", "reference_dropout"),
             )
             if getattr(self.sampling, scale) != 1 and getattr(self.generator, dropout) == 0
         ]

@@ -39,6 +39,7 @@ __all__ = [
     "check_splits",
     "join",
     "load_masks",
+    "load_references",
     "load_synthetic",
     "load_tiles",
     "read_samples",
@@ -247,6 +248,48 @@ def load_masks(
     except TerraSynthError as error:
         raise without_recipe(error) from error
     return tuple(path.stem for path in paths), torch.from_numpy(np.stack([readings[coding] for readings in masks]))
+
+
+def load_references(folder: str | Path, schema: LabelSchema, image_size: int, *, skip_bad: bool = False) -> Tiles:
+    """Load every image of a folder, as references to paint like: under wholly unlabelled masks.
+
+    Args:
+        folder: image files.
+        schema: the classes.
+        image_size: what they are shrunk to, as tiles are.
+        skip_bad: leave out files that can not be used, and list them on standard error.
+
+    Raises:
+        TerraSynthError: anything that is wrong, with every bad file in one message, unless `skip_bad`.
+    """
+    folder = Path(folder)
+    config = DataConfig(image_size=image_size)
+    files = _by_stem(folder, "--references")
+    if not files:
+        fix = "correct --references"
+        raise TerraSynthError("no images here", path=folder, expected=", ".join(IMAGE_SUFFIXES), fix=fix)
+    images: dict[str, _Array] = {}
+    problems: list[TerraSynthError] = []
+    for stem, (path, *others) in files.items():
+        try:
+            if others:
+                raise _several([path, *others])
+            image = read_image(path)
+            if min(image.shape[:2]) < image_size:
+                raise TerraSynthError(
+                    "the image is smaller than the model paints",
+                    path=path,
+                    found=_size(image.shape),
+                    expected=f"at least {image_size} x {image_size}",
+                    fix="take larger images",
+                )
+            images[stem] = _fit_image(image, config, path)
+        except TerraSynthError as error:
+            problems.append(without_recipe(error))
+    refuse_bad_files(problems, len(files), f"images of {folder}", skip_bad=skip_bad)
+    masks = torch.full((len(images), image_size, image_size), schema.ignore_index, dtype=torch.uint8)
+    pixels = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2).contiguous()
+    return Tiles(tuple(images), pixels, masks, schema)
 
 
 def load_synthetic(folder: str | Path, view: str | None = None) -> Tiles:

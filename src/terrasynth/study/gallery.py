@@ -19,9 +19,16 @@ __all__ = ["write_gallery"]
 
 
 def write_gallery(
-    out: Path, labelled: Tiles, layouts: Tiles, seed: int, painted: Mapping[str, Tiles], count: int = 6
+    out: Path,
+    labelled: Tiles,
+    layouts: Tiles,
+    seed: int,
+    painted: Mapping[str, Tiles],
+    count: int = 6,
+    *,
+    references: Tiles | None = None,
 ) -> None:
-    """Masks, the real tiles under them, and their paintings with and without steering, for report and README.
+    """Masks, the real tiles under them, and their paintings of every kind, for report and README.
 
     Args:
         out: of the study; gets `paintings.png`, `gallery/` and `gallery.json`.
@@ -30,6 +37,7 @@ def write_gallery(
         seed: of the paintings.
         painted: the sets by kind, as long as each other.
         count: rows.
+        references: those that the kinds `...-like` were painted like.
     """
     total = min(map(len, painted.values()))
     # By the golden ratio: evenly spread, and never in step with the number of layouts.
@@ -38,7 +46,11 @@ def write_gallery(
     views = [view(layouts.images[job.source], layouts.masks[job.source], job.view) for job in jobs]
     masks = torch.stack([mask for _, mask in views])
     pictures = {"real": torch.stack([image for image, _ in views])}
-    pictures |= {kind: dataset.images[shown] for kind, dataset in painted.items()}
+    for kind, dataset in painted.items():
+        if kind.endswith("-like") and references is not None and "reference" not in pictures:
+            chosen = [plan(total, len(layouts), seed, len(references))[index].reference for index in shown]
+            pictures["reference"] = references.images[chosen]
+        pictures[kind] = dataset.images[shown]
     zoom = max(1, 128 // masks.shape[-1])
     sheet = contact_sheet(pictures, masks, layouts.schema, columns=count, zoom=zoom, legend=True)
     with atomic_write(out / "paintings.png") as partial:

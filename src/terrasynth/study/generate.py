@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from terrasynth.data.card import check_license
-from terrasynth.data.folder import Tiles, load_masks
+from terrasynth.data.folder import Tiles, load_masks, load_references
 from terrasynth.progress import say
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
@@ -24,6 +24,7 @@ def generate(
     sampling: SamplingConfig,
     steering: SteeringConfig,
     segmentor: Path | None = None,
+    references: Path | None = None,
     count: int | None = None,
     seed: int = 0,
     license: str | None = None,
@@ -38,6 +39,7 @@ def generate(
         sampling: steps, guidance scales, batch size.
         steering: settings of CRFM, used with a `segmentor`.
         segmentor: folder of the segmentor that steers; None paints without steering.
+        references: folder of images; each sample is painted like one of them. None paints without.
         count: how many images; by default one per mask.
         seed: of the run.
         license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
@@ -56,6 +58,9 @@ def generate(
         say(f"read as: {pipeline.schema.shares(layouts)}")
     else:
         ids, layouts = masks.ids, masks.masks
+    looks = None
+    if references is not None:
+        looks = load_references(references, pipeline.schema, layouts.shape[-1], skip_bad=skip_bad)
     steer = None
     if segmentor is not None:
         steer = steering_for(steering, Segmentor.from_pretrained(segmentor, schema=pipeline.schema).to(device).loss)
@@ -63,7 +68,7 @@ def generate(
         pipeline,
         layouts,
         ids,
-        plan(count or len(ids), len(ids), seed),
+        plan(count or len(ids), len(ids), seed, 0 if looks is None else len(looks)),
         sampling,
         folder,
         provenance={
@@ -73,6 +78,7 @@ def generate(
             "steering": None if segmentor is None else steering.model_dump(mode="json"),
             "segmentor": None if segmentor is None else model_digest(segmentor),
         },
+        references=looks,
         steering=steer,
         license=license,
     )

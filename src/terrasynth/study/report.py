@@ -292,8 +292,8 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` of a study: one file that needs nothing else, from nowhere.
 
     Args:
-        folder: holds `results.json` and, if anything was painted, `gallery.json` (a list of `mask`, `real`, `plain`,
-            `steered`: picture files relative to `folder`, all but `mask` optional; and `caption`).
+        folder: holds `results.json` and, if anything was painted, `gallery.json` (a list of `mask`, `real`, `reference`
+            and the kinds of painted tiles: picture files relative to `folder`, all but `mask` optional; and `caption`).
 
     Raises:
         TerraSynthError: the results are missing or unreadable, or a picture of the gallery is.
@@ -306,6 +306,7 @@ def write_report(folder: Path) -> Path:
         "points": points,
         "difference": difference_text,
         "score": _score,
+        "kind": kind_name,
     }
     template = environment.from_string(files("terrasynth.study").joinpath("report.html.j2").read_text("utf-8"))
     page = template.render(_context(results, folder))
@@ -425,6 +426,7 @@ def _context(results: Results, folder: Path) -> dict[str, Any]:
         ],
         "figures": _figures(results, answer),
         "gallery": _gallery(folder),
+        "steered": _any_steered(results),
         "audit": _audit(results, folder),
         "setup": _setup(results),
         "touched": _touched(results),
@@ -475,6 +477,9 @@ def _gallery(folder: Path) -> dict[str, Any] | None:
         "real": "Real tile",
         "plain": "Painted",
         "steered": "Painted, CRFM",
+        "reference": "Reference",
+        "plain-like": "Painted like it",
+        "steered-like": "Painted like it, CRFM",
     }
     # A mask that segmentors read is often wrong about the tile beside it; it must not pass for a label.
     for entry in entries:
@@ -564,7 +569,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
     if results.painted_arms:
         sampling, steering = recipe.sampling, recipe.steering
         origin = generator.base or f"from scratch, {generator.blocks} blocks of width {generator.width}"
-        counts = ", ".join(f"{painted.count} ({kind})" for kind, painted in results.synthetic.items())
+        counts = ", ".join(f"{painted.count} ({kind_name(kind)})" for kind, painted in results.synthetic.items())
         rows[1:1] = [
             ("Generator", f"text-image-mask MM-DiT (TODSynth), {origin}; {_training(generator.train)}"),
             (
@@ -585,7 +590,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                 + "".join(f"; {exception}" for exception in _exceptions(results)),
             ),
         ]
-        if "steered" in results.synthetic:
+        if _any_steered(results):
             rows.insert(
                 3,
                 (
@@ -618,8 +623,7 @@ def _exceptions(results: Results) -> list[str]:
     fewer = [
         f"“{arm.name}” has the first {count} of them"
         for arm in arms
-        if (count := (arm.ratio or results.recipe.study.ratio) * results.data.train)
-        < results.synthetic[arm.synthetic].count
+        if (count := (arm.ratio or results.recipe.study.ratio) * results.data.train) < results.synthetic[arm.kind].count
     ]
     first = [
         f"“{arm.name}” trains on painted tiles alone for the first half of its steps and on real ones for the second"
@@ -635,6 +639,16 @@ def _by_class(shares: dict[str, float | None]) -> str:
         for name, share in shares.items()
         if name != "dropped"
     )
+
+
+def kind_name(kind: str) -> str:
+    """How a report calls the painted tiles of a kind (`ArmConfig.kind`)."""
+    how = {"plain": "plain", "steered": "CRFM-steered"}[kind.removesuffix("-like")]
+    return how if not kind.endswith("-like") else "referenced" if how == "plain" else f"{how}, referenced"
+
+
+def _any_steered(results: Results) -> bool:
+    return any(kind.startswith("steered") for kind in results.synthetic)
 
 
 def _touched(results: Results) -> list[tuple[str, str]]:
@@ -671,6 +685,8 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             uses.insert(
                 0, f"train the generator beside the training tiles, under {_unlabelled_masks(results.recipe, teacher)}"
             )
+        if any(arm.references for arm in results.recipe.study.arms):
+            uses.append("tiles are painted like them")
         if not any(arm.pseudo_labels is not None for arm in results.recipe.study.arms):
             uses.append("no segmentor is trained on them")
         rows.insert(
@@ -684,7 +700,7 @@ def _touched(results: Results) -> list[tuple[str, str]]:
                 "compares finished painted tiles with the tiles of all splits, and only reports: nothing reads it",
             )
         )
-    if "steered" in results.synthetic:
+    if _any_steered(results):
         rows.append(
             ("Steering", f"the segmentor that steers the painting under a seed is that of {teacher}, same seed")
         )

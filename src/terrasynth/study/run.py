@@ -28,7 +28,7 @@ from terrasynth.data.folder import Tiles, check_splits, join, load_synthetic, lo
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
-from terrasynth.recipe import HARMLESS, ArmConfig, CurationConfig, Recipe, SegmentorConfig
+from terrasynth.recipe import HARMLESS, KINDS, ArmConfig, CurationConfig, Recipe, SegmentorConfig
 from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.gallery import write_gallery
 from terrasynth.study.report import write_report
@@ -222,7 +222,7 @@ class Study:
 
     def _cell(self, arm: ArmConfig, seed: int, config: SegmentorConfig, group: str) -> Unit:
         study = self.recipe.study
-        painted = None if arm.synthetic == "none" else self.painted(arm.synthetic, seed)
+        painted = None if arm.synthetic == "none" else self.painted(arm.kind, seed)
         count = (arm.ratio or study.ratio) * len(self.train)
         judge = self.cell(self.teacher, seed) if arm.filter or arm.curate else None
         confidence = arm.pseudo_labels
@@ -312,12 +312,13 @@ class Study:
         )
 
     def painted(self, kind: str, seed: int) -> Unit:
-        """The synthetic dataset of one seed, `plain` or `steered` by the teacher of the same seed.
+        """The synthetic dataset of one seed: `plain`, or `steered` by the teacher of the same seed; `-like` references.
 
         How many are painted is not among its inputs: when more are asked for, the dataset is continued.
         """
         study, count = self.recipe.study, self.count(kind)
-        steers = self.cell(self.teacher, seed) if kind == "steered" else None
+        steers = self.cell(self.teacher, seed) if kind.startswith("steered") else None
+        references = self._windows if kind.endswith("-like") else None
         inputs: dict[str, Any] = {
             "generator": self.generator.key,
             "sampling": self.recipe.sampling.model_dump(mode="json"),
@@ -326,6 +327,8 @@ class Study:
             "seed": seed,
             "layouts": self.reading(0.0).key if study.layouts == "all" else None,
         }
+        if references is not None:  # only named where there are any
+            inputs["references"] = references.fingerprint()
 
         def work(folder: Path) -> None:
             layouts = self.layouts(seed)
@@ -335,7 +338,7 @@ class Study:
                 pipeline,
                 layouts.masks,
                 layouts.ids,
-                plan(count, len(layouts), seed),
+                plan(count, len(layouts), seed, 0 if references is None else len(references)),
                 self.recipe.sampling,
                 folder / "dataset",
                 provenance={
@@ -345,6 +348,7 @@ class Study:
                     **{name: inputs[name] for name in ("generator", "segmentor", "sampling", "steering")},
                 },
                 between=self._check_clock,
+                references=references,
                 steering=None if steers is None else steering_for(self.recipe.steering, _segmentor(steers).loss),
                 label=f"painting {kind}, seed {seed}",
             )
@@ -355,7 +359,7 @@ class Study:
     def count(self, kind: str) -> int:
         """How many tiles are painted per seed: as many as the arm that wants most."""
         study = self.recipe.study
-        return len(self.train) * max(arm.ratio or study.ratio for arm in study.arms if arm.synthetic == kind)
+        return len(self.train) * max(arm.ratio or study.ratio for arm in study.arms if arm.kind == kind)
 
     def agreement(self, kind: str, seed: int) -> float:
         """The mIoU at which the teacher of a seed finds the masks in what was painted under them."""
@@ -433,8 +437,8 @@ class Study:
 
     @property
     def _kinds(self) -> list[str]:
-        asked = {arm.synthetic for arm in self.recipe.study.arms}
-        return [kind for kind in ("plain", "steered") if kind in asked]
+        asked = {arm.kind for arm in self.recipe.study.arms}
+        return [kind for kind in KINDS if kind in asked]
 
     @property
     def _checked(self) -> tuple[ArmConfig, ...]:
@@ -461,7 +465,9 @@ class Study:
             shown: dict[str, Tiles] = {
                 kind: _tiles(units[0]).first(self.count(kind)) for kind, units in painted.items()
             }
-            write_gallery(self.out, self.train, self.layouts(study.seeds[0]), study.seeds[0], shown)
+            write_gallery(
+                self.out, self.train, self.layouts(study.seeds[0]), study.seeds[0], shown, references=self.unlabelled
+            )
         else:
             (self.out / "gallery.json").unlink(missing_ok=True)
         write_json(

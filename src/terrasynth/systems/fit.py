@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from terrasynth.data.augment import view
 from terrasynth.data.folder import Tiles
+from terrasynth.data.reference import reference_view
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, atomic_write, digest
@@ -25,7 +26,7 @@ from terrasynth.recipe import HARMLESS
 from terrasynth.systems.autoencode import fit_refiner
 from terrasynth.systems.generate import sampling_arguments
 from terrasynth.systems.todsynth import TODSynthPipeline
-from terrasynth.training.keys import Key, mixed_keys
+from terrasynth.training.keys import Key, hash63, mixed_keys
 from terrasynth.training.loop import Outcome, global_batch, train
 from terrasynth.training.precision import computes_in_bfloat16, round_linear
 from terrasynth.training.processes import process_state
@@ -36,18 +37,26 @@ if TYPE_CHECKING:
 __all__ = ["EncodedViews", "build", "check_divides", "check_positions", "fit_generator"]
 
 _UNLABELLED_VIEWS = 8
+#: Stream of a sample's seed: which other view is its reference.
+_OTHER_VIEW = 11
+Reference = Literal["view", "augmented"]
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class EncodedViews(Dataset[dict[str, Tensor]]):
     """Every tile under fixed augmentations, with its latents and prompt encoded once.
 
-    Item (index, seed) has `latents` (C, h, w), `mask` (H, W) uint8, `prompt_embeds` (L, D), `pooled` (P,), and
-    `mask_latents` (C, h, w) where masks pass through the autoencoder.
+    Item (index, seed) has `latents` (C, h, w), `mask` (H, W) uint8, `prompt_embeds` (L, D), `pooled` (P,),
+    `mask_latents` (C, h, w) where masks pass through the autoencoder, and `reference_latents` (C, h, w) where the
+    generator learns to look at a reference.
     """
 
-    def __init__(self, path: Path, prompts: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> None:
+    def __init__(
+        self, path: Path, prompts: Tensor, prompt_embeds: Tensor, pooled: Tensor, *, tiles: int, other_view: bool
+    ) -> None:
         self._path = path
+        self._tiles = tiles
+        self._other_view = other_view
         self._prompts = prompts
         self._prompt_embeds = prompt_embeds
         self._pooled = pooled
@@ -56,9 +65,13 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
         return len(self._prompts)
 
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
-        index, _ = key
+        index, seed = key
         item = {name: self._file.get_slice(name)[index] for name in self._names}
-        item["latents"] = item["latents"].float()
+        if self._other_view:
+            # The views of a tile are `tiles` rows apart.
+            step = 1 + hash63(seed, _OTHER_VIEW) % (len(self) // self._tiles - 1)
+            item["reference_latents"] = self._file.get_slice("latents")[(index + step * self._tiles) % len(self)]
+        item |= {name: item[name].float() for name in ("latents", "reference_latents") if name in item}
         prompt = int(self._prompts[index])
         return {**item, "prompt_embeds": self._prompt_embeds[prompt], "pooled": self._pooled[prompt]}
 
@@ -77,15 +90,20 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
         return {name: value for name, value in vars(self).items() if name not in ("_file", "_names")}
 
     @classmethod
-    def encode(cls, pipeline: TODSynthPipeline, tiles: Tiles, views: int, folder: Path) -> EncodedViews:
+    def encode(
+        cls, pipeline: TODSynthPipeline, tiles: Tiles, views: int, folder: Path, reference: Reference | None = None
+    ) -> EncodedViews:
         """Encode `views` augmentations of every tile, or read them back from `folder`."""
         encoder = pipeline.vae.buffers() if isinstance(pipeline.vae, PatchPCA) else pipeline.vae.parameters()
         weights = [float(p.detach().double().sum()) for p in encoder]
-        name = digest("views", tiles.fingerprint(), views, pipeline.config.mask_coding, weights)
+        augmented = reference == "augmented"
+        name = digest(
+            "views", tiles.fingerprint(), views, pipeline.config.mask_coding, weights, *(["augmented"] * augmented)
+        )
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             with atomic_write(path) as partial:
-                save_file(_encode_views(pipeline, tiles, views), partial)
+                save_file(_encode_views(pipeline, tiles, views, augmented=augmented), partial)
         with safe_open(path, framework="pt") as file:
             captions = [
                 pipeline.schema.caption(mask, tiles.template(row % len(tiles)))
@@ -93,11 +111,15 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
             ]
         texts = sorted(set(captions))
         position = {text: i for i, text in enumerate(texts)}
-        return cls(path, torch.tensor([position[caption] for caption in captions]), *pipeline.prompts(texts))
+        prompts = torch.tensor([position[caption] for caption in captions])
+        return cls(path, prompts, *pipeline.prompts(texts), tiles=len(tiles), other_view=reference == "view")
 
 
-def _encode_views(pipeline: TODSynthPipeline, tiles: Tiles, views: int) -> dict[str, Tensor]:
-    """Masks, and the latents of images (and of masks, where they pass the autoencoder), of every view of every tile."""
+def _encode_views(pipeline: TODSynthPipeline, tiles: Tiles, views: int, *, augmented: bool) -> dict[str, Tensor]:
+    """Masks, and the latents of images (and of masks, where they pass the autoencoder), of every view of every tile.
+
+    If asked, of an augmented copy of each view too.
+    """
     jobs = [(tile, index) for index in range(views) for tile in range(len(tiles))]
     # An autoencoder's activations grow with the pixels: about 4 GB for four million.
     batch_size = max(1, 2**20 // tiles.images[0, 0].numel())
@@ -112,6 +134,10 @@ def _encode_views(pipeline: TODSynthPipeline, tiles: Tiles, views: int) -> dict[
             # Half precision: its rounding is far below the noise of the smallest timestep.
             latents = pipeline.encode_images(images.to(pipeline.vae.device).float() / 255)
             rows["latents"].append(latents.half().cpu())
+            if augmented:
+                copies = [reference_view(image, start + row) for row, image in enumerate(images)]
+                latents = pipeline.encode_images(torch.stack(copies).to(pipeline.vae.device))
+                rows.setdefault("reference_latents", []).append(latents.half().cpu())
             if pipeline.config.mask_coding == "grey":
                 mask_latents = pipeline.encode_masks(masks.to(pipeline.vae.device))
                 rows.setdefault("mask_latents", []).append(mask_latents.cpu())
@@ -182,6 +208,8 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
                 caption=data.caption,
                 image_size=data.image_size,
             )
+            if config.reference is not None:
+                pipeline.transformer.add_reference()
             pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         factor, patch_size = pipeline.factor, pipeline.transformer.config.patch_size
     check_divides(data.image_size, factor * patch_size)
@@ -190,6 +218,10 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> TODSynthPi
         pipeline = TODSynthPipeline.from_scratch(config, images, tiles.schema, data.caption, captions)
         pipeline.transformer.set_trainable(config.trainable, lora_rank=config.lora_rank)
         return pipeline
+    if config.reference is None:
+        for name, parameter in pipeline.transformer.named_parameters():
+            if name.endswith("reference_gate"):
+                parameter.requires_grad_(False)  # it keeps what the base learned of references, which are not shown
     check_positions(data.image_size, pipeline, config.base)
     if pipeline.config.mask_coding != config.mask_coding:
         raise TerraSynthError(
@@ -252,12 +284,12 @@ def fit_generator(
     )
     process = process_state()
     with process.main_process_first():  # it encodes, the others read what it wrote
-        labelled = EncodedViews.encode(pipeline, tiles, config.views, folder / "cache")
+        labelled = EncodedViews.encode(pipeline, tiles, config.views, folder / "cache", config.reference)
         dataset: EncodedViews | _Joined = labelled
         keys = None
         if unlabelled is not None:
             # The windows are many as they are: flips and turns alone.
-            others = EncodedViews.encode(pipeline, unlabelled, _UNLABELLED_VIEWS, folder / "cache")
+            others = EncodedViews.encode(pipeline, unlabelled, _UNLABELLED_VIEWS, folder / "cache", config.reference)
             dataset = _Joined(labelled, others)
             batch = global_batch(config.train)
             keys = mixed_keys(len(labelled), len(others), batch, config.labelled_fraction, config.seed)
@@ -276,16 +308,20 @@ def fit_generator(
     exact = round_linear(transformer) if computes_in_bfloat16(_DEVICE, precision) else {}
     transformer.to(_DEVICE)
     pipeline.text_dropout, pipeline.mask_dropout = config.text_dropout, config.mask_dropout
+    pipeline.reference_dropout = config.reference_dropout
     pipeline.density = config.density
 
     def preview(step: int) -> dict[str, float]:
+        looks = tiles.images[shown].roll(1, 0)  # each like another tile
         images = pipeline(
             tiles.masks[shown],
+            references=None if config.reference is None else looks.to(_DEVICE).float() / 255,
             seeds=list(range(len(shown))),
             output_type="pt",
             **sampling_arguments(sampling.model_copy(update={"precision": precision})),
         ).images
-        sheet = contact_sheet({"real": tiles.images[shown], "painted": images}, tiles.masks[shown], tiles.schema)
+        rows = {"real": tiles.images[shown], **({} if config.reference is None else {"like": looks}), "painted": images}
+        sheet = contact_sheet(rows, tiles.masks[shown], tiles.schema)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
             sheet.save(partial)
         return {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from terrasynth.data.augment import view
+from terrasynth.data.folder import Tiles
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest, weights_digest
@@ -30,23 +31,25 @@ _FIRST_ZOOM = 8
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to paint: which tile's mask, under which view, from which seed."""
+    """One sample to paint: which tile's mask, under which view, from which seed, like which reference if any."""
 
     id: str
     seed: int
     source: int
     view: int
+    reference: int | None = None
 
 
-def plan(count: int, tiles: int, seed: int) -> list[Job]:
-    """The jobs of a run: every tile's mask in turn, each time zoomed and turned anew.
+def plan(count: int, tiles: int, seed: int, references: int = 0) -> list[Job]:
+    """The jobs of a run: every tile's mask in turn, each time zoomed and turned anew, and like any of the references.
 
     A job derives from the run's seed and its own index alone, so a longer plan begins with the shorter one.
     """
     jobs = []
     for index in range(count):
         sample_seed = int(digest(seed, index), 16) >> 1
-        jobs.append(Job(f"{index:06d}", sample_seed, index % tiles, _FIRST_ZOOM + sample_seed % 1_000_000))
+        like = int(digest(seed, index, "reference"), 16) % references if references else None
+        jobs.append(Job(f"{index:06d}", sample_seed, index % tiles, _FIRST_ZOOM + sample_seed % 1_000_000, like))
     return jobs
 
 
@@ -86,6 +89,7 @@ def paint(
     folder: Path,
     *,
     provenance: Mapping[str, Any],
+    references: Tiles | None = None,
     steering: Callable[[Tensor], Steering] | None = None,
     license: str | None = None,
     between: Callable[[], None] | None = None,
@@ -101,6 +105,7 @@ def paint(
         sampling: steps, guidance scales, batch size.
         folder: new, or begun by the same call.
         provenance: recorded with every sample: model, recipe, steering.
+        references: the images, at the model's size, that the jobs name.
         steering: makes the steering of a batch from its masks, from `steering_for`.
         license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
         between: called before every batch; may raise to stop in good order.
@@ -110,7 +115,11 @@ def paint(
         folder,
         pipeline.schema,
         # Not the number of jobs: a finished dataset may be continued.
-        plan={**provenance, "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest()[:16]},
+        plan={
+            **provenance,
+            "masks": _hash(masks),
+            **({} if references is None else {"references": _hash(references.images)}),
+        },
         license=license,
     )
     done = writer.done()
@@ -138,6 +147,7 @@ def paint(
             images = pipeline(
                 targets.long().to(device),
                 prompts,
+                None if references is None else _looks(references.images, batch).to(device),
                 seeds=[job.seed for job in batch],
                 steering=None if steering is None else steering(targets.long().to(device)),
                 output_type="pt",
@@ -151,10 +161,20 @@ def paint(
             for job, image, mask, prompt in zip(batch, pixels, targets, prompts, strict=True):
                 if job in missing:
                     row = {"seed": job.seed, "source_mask": ids[job.source], "view": job.view, "prompt": prompt}
+                    if references is not None and job.reference is not None:
+                        row["reference"] = references.ids[job.reference]
                     batching = {"device": device.type, "batch_size": sampling.batch_size}
                     writer.add(job.id, image, mask, {**provenance, **batching, **row})
             progress.advance(len(missing))
     return writer.finish()
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+
+
+def _looks(images: Tensor, jobs: Sequence[Job]) -> Tensor:
+    return torch.stack([images[job.reference] for job in jobs if job.reference is not None]).float() / 255
 
 
 def view_mask(mask: Tensor, index: int) -> Tensor:

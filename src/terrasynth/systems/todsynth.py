@@ -584,6 +584,7 @@ def untrained_transformer(
             qk_norm="rms_norm",
             mask_channels=mask_channels,
             latent_std=list(latent_std),
+            reference=config.reference is not None,
         ).initialize_from_scratch()
 
 
