@@ -200,6 +200,34 @@ def test_painting_needs_what_was_said(recipe):
     assert said.flops == flops(needs.operations)
 
 
+def test_references_are_read_once_and_looked_at_in_every_step(recipe):
+    values = recipe.model_dump(mode="json")
+    values["generator"]["reference"] = "view"
+    values["data"] |= {"kind": "folder", "label_schema": "dubai", "unlabelled": [{"images": "*"}]}
+    values["study"]["arms"] = [{"name": "real"}, {"name": "like", "synthetic": "plain", "references": True}]
+    looking = Recipe.model_validate(values)
+    pipeline = parts.pipeline_of(looking, WORLD_SCHEMA, None, gpu=False)
+    with pretend(gpu=False):
+        said = stages.paint(looking, pretended(looking, None), 2, gpu=False).count("")
+        plain = stages.paint(recipe, pretended(recipe, None), 2, gpu=False).count("")
+    masks, references = torch.zeros(2, 64, 64, dtype=torch.long), torch.zeros(2, 3, 64, 64)
+    held = [x for part in parts.modules(pipeline) for x in (*part.parameters(), *part.buffers())]
+    with count(held) as needs:
+        steps = recipe.sampling.steps
+        pipeline(masks, ["", ""], references, seeds=[0, 1], num_inference_steps=steps, output_type="pt")
+    assert said.flops == flops(needs.operations) > plain.flops
+    assert said.peak == pytest.approx(needs.peak, rel=0.1)
+
+    with pretend(gpu=False):
+        step = stages.train(looking, pretended(looking), checkpointing=True, gpu=False).count("")
+        without = stages.train(recipe, pretended(recipe), checkpointing=True, gpu=False).count("")
+    done = stages.train(
+        looking, parts.pipeline_of(looking, WORLD_SCHEMA, "all", gpu=False), checkpointing=True, gpu=False
+    ).count("")
+    assert step.flops == done.flops > 1.1 * without.flops
+    assert step.peak == pytest.approx(done.peak, rel=0.01)
+
+
 def test_the_published_base_has_the_published_number_of_parameters():
     with torch.device("meta"):
         pipeline = parts.pipeline_of(load_recipe("sd35").recipe, WORLD_SCHEMA, "image+mask", gpu=True)

@@ -118,6 +118,8 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
         check_positions(size, pipeline, config.base)
     if pipeline.config.mask_coding == "onehot":
         pipeline.adapt(schema)
+    if config.reference is not None:
+        pipeline.transformer.add_reference()
     pipeline.prompts = partial(_prompts, pipeline)  # type: ignore[assignment]
     if trainable is None:
         pipeline.transformer.requires_grad_(False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from terrasynth.models.mmdit import Feature
 from terrasynth.planning.footprint import Operations, checkpoint, count, flops, nbytes
 from terrasynth.planning.parts import length, modules, on_card
 from terrasynth.sampling.flow import FlowStep
@@ -213,6 +214,10 @@ def paint(
         "pooled_projections": pooled,
         "mask_latents": pipeline.null_mask_latents(masks[:1]).repeat(rows, 1, 1, 1),
     }
+    features: list[Feature] = []
+    if any(arm.references for arm in recipe.study.arms):
+        with torch.no_grad(), _autocast(pipeline, sampling.precision, gpu=gpu):
+            features = pipeline.transformer.reference_features(_latents(recipe, pipeline, rows))
     # On a GPU the text encoders are not there any more.
     networks = [pipeline.transformer, pipeline.vae] if gpu else modules(pipeline)
 
@@ -223,7 +228,14 @@ def paint(
 
     @torch.no_grad()
     def evaluate(rows: int) -> None:
-        pipeline.transformer(**{name: tensor[:rows] for name, tensor in given.items()})
+        seen = [(key[:rows], value[:rows]) for key, value in features] or None
+        pipeline.transformer(**{name: tensor[:rows] for name, tensor in given.items()}, reference=seen)
+
+    @torch.no_grad()
+    def look() -> None:
+        size = recipe.data.image_size
+        references = torch.zeros(images, 3, size, size, device=masks.device)
+        pipeline.transformer.reference_features(pipeline.encode_images(references))
 
     @torch.no_grad()
     def decode() -> None:
@@ -231,6 +243,8 @@ def paint(
 
     evaluations = [(partial(evaluate, rows), guided), (partial(evaluate, images), sampling.steps - guided)]
     parts: list[tuple[Callable[[], object], int]] = [*(part for part in evaluations if part[1]), (decode, 1)]
+    if features:
+        parts.insert(0, (look, 1))
     if segmentor is not None:
         networks.append(segmentor)
         steering = steering_for(config, segmentor.loss)(masks)
@@ -244,7 +258,7 @@ def paint(
     return Work(
         parts,
         _tensors(*networks),
-        others=[velocity, latents, masks, *given.values()],
+        others=[velocity, latents, masks, *given.values(), *(tensor for feature in features for tensor in feature)],
         around=lambda: _autocast(pipeline, sampling.precision, gpu=gpu),
     )
 
@@ -258,6 +272,8 @@ def _batch(recipe: Recipe, pipeline: TODSynthPipeline, size: int) -> dict[str, T
     if pipeline.config.mask_coding == "grey":
         batch["mask_latents"] = pipeline.encode_masks(masks)
         pipeline.null_mask_latents(masks[:1])
+    if recipe.generator.reference is not None:
+        batch["reference_latents"] = _latents(recipe, pipeline, size)
     return {**batch, "prompt_embeds": embeds, "pooled": pooled}
 
 

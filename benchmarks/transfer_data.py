@@ -1,0 +1,99 @@
+"""The folders of a transfer study: labels in one place, the map wanted in another.
+
+    python benchmarks/transfer_data.py dubai OUT --source DUBAI --target DRONEDEPLOY
+    python benchmarks/transfer_data.py world OUT
+
+`dubai`: satellite tiles of Dubai (MBRSC) to drone tiles of DroneDeploy's benchmark, in the four classes that both have;
+clutter and cars are left unlabelled. `world`: procedural scenes of a temperate region to those of an arid one.
+
+Written are images/ and masks/ of `train` and `validation` (source) and `test` (target), the target's unlabelled images
+in images/target, and classes.yaml. No label of the target leaves `test`. `benchmarks/transfer.yaml` reads both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from terrasynth.data.folder import Tiles, load_tiles
+from terrasynth.data.read import read_image
+from terrasynth.data.schema import LabelSchema
+from terrasynth.recipe import DataConfig, WorldConfig
+
+CLASSES = LabelSchema(
+    ("building", "ground", "vegetation", "water"), ((60, 16, 152), (230, 210, 170), (80, 160, 60), (60, 120, 220))
+)
+#: Indices of both data sets to those of `CLASSES`; all others are unlabelled.
+COMMON = {"dubai": {0: 0, 1: 1, 2: 1, 3: 2, 4: 3}, "dronedeploy": {0: 0, 4: 1, 2: 2, 3: 3}}
+#: Side of the scenes; tiles are shrunk to 64 pixels.
+SIDE = 64
+
+
+def copy(root: Path, names: Sequence[str], split: str, folder: str, out: Path, common: dict[int, int] | None) -> None:
+    """Copy tiles; with `common`, their masks too, in other indices."""
+    lookup = np.full(256, CLASSES.ignore_index, np.uint8)
+    for old, new in (common or {}).items():
+        lookup[old] = new
+    for name in names:
+        (path,) = (root / "images" / split).glob(f"{name}.*")
+        save(out / "images" / folder / f"{name}.png", read_image(path))
+        if common is not None:
+            save(
+                out / "masks" / folder / f"{name}.png",
+                lookup[np.asarray(Image.open(root / "masks" / split / f"{name}.png"))],
+            )
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    """Write a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def scenes(region: str, count: int, seed: int) -> Tiles:
+    """Procedural scenes."""
+    world = WorldConfig(region=region, gsd=1.0, train=count, seed=seed)
+    return load_tiles(DataConfig(kind="world", image_size=SIDE, world=world), "train")
+
+
+def main() -> None:
+    """Write one of the two."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("dubai", "world"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--source", type=Path, help="folder of the Dubai tiles")
+    parser.add_argument("--target", type=Path, help="folder of the DroneDeploy tiles")
+    options = parser.parse_args()
+    if options.what == "dubai":
+        if options.source is None or options.target is None:
+            parser.error("dubai needs --source and --target")
+        for root, name, split, folder, labelled in (
+            (options.source, "dubai", "train", "train", True),
+            (options.source, "dubai", "val", "validation", True),
+            (options.target, "dronedeploy", "train", "target", False),
+            (options.target, "dronedeploy", "test", "test", True),
+        ):
+            names = (root / f"{split}.txt").read_text().split()
+            copy(root, names, split, folder, options.out, COMMON[name] if labelled else None)
+        CLASSES.to_yaml(options.out / "classes.yaml")
+        return
+    for region, count, seed, folder, labelled in (
+        ("temperate", 64, 0, "train", True),
+        ("temperate", 48, 1, "validation", True),
+        ("arid", 256, 2, "target", False),
+        ("arid", 128, 3, "test", True),
+    ):
+        tiles = scenes(region, count, seed)
+        for name, image, mask in zip(tiles.ids, tiles.images.movedim(1, -1), tiles.masks, strict=True):
+            save(options.out / "images" / folder / f"{name}.png", image.numpy())
+            if labelled:
+                save(options.out / "masks" / folder / f"{name}.png", mask.numpy())
+        tiles.schema.to_yaml(options.out / "classes.yaml")
+
+
+if __name__ == "__main__":
+    main()
