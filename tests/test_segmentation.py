@@ -14,7 +14,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import SegmentorConfig, TrainConfig
 from terrasynth.tasks.confusion import Confusion
-from terrasynth.tasks.segmentation import Segmentor, fit, label
+from terrasynth.tasks.segmentation import Segmentor, adapt, fit, label
 
 K = 3
 IGNORE = 255
@@ -469,3 +469,31 @@ def test_training_tiles_without_labels_are_refused(tmp_path):
     empty = replace(made_tiles(2), masks=torch.full((2, 32, 32), IGNORE, dtype=torch.uint8))
     with pytest.raises(TerraSynthError, match="validation tiles have no labelled pixel"):
         fit(Segmentor.build(UNET, K), made_tiles(2), empty, UNET, tmp_path, seed=0)
+
+
+def test_adapting_takes_the_statistics_of_other_images_and_no_weight():
+    torch.manual_seed(0)
+    segmentor = Segmentor.build(UNET, 3).eval()
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    weights = {name: parameter.clone() for name, parameter in segmentor.named_parameters()}
+    first = next(module for module in segmentor.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen = []
+    hook = first.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        segmentor(images.float() / 255)
+    hook.remove()
+    adapt(segmentor, images)
+    torch.testing.assert_close(first.running_mean, seen[0].mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert not segmentor.training
+    for name, parameter in segmentor.named_parameters():
+        assert torch.equal(parameter, weights[name])
+
+
+def test_without_batch_norms_there_is_nothing_to_adapt():
+    segmentor = Segmentor.build(SEGFORMER, 3)
+    for parent in list(segmentor.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, torch.nn.BatchNorm2d):
+                setattr(parent, name, torch.nn.Identity())
+    with pytest.raises(TerraSynthError, match="no batch norms to adapt"):
+        adapt(segmentor, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))

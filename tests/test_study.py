@@ -627,6 +627,29 @@ def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path):
     assert "8 (plain), 8 (referenced)" in page
 
 
+def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path):
+    import torch
+
+    from terrasynth.tasks.segmentation import Segmentor
+
+    values = semi_supervised.model_dump(mode="json")
+    values["generator"] |= {"pseudo_labels": None}
+    arms = [{"name": "real"}, {"name": "mixed", "mix": "cutmix"}, {"name": "adapted", "adapt": True}]
+    values["study"] |= {"seeds": [0], "arms": arms, "layouts": "labelled"}
+    study = Study(Recipe.model_validate(values), Path(), tmp_path)
+    page = study.run().read_text()
+    plain, adapted = (
+        Segmentor.from_pretrained(study.cell(study.recipe.study.arms[i], 0).folder / "segmentor") for i in (0, 2)
+    )
+    changed = {
+        name.rpartition(".")[2]
+        for (name, a), b in zip(plain.state_dict().items(), adapted.state_dict().values(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert {"running_mean", "running_var"} <= changed <= {"running_mean", "running_var", "num_batches_tracked"}
+    assert "give the batch norms of “adapted” their statistics" in page
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -415,6 +415,9 @@ class ArmConfig(_Config):
     pseudo_labels: Fraction | None = None
     """Add the windows of `data.unlabelled` themselves, under the classes that the teachers read in them with at least
     this probability (self-training, Lee 2013): what these images teach without being painted."""
+    adapt: bool = False
+    """Estimate the statistics of batch norms anew on the windows of `data.unlabelled` before testing (AdaBN, Li et al.
+    2016): the cheapest way to take a segmentor to another place, and without effect in the same one."""
     filter: bool = False
     """Pixels of painted tiles whose loss under the teacher of the seed is above 1.25 times its class's mean on the
     real tiles are left unlabelled (FreeMask, Yang et al. 2023)."""
@@ -563,6 +566,7 @@ class Recipe(_Config):
                 ("study.layouts: all", self.study.layouts == "all"),
                 ("pseudo_labels of an arm", any(arm.pseudo_labels is not None for arm in study.arms)),
                 ("references of an arm", any(arm.references for arm in study.arms)),
+                ("adapt of an arm", any(arm.adapt for arm in study.arms)),
             )
             if asked and not (self.data.unlabelled and self.data.kind == "folder")
         ]

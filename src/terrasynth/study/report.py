@@ -727,11 +727,12 @@ def _curation(results: Results, arm: ArmConfig) -> str:
 
 def _self_training(recipe: Recipe, teacher: str) -> list[str]:
     """How the windows train segmentors, one clause an arm."""
+    adapted = [f"“{arm.name}”" for arm in recipe.study.arms if arm.adapt]
     return [
         f"train the segmentors of “{arm.name}”, under {_read(arm.pseudo_labels, teacher)}"
         for arm in recipe.study.arms
         if arm.pseudo_labels is not None
-    ]
+    ] + ([f"give the batch norms of {', '.join(adapted)} their statistics"] if adapted else [])
 
 
 def _read(confidence: float, teacher: str) -> str:

@@ -37,7 +37,7 @@ from terrasynth.study.units import Busy, Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.systems.todsynth import packaged_or
-from terrasynth.tasks.segmentation import Segmentor, fit, label
+from terrasynth.tasks.segmentation import Segmentor, adapt, fit, label
 
 __all__ = ["Study"]
 
@@ -238,6 +238,8 @@ class Study:
         }
         if arm.curate is not None:  # only named where it is asked for, as below
             inputs["curate"] = arm.curate.model_dump(mode="json")
+        if arm.adapt:
+            inputs["adapt"] = self._windows.fingerprint()
         if confidence is not None:
             inputs["pseudo-labels"] = [self.reading(confidence).key, study.real_fraction, arm.synthetic_first]
 
@@ -285,6 +287,8 @@ class Study:
             )
             if not outcome.finished:
                 raise OutOfTime
+            if arm.adapt:
+                adapt(segmentor, self._windows.images)
             segmentor.save_pretrained(folder / "segmentor")
             return {"curve": _curve(folder / "training" / "log.jsonl"), "filter": shares, **used}
 
@@ -457,7 +461,7 @@ class Study:
         twice = {arm.name: [self.metrics(arm, seed, times=2) for seed in study.seeds] for arm in self._checked}
         agreement = {kind: [self.agreement(kind, seed) for seed in study.seeds] for kind in kinds}
         audits = {kind: [self.audited(kind, seed) for seed in study.seeds] for kind in kinds}
-        adding = any(arm.adds_tiles for arm in study.arms)
+        adding = any(arm.adds_tiles or arm.adapt for arm in study.arms)
         seconds: dict[str, float] = {}
         for group, unit in self._used.values():
             seconds[group] = seconds.get(group, 0.0) + unit.seconds

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, dihedral
 from terrasynth.data.folder import Tiles
@@ -34,7 +35,7 @@ from terrasynth.tasks.description import Description, not_whole
 from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys, sequenced_keys
 from terrasynth.training.loop import train as train_loop
 
-__all__ = ["Segmentor", "fit", "label"]
+__all__ = ["Segmentor", "adapt", "fit", "label"]
 
 Reduction = Literal["mean", "image", "wrong", "none"]
 
@@ -420,6 +421,29 @@ def _statistics_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def adapt(segmentor: Segmentor, images: Tensor, batch_size: int = 16) -> None:
+    """Estimate the statistics of batch norms anew on images of another place (AdaBN, Li et al. 2016, arXiv 1603.04779).
+
+    Args:
+        segmentor: trained; changed in place.
+        images: uint8 (N, 3, S, S), without labels.
+        batch_size: images looked at together.
+
+    Raises:
+        TerraSynthError: it has no batch norms.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in segmentor.modules()):
+        raise TerraSynthError(
+            "the segmentor has no batch norms to adapt",
+            found=type(segmentor.network).__name__,
+            fix="leave out `adapt`, or choose another `segmentor.architecture`",
+        )
+    # A batch of one image would have no statistics of its own.
+    batches = images.chunk(max(1, len(images) // batch_size))
+    update_bn((batch.float() / 255 for batch in batches), segmentor, segmentor.device)
+    segmentor.eval()
 
 
 def fit(
