@@ -35,7 +35,8 @@ from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.recipe import GeneratorConfig, Recipe
 from terrasynth.recipe_io import load_recipe
 from terrasynth.study.quality import kid, random_features, whitening
-from terrasynth.systems.fit import build, fit_generator
+from terrasynth.systems.build import build
+from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, paint, plan
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor, fit

@@ -19,7 +19,7 @@ import torch
 from terrasynth.recipe_io import load_recipe
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.guidance import guidance_chain
-from terrasynth.systems.generate import sampling_arguments, steering_for
+from terrasynth.systems.generate import steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor
 from terrasynth.training.precision import autocast
@@ -57,7 +57,7 @@ def main() -> None:
     steering = steering_for(recipe.steering, segmentor.loss)(masks)
 
     def paint(steps: int, steer: Steering | None) -> None:
-        arguments = {**sampling_arguments(sampling), "num_inference_steps": steps}
+        arguments = {**TODSynthPipeline.sampling_arguments(sampling), "num_inference_steps": steps}
         pipeline(masks, seeds=range(batch), steering=steer, output_type="pt", **arguments)
 
     rows = batch * len(guidance_chain({"text": sampling.text_scale, "mask": sampling.mask_scale}))

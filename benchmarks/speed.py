@@ -41,7 +41,7 @@ from terrasynth.planning.footprint import count, flops
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
 from terrasynth.sampling.flow import Steering
-from terrasynth.systems.generate import sampling_arguments, steering_for
+from terrasynth.systems.generate import steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Average, make_optimizer, train
@@ -258,7 +258,7 @@ def painting(recipe: Recipe, args: argparse.Namespace) -> list[Row]:
     steering = steering_for(recipe.steering, segmentor.loss)(masks)
 
     def paint(count: int, steering: Steering | None = None) -> None:
-        arguments = sampling_arguments(recipe.sampling)
+        arguments = TODSynthPipeline.sampling_arguments(recipe.sampling)
         pipeline(masks[:count], [""] * count, seeds=range(count), steering=steering, output_type="pt", **arguments)
 
     plain, steered, single = partial(paint, 8), partial(paint, 8, steering), partial(paint, 1)

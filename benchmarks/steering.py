@@ -29,7 +29,7 @@ from terrasynth.io import digest, read_json, write_json
 from terrasynth.recipe import Recipe, SteeringConfig
 from terrasynth.recipe_io import load_recipe
 from terrasynth.study.quality import kid, random_features, whitening
-from terrasynth.systems.generate import load_pipeline, model_digest, sampling_arguments, steering_for
+from terrasynth.systems.generate import load_pipeline, model_digest, steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor
 
@@ -79,7 +79,7 @@ def paint(
                 seeds=list(range(start, start + len(batch))),
                 steering=None if steer is None else steer(batch),
                 output_type="pt",
-                **sampling_arguments(recipe.sampling),
+                **TODSynthPipeline.sampling_arguments(recipe.sampling),
             ).images
         )
     return (torch.cat(images) * 255).round().byte()

@@ -146,7 +146,7 @@ def main() -> None:
             fastest = {"kept": float("inf"), "afresh": float("inf")}
             for _ in range(arguments.rounds):
                 begun = time.process_time()
-                kept = pipeline.epsilon(masks, references, prompts, *scales)
+                kept = pipeline.epsilon(masks, prompts, references, *scales)
                 sample_ddim(kept, noise, pipeline.scheduler, arguments.steps)
                 fastest["kept"] = min(fastest["kept"], time.process_time() - begun)
                 begun = time.process_time()

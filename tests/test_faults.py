@@ -38,7 +38,7 @@ from terrasynth.models.convert import load_published
 from terrasynth.recipe import DataConfig, SamplingConfig, SegmentorConfig, SteeringConfig
 from terrasynth.study.generate import generate
 from terrasynth.study.report import write_report
-from terrasynth.systems.fit import build
+from terrasynth.systems.build import build
 from terrasynth.tasks.segmentation import Segmentor
 from terrasynth.training.checkpoint import load_weights, save_weights
 

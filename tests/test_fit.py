@@ -9,11 +9,14 @@ from safetensors.torch import load_file
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.recipe import AutoencoderConfig
+from terrasynth.recipe import AutoencoderConfig, GeneratorConfig
 from terrasynth.systems import fit as fit_module
-from terrasynth.systems.fit import EncodedViews, build, fit_generator
+from terrasynth.systems.build import build
+from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline
+from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline
+from terrasynth.systems.views import EncodedViews
 
 
 @pytest.fixture(scope="module")
@@ -373,3 +376,69 @@ def test_a_generator_learns_to_look_at_references_and_resumes(tiles, tiny_recipe
     for old, new in zip(whole.transformer.transformer_blocks, plain.transformer_blocks, strict=True):
         assert torch.equal(old.reference_gate, new.reference_gate)
         assert not torch.equal(old.attn.to_q.weight, new.attn.to_q.weight)
+
+
+# --- TISynth ---------------------------------------------------------------------------------------------------------
+
+
+def tisynth(tiny_recipe, **changes):
+    values = tiny_recipe.generator.model_dump(mode="json")
+    values |= {"system": "tisynth", "reference": "augmented", "unet": {"widths": [16, 32], "layers": 1}, **changes}
+    return GeneratorConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trainable": "mask", "reference": "view", "mask_coding": "ids"}])
+def test_tisynth_trains_resumes_saves_and_paints(tiles, tiny_recipe, tmp_path, changes):
+    config = tisynth(tiny_recipe, **changes)
+
+    def run(name, **options):
+        return fit_generator(tiles, config, tiny_recipe.data, tiny_recipe.sampling, tmp_path / name, **options)
+
+    assert run("whole").finished
+    assert not run("parts", max_minutes=0.0).finished
+    assert run("parts").finished
+    whole, parts = (load_pipeline(tmp_path / name / "model") for name in ("whole", "parts"))
+    assert isinstance(whole, TISynthPipeline)
+    start = build(config, tiny_recipe.data, tiles).unet.state_dict()
+    moved = set()
+    for (name, a), b in zip(whole.unet.state_dict().items(), parts.unet.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+        moved |= {name} if not torch.equal(a, start[name]) else set()
+    assert any("reference_attn" in name for name in moved)
+    assert any(name.startswith("down_blocks") for name in moved) == (config.trainable == "all")
+    references = tiles.images[:1].float() / 255
+    options = {"seeds": [0], "output_type": "pt", **whole.sampling_arguments(tiny_recipe.sampling)}
+    images = whole(tiles.masks[:1].long(), references=references, **options).images
+    assert images.shape == (1, 3, 32, 32)
+    assert torch.isfinite(images).all()
+    assert (tmp_path / "whole" / "previews").is_dir()
+
+
+def test_tisynth_goes_on_from_what_it_saved_with_the_same_classes(tiles, tiny_recipe, tmp_path):
+    config = tisynth(tiny_recipe)
+    build(config, tiny_recipe.data, tiles).save_pretrained(tmp_path)
+    again = build(tisynth(tiny_recipe, base=str(tmp_path)), tiny_recipe.data, tiles)
+    first = build(config, tiny_recipe.data, tiles)
+    for (name, a), b in zip(first.unet.state_dict().items(), again.unet.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    schema = dataclasses.replace(tiles.schema, names=("other", *tiles.schema.names[1:]))
+    with pytest.raises(TerraSynthError, match="trained with other classes"):
+        build(tisynth(tiny_recipe, base=str(tmp_path)), tiny_recipe.data, dataclasses.replace(tiles, schema=schema))
+    with pytest.raises(TerraSynthError, match="another mask coding"):
+        build(tisynth(tiny_recipe, base=str(tmp_path), mask_coding="bits"), tiny_recipe.data, tiles)
+    with pytest.raises(TerraSynthError, match="can not be loaded"):
+        build(tisynth(tiny_recipe, base=str(tmp_path / "nothing")), tiny_recipe.data, tiles)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": None}, "system: tisynth needs a reference"),
+        ({"trainable": "lora"}, "system: tisynth trains all or mask, not lora"),
+        ({"unet": {"widths": [16, 30]}, "heads": 4}, r"unet.widths \(30\) must be multiples of heads \(4\)"),
+        ({"system": "todsynth", "mask_coding": "ids"}, "mask_coding: ids is that of system: tisynth"),
+    ],
+)
+def test_settings_of_the_other_system_are_refused(tiny_recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tisynth(tiny_recipe, **changes)

@@ -22,7 +22,7 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.models.text import PromptCache
 from terrasynth.recipe import SamplingConfig
 from terrasynth.sampling.tiles import blended_velocity, patches
-from terrasynth.systems.generate import load_pipeline, model_digest, sampling_arguments
+from terrasynth.systems.generate import load_pipeline, model_digest
 from terrasynth.systems.large import paint_large, paint_like
 
 SAMPLING = SamplingConfig(steps=2, batch_size=4)
@@ -74,7 +74,7 @@ def test_the_blended_velocity_is_the_weighted_sum_over_windows():
 
 def test_a_mask_of_the_model_size_is_painted_as_by_the_pipeline(pipeline):
     mask = torch.from_numpy(render(3, size=128)[1])
-    alone = pipeline(mask[None].long(), seeds=[5], output_type="pt", **sampling_arguments(SAMPLING)).images[0]
+    alone = pipeline(mask[None].long(), seeds=[5], output_type="pt", **pipeline.sampling_arguments(SAMPLING)).images[0]
     large = paint_large(pipeline, mask, seed=5, sampling=SAMPLING)
     torch.testing.assert_close(large, (alone * 255).round().byte(), atol=1, rtol=0)
 

@@ -18,7 +18,6 @@ from terrasynth.planning.footprint import Speed, count, enter, flops, flops_by_m
 from terrasynth.planning.plan import make_plan
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
-from terrasynth.systems.generate import sampling_arguments
 from terrasynth.training.loop import train
 
 MIB = 2**20
@@ -143,7 +142,10 @@ def test_operations_outside_the_interval_of_guidance_are_those_without(recipe):
         inside = stages.paint(within, pipeline, 2, gpu=True).count("")
     pipeline = parts.pipeline_of(within, WORLD_SCHEMA, None, gpu=False)
     with count() as needs:
-        masks, arguments = torch.zeros(2, 64, 64, dtype=torch.long), sampling_arguments(within.sampling)
+        masks, arguments = (
+            torch.zeros(2, 64, 64, dtype=torch.long),
+            pipeline.sampling_arguments(within.sampling),
+        )
         pipeline(masks, seeds=[0, 1], output_type="pt", **arguments)
     assert inside.flops == flops(needs.operations)
     assert 0.6 < inside.flops / everywhere.flops < 0.9

@@ -627,6 +627,24 @@ def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path):
     assert "8 (plain), 8 (referenced)" in page
 
 
+def test_a_study_of_tisynth(semi_supervised, tmp_path):
+    values = semi_supervised.model_dump(mode="json")
+    unet = {"widths": [16, 32], "layers": 1}
+    values["generator"] |= {"system": "tisynth", "reference": "augmented", "pseudo_labels": None, "unet": unet}
+    arms = [{"name": "real"}, {"name": "mixed", "mix": "cutmix"}]
+    arms.append({"name": "like", "synthetic": "plain", "references": True, "ratio": 1})
+    values["study"] |= {"seeds": [0], "arms": arms, "layouts": "labelled"}
+    page = Study(Recipe.model_validate(values), Path(), tmp_path).run().read_text()
+    assert "TISynth" in page
+    assert "TODSynth" not in page
+
+    values["sampling"]["solver"] = "adams"
+    values["study"]["arms"][2]["synthetic"] = "steered"
+    with pytest.raises(ValueError, match=r"sampling\.solver is TODSynth's alone") as error:
+        Recipe.model_validate(values)
+    assert "the arm 'like' is steered, and generator.system: tisynth can not be" in str(error.value)
+
+
 def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path):
     import torch
 

@@ -58,7 +58,9 @@ def references():
 
 
 def paint(pipeline, masks, references, seeds, **options):
-    return pipeline(masks, references, seeds=seeds, num_inference_steps=3, output_type="pt", **options).images
+    return pipeline(
+        masks, references=references, seeds=seeds, num_inference_steps=3, output_type="pt", **options
+    ).images
 
 
 def test_a_painting_depends_on_its_own_row_only(pipeline, masks, references):
@@ -99,7 +101,7 @@ def test_what_is_computed_once_an_image_changes_nothing(masks, references, times
     def network(x, t, text, mask, reference):
         return pipeline.unet(x, t, text, mask=mask, reference=reference).sample
 
-    cached = pipeline.epsilon(masks, references, None, *scales)
+    cached = pipeline.epsilon(masks, None, references, *scales)
     for timestep in (981, 501, 1):
         x, t = torch.randn(3, 6, 8, 8), torch.full((3,), timestep)
         nothing = network(x, t, null.expand_as(embeds), no_code, torch.zeros_like(latents))
@@ -336,7 +338,7 @@ def test_an_untrained_pipeline_on_sd15_paints_as_sd15_does(sd15, masks, referenc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = base(prompts, latents=noise, guidance_scale=4.0, **options).images
-    found = pipeline(masks, references, prompts, seeds=[1, 2, 3], text_scale=4.0, mask_scale=1.0, **options).images
+    found = pipeline(masks, prompts, references, seeds=[1, 2, 3], text_scale=4.0, mask_scale=1.0, **options).images
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -392,9 +394,9 @@ def test_different_numbers_of_conditions_are_refused(pipeline, masks, given):
 
 def test_references_of_another_size_or_type_are_refused(pipeline, masks):
     with pytest.raises(TerraSynthError, match=r"\(3, 16, 16\)[\s\S]*\(3, 32, 32\)"):
-        pipeline(masks[:1], torch.rand(1, 3, 16, 16), seeds=[1])
+        pipeline(masks[:1], references=torch.rand(1, 3, 16, 16), seeds=[1])
     with pytest.raises(TerraSynthError, match=r"uint8[\s\S]*divide bytes by 255"):
-        pipeline(masks[:1], torch.zeros(1, 3, 32, 32, dtype=torch.uint8), seeds=[1])
+        pipeline(masks[:1], references=torch.zeros(1, 3, 32, 32, dtype=torch.uint8), seeds=[1])
 
 
 @pytest.mark.parametrize("patch_size", [3, 16])

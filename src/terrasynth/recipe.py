@@ -210,25 +210,43 @@ class AutoencoderConfig(_Config):
         return self
 
 
-class GeneratorConfig(_Config):
-    """TODSynth: the text-image-mask MM-DiT and its training."""
+class UNetConfig(_Config):
+    """Sizes of TISynth's U-Net from scratch; `generator.heads` are its attention heads."""
 
+    widths: Annotated[tuple[Positive, ...], Field(min_length=2)] = (64, 128, 256, 256)
+    """Channels of every level, from the outermost inwards; all but the last have transformers."""
+    layers: Positive = 2
+    """Residual blocks of a level."""
+    timestep_free: bool = False
+    """The encoders of mask and reference see neither the noisy image nor the timestep, so their features are computed
+    once an image; published encoders see both. Holds with Stable Diffusion as a `base` too."""
+
+
+class GeneratorConfig(_Config):
+    """What paints, and its training."""
+
+    system: Literal["todsynth", "tisynth"] = "todsynth"
+    """`todsynth`, a text-image-mask MM-DiT trained by flow matching (Yang et al. 2025); or `tisynth`, a diffusion U-Net
+    that looks at a mask and at a reference image (Dong et al. 2025)."""
     base: str | None = None
-    """Start from this pipeline: `terrasynth-tiny`, which comes with the package; Stable Diffusion 3 / 3.5 as a hub name
-    or folder; or a folder that TerraSynth saved. Null trains from scratch with the sizes below."""
+    """Start from this pipeline: `terrasynth-tiny`, which comes with the package; Stable Diffusion 3 / 3.5 (TODSynth) or
+    1.5 (TISynth) as a hub name or folder; or a folder that TerraSynth saved. Null trains from scratch with the sizes
+    below."""
     width: Positive = 192
-    """Width of the token streams (from scratch), a multiple of `heads` and of 4."""
+    """Width of the token streams (TODSynth from scratch), a multiple of `heads` and of 4."""
     heads: Positive = 6
     """Attention heads (from scratch)."""
     blocks: Positive = 6
-    """Transformer blocks (from scratch)."""
+    """Transformer blocks (TODSynth from scratch)."""
     patch_size: Positive = 2
-    """Latent pixels per token side (from scratch)."""
+    """Latent pixels per token side (TODSynth from scratch)."""
+    unet: UNetConfig = UNetConfig()
+    """Sizes of the U-Net (TISynth from scratch)."""
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     """Autoencoder (from scratch)."""
-    mask_coding: Literal["onehot", "bits", "grey"] = "onehot"
-    """How a mask enters: `onehot` or `bits`, patch-embedded without loss; `grey` levels through the autoencoder, after
-    the published idea."""
+    mask_coding: Literal["onehot", "bits", "grey", "ids"] = "onehot"
+    """How a mask enters: `onehot` or `bits` without loss; `grey` levels, with TODSynth through the autoencoder, after
+    the published idea; `ids`, class indices as grey levels, as TISynth is published."""
     control: Literal["unified", "siamese", "adapter", "controlnet"] = "unified"
     """How the mask reaches the image (from scratch; a `base` keeps its own): `unified` attention of image, text and
     mask, the published choice; or what the paper compares it with: `siamese`, one attention for text and one for the
@@ -237,8 +255,8 @@ class GeneratorConfig(_Config):
     """With a `base` that has no mask branch: start it as a copy of the image branch (with a gate that makes step 0
     equal the base model), or at random."""
     trainable: Literal["all", "image+mask", "mask", "lora"] = "all"
-    """Which branches train: all three; image and mask (as published); the mask branch alone; the mask branch with
-    low-rank adapters on the image branch (`terrasynth[peft]`)."""
+    """Which branches train: all three; image and mask (as published); the mask branch alone (with TISynth, the branches
+    of mask and reference); the mask branch with low-rank adapters on the image branch (`terrasynth[peft]`)."""
     lora_rank: Positive = 16
     """Rank of the adapters (`trainable: lora`)."""
     text_dropout: Fraction = 0.1
@@ -277,6 +295,15 @@ class GeneratorConfig(_Config):
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads}) and of 4")
         if self.control == "controlnet" and self.blocks < 2:
             raise ValueError("control: controlnet needs at least 2 blocks: what it adds goes between them")
+        if self.system == "tisynth":
+            if self.reference is None:
+                raise ValueError("system: tisynth needs a reference: augmented, as published, or view")
+            if self.trainable not in ("all", "mask"):
+                raise ValueError(f"system: tisynth trains all or mask, not {self.trainable}")
+            if odd := [width for width in self.unet.widths if self.base is None and width % self.heads]:
+                raise ValueError(f"unet.widths ({odd[0]}) must be multiples of heads ({self.heads})")
+        elif self.mask_coding == "ids":
+            raise ValueError("mask_coding: ids is that of system: tisynth")
         if self.reference == "view" and self.views < 2:
             raise ValueError("reference: view needs another view of each tile, so views must be at least 2")
         return self
@@ -551,6 +578,17 @@ class Recipe(_Config):
                 f"generator.labelled_fraction ({share:g}) of the {seen} tiles of a batch leaves no place for "
                 f"{'unlabelled' if round(share * seen) else 'labelled'} ones"
             )
+        if self.generator.system == "tisynth":
+            faults += [
+                f"sampling.{name} is TODSynth's alone: leave it out with generator.system: tisynth"
+                for name in ("solver", "shift", "guidance_interval")
+                if getattr(self.sampling, name) != SamplingConfig.model_fields[name].default
+            ]
+            faults += [
+                f"the arm {arm.name!r} is steered, and generator.system: tisynth can not be"
+                for arm in study.arms
+                if arm.synthetic == "steered"
+            ]
         late = self.steering.start >= self.sampling.steps
         if late and any(arm.synthetic == "steered" for arm in study.arms):
             faults.append(

@@ -21,7 +21,7 @@ from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import TEXT_BRANCH, Trainable
 from terrasynth.models.text import word_encoder, word_tokenizer
-from terrasynth.systems.fit import check_divides, check_positions
+from terrasynth.systems.build import check_divides, check_positions
 from terrasynth.systems.todsynth import (
     TODSynthPipeline,
     mask_channels,
@@ -79,6 +79,8 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
             does not fit the model.
     """
     config, size = recipe.generator, recipe.data.image_size
+    if config.system != "todsynth" or config.mask_coding == "ids":
+        raise TerraSynthError("plans are made for TODSynth alone", found=f"generator.system: {config.system}")
     options: dict[str, Any] = {
         "label_schema": schema.to_dict(),
         "mask_coding": config.mask_coding,

@@ -53,7 +53,7 @@ def generate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(model).place(device, sampling.precision)
     if isinstance(masks, Path):
-        size = pipeline.config.image_size or pipeline.transformer.config.sample_size * pipeline.factor
+        size = pipeline.config.image_size or pipeline.network.config.sample_size * pipeline.factor
         ids, layouts = load_masks(masks, pipeline.schema, size, skip_bad=skip_bad)
         say(f"read as: {pipeline.schema.shares(layouts)}")
     else:

@@ -568,16 +568,23 @@ def _setup(results: Results) -> list[tuple[str, str]]:
     ]
     if results.painted_arms:
         sampling, steering = recipe.sampling, recipe.steering
-        origin = generator.base or f"from scratch, {generator.blocks} blocks of width {generator.width}"
+        if generator.system == "tisynth":
+            system = "U-Net with all-in-attention on mask and reference (TISynth)"
+            sizes = f"levels of {', '.join(map(str, generator.unet.widths))} channels"
+        else:
+            system, sizes = "text-image-mask MM-DiT (TODSynth)", f"{generator.blocks} blocks of width {generator.width}"
+        origin = generator.base or f"from scratch, {sizes}"
+        referenced = any(kind.endswith("-like") for kind in results.synthetic)
         counts = ", ".join(f"{painted.count} ({kind_name(kind)})" for kind, painted in results.synthetic.items())
         rows[1:1] = [
-            ("Generator", f"text-image-mask MM-DiT (TODSynth), {origin}; {_training(generator.train)}"),
+            ("Generator", f"{system}, {origin}; {_training(generator.train)}"),
             (
                 "Sampling",
-                f"{sampling.steps} steps ({sampling.solver}"
+                f"{sampling.steps} steps ({sampling.solver if generator.system == 'todsynth' else 'DDIM'}"
                 + ("" if sampling.shift is None else f", shift {sampling.shift:g}")
                 + f"), guidance of the mask {sampling.mask_scale:g}, of the text "
                 f"{sampling.text_scale:g}"
+                + (f", of the reference {sampling.reference_scale:g}" if referenced else "")
                 + (
                     ""
                     if sampling.guidance_interval == (0, 1)

@@ -16,15 +16,18 @@ from terrasynth.data.augment import view
 from terrasynth.data.folder import Tiles
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import digest, weights_digest
+from terrasynth.io import digest, read_json, weights_digest
 from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
+from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or
 
-__all__ = ["Job", "load_pipeline", "model_digest", "paint", "plan", "sampling_arguments", "steering_for"]
+__all__ = ["Job", "Pipeline", "load_pipeline", "model_digest", "paint", "plan", "steering_for"]
 
+Pipeline = TODSynthPipeline | TISynthPipeline
+"""What paints."""
 #: Views 0...7 are the tile itself, flipped and turned; from here on each is another zoom.
 _FIRST_ZOOM = 8
 
@@ -74,14 +77,8 @@ def steering_for(
     return steering
 
 
-def sampling_arguments(sampling: SamplingConfig) -> dict[str, Any]:
-    """A recipe's sampling as arguments of the pipeline's call."""
-    arguments = sampling.model_dump(exclude={"batch_size"})
-    return {"num_inference_steps": arguments.pop("steps"), **arguments}
-
-
 def paint(
-    pipeline: TODSynthPipeline,
+    pipeline: Pipeline,
     masks: Tensor,
     ids: Sequence[str],
     jobs: Sequence[Job],
@@ -110,7 +107,17 @@ def paint(
         license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
         between: called before every batch; may raise to stop in good order.
         label: names the progress bar.
+
+    Raises:
+        TerraSynthError: the folder holds another dataset, the model paints no numbers, or can not be steered.
     """
+    if steering is not None and not isinstance(pipeline, TODSynthPipeline):
+        raise TerraSynthError(
+            "the model can not be steered",
+            found=type(pipeline).__name__,
+            expected="TODSynth, whose steps CRFM rectifies",
+            fix="paint without steering",
+        )
     writer = SyntheticWriter(
         folder,
         pipeline.schema,
@@ -125,7 +132,7 @@ def paint(
     done = writer.done()
     if len(done) > len(jobs):
         say(f"{folder} has {len(done)} images already, more than the {len(jobs)} asked for: it is left as it is")
-    device = pipeline.transformer.device
+    device = pipeline.network.device
     # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
     cut = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
     batches = [batch for batch in cut if any(job.id not in done for job in batch)]
@@ -144,14 +151,16 @@ def paint(
                 between()
             targets = torch.stack([view_mask(masks[job.source], job.view) for job in batch])
             prompts = pipeline.captions(targets)
+            options = pipeline.sampling_arguments(sampling)
+            if steering is not None:
+                options["steering"] = steering(targets.long().to(device))
             images = pipeline(
                 targets.long().to(device),
                 prompts,
                 None if references is None else _looks(references.images, batch).to(device),
                 seeds=[job.seed for job in batch],
-                steering=None if steering is None else steering(targets.long().to(device)),
                 output_type="pt",
-                **sampling_arguments(sampling),
+                **options,
             ).images
             if not images.isfinite().all():
                 raise TerraSynthError(
@@ -182,7 +191,7 @@ def view_mask(mask: Tensor, index: int) -> Tensor:
     return view(mask.expand(3, -1, -1), mask, index)[1]
 
 
-def load_pipeline(model: str | Path) -> TODSynthPipeline:
+def load_pipeline(model: str | Path) -> Pipeline:
     """Load what `terrasynth train` made, or a model that comes with the package, by its name.
 
     Raises:
@@ -197,6 +206,9 @@ def load_pipeline(model: str | Path) -> TODSynthPipeline:
             expected="a pipeline that `terrasynth train` saved",
             fix="give the folder called `model` that `terrasynth train` printed",
         )
+    index = read_json(folder / "model_index.json", fix="copy or train the model again")
+    if isinstance(index, dict) and index.get("_class_name") == "TISynthPipeline":
+        return TISynthPipeline.from_pretrained(folder)
     return TODSynthPipeline.from_pretrained(folder)
 
 

@@ -67,7 +67,16 @@ def paint_like(model: Path, mask: Path, out: Path, *, sampling: SamplingConfig, 
         say(f"{out} is there already")
         return out
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(model).place(device, sampling.precision)
+    pipeline = load_pipeline(model)
+    if not isinstance(pipeline, TODSynthPipeline):
+        raise TerraSynthError(
+            "the model paints at its own size alone",
+            path=model,
+            found=type(pipeline).__name__,
+            expected="TODSynth, whose windows are blended in every step",
+            fix="choose another model",
+        )
+    pipeline.place(device, sampling.precision)
     layout, grid = _read_mask(mask, pipeline.schema)
     image = paint_large(pipeline, layout, seed=seed, sampling=sampling)
     tags = {

@@ -1,4 +1,4 @@
-"""What can go wrong when a pipeline is loaded, as one message."""
+"""Loading a pipeline: what can go wrong as one message, and its precision."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from terrasynth.errors import TerraSynthError
 
-__all__ = ["loading"]
+__all__ = ["cast", "loading"]
 
 
 @contextmanager
@@ -26,3 +28,10 @@ def loading(name: str | Path, expected: str) -> Iterator[None]:
             expected=expected,
             fix="check the folder; for a hub name, the connection, the login and the model's licence",
         ) from error
+
+
+def cast(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """Bring every part to a precision, as the pipeline's `to` does, without its warning about modules that are none."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype)

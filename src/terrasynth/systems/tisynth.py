@@ -26,11 +26,11 @@ from terrasynth.models.text import PromptCache, encode_prompts_sd1, word_encoder
 from terrasynth.sampling.diffusion import Epsilon, diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import Guided, condition_or_null, guidance_chain
-from terrasynth.systems.loading import loading
+from terrasynth.systems.loading import cast, loading
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
-    from terrasynth.recipe import Precision
+    from terrasynth.recipe import Precision, SamplingConfig
 
 __all__ = ["MaskCoding", "TISynthPipeline"]
 
@@ -72,6 +72,7 @@ class TISynthPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
+    EXPECTED = "a pipeline that TerraSynth saved, or Stable Diffusion 1.5 as a folder or hub name"
 
     def __init__(
         self,
@@ -133,6 +134,17 @@ class TISynthPipeline(DiffusionPipeline):
         self.noising = DDPMScheduler.from_config(self.scheduler.config)
         self.prompts = PromptCache(self.encode_prompts, folder=None, identity="")
         self.text_dropout = self.mask_dropout = self.reference_dropout = 0.0
+        self._precision: Precision = "fp32"
+
+    @property
+    def network(self) -> AllInAttentionUNet:
+        """What is trained."""
+        return self.unet
+
+    @property
+    def text_encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
+        """The one that there is."""
+        return [self.text_encoder]
 
     # Conditions
 
@@ -198,8 +210,8 @@ class TISynthPipeline(DiffusionPipeline):
     def __call__(
         self,
         masks: Tensor,
-        references: Tensor | None = None,
         prompts: Sequence[str] | None = None,
+        references: Tensor | None = None,
         *,
         seeds: Sequence[int],
         num_inference_steps: int = 50,
@@ -207,15 +219,15 @@ class TISynthPipeline(DiffusionPipeline):
         mask_scale: float = 1.5,
         reference_scale: float = 1.0,
         callback: Callable[[int, Tensor], None] | None = None,
-        precision: Precision = "fp32",
+        precision: Precision | None = None,
         output_type: Literal["pt", "pil"] = "pil",
     ) -> ImagePipelineOutput:
         """Paint one image under each mask.
 
         Args:
             masks: (B, H, W) class indices; H and W divisible by the pixels of one latent.
-            references: (B, 3, H, W) in [0, 1], whose look the images shall have; None for no reference.
             prompts: B texts; by default captions of the classes present.
+            references: (B, 3, H, W) in [0, 1], whose look the images shall have; None for no reference.
             seeds: B seeds; an image depends on its own mask, reference, prompt and seed only (to float tolerance).
             num_inference_steps: DDIM steps.
             text_scale: guidance scale of the prompt against the empty one; 1 is off. Published sampling has 9, and 1
@@ -223,7 +235,8 @@ class TISynthPipeline(DiffusionPipeline):
             mask_scale: guidance scale of the mask against an unlabelled one; 1 is off.
             reference_scale: guidance scale of the reference against none; 1 is off.
             callback: told each step's index and its estimate of the clean latents.
-            precision: `bf16` or `auto` evaluate float32 weights in bfloat16; the latents stay in float32.
+            precision: `bf16` or `auto` evaluate float32 weights in bfloat16; the latents stay in float32. By default
+                that of `place`, or `fp32`.
             output_type: `pt` for a float tensor (B, 3, H, W) in [0, 1], `pil` for a list of images.
 
         Raises:
@@ -234,9 +247,9 @@ class TISynthPipeline(DiffusionPipeline):
         device = self._execution_device
         shape = (self.unet.config.in_channels, *(side // self.factor for side in masks.shape[-2:]))
         references = None if references is None else references.to(device)
-        with autocast(device, precision):
+        with autocast(device, precision or self._precision):
             latents = sample_ddim(
-                self.epsilon(masks.to(device), references, prompts, text_scale, mask_scale, reference_scale),
+                self.epsilon(masks.to(device), prompts, references, text_scale, mask_scale, reference_scale),
                 seeded_noise(seeds, shape).to(device),
                 self.scheduler,
                 num_inference_steps,
@@ -252,13 +265,13 @@ class TISynthPipeline(DiffusionPipeline):
     def epsilon(
         self,
         masks: Tensor,
-        references: Tensor | None = None,
         prompts: Sequence[str] | None = None,
+        references: Tensor | None = None,
         text_scale: float = 1.0,
         mask_scale: float = 1.5,
         reference_scale: float = 1.0,
     ) -> Epsilon:
-        """The guided noise under B masks (B, H, W), references and prompts; see `__call__`. It takes B latents.
+        """The guided noise under B masks (B, H, W), prompts and references; see `__call__`. It takes B latents.
 
         Conditions come in in the order mask, reference, text, so that the published guidance, by text alone beside the
         same mask and reference, is one of the scales.
@@ -317,6 +330,19 @@ class TISynthPipeline(DiffusionPipeline):
 
         return predict
 
+    def place(self, device: str | torch.device, precision: Precision) -> Self:
+        """Bring the networks where they paint, in `precision` from now on, and return self."""
+        self._precision = precision
+        for part in (self.unet, self.vae, self.text_encoder):
+            torch.nn.Module.to(part, device)  # not the pipeline's `to`, which warns
+        return self
+
+    @staticmethod
+    def sampling_arguments(sampling: SamplingConfig) -> dict[str, Any]:
+        """A recipe's sampling as arguments of the call."""
+        scales = sampling.model_dump(include={"text_scale", "mask_scale", "reference_scale"})
+        return {"num_inference_steps": sampling.steps, "precision": sampling.precision, **scales}
+
     def _check(
         self, masks: Tensor, references: Tensor | None, prompts: Sequence[str] | None, seeds: Sequence[int]
     ) -> None:
@@ -352,13 +378,10 @@ class TISynthPipeline(DiffusionPipeline):
         Raises:
             TerraSynthError: there is no such model, a part of it is missing or damaged, or it knows no classes.
         """
-        expected = "a pipeline that TerraSynth saved, or Stable Diffusion 1.5 as a folder or hub name"
-        with loading(pretrained_model_name_or_path, expected):
+        with loading(pretrained_model_name_or_path, cls.EXPECTED):
             pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
-                # Text encoders come in the precision of their files. Not the pipeline's `to`, which warns.
-                for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-                    torch.nn.Module.to(part, torch.float32)
+                cast(pipeline, torch.float32)  # text encoders come in the precision of their files
             return pipeline
 
     @classmethod

@@ -35,11 +35,11 @@ from terrasynth.sampling.flow import (
     seeded_noise,
 )
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
-from terrasynth.systems.loading import loading
+from terrasynth.systems.loading import cast, loading
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
 if TYPE_CHECKING:
-    from terrasynth.recipe import GeneratorConfig, Precision
+    from terrasynth.recipe import GeneratorConfig, Precision, SamplingConfig
 
 __all__ = ["PACKAGED", "TODSynthPipeline", "packaged_or", "untrained_autoencoder", "untrained_transformer"]
 
@@ -150,6 +150,11 @@ class TODSynthPipeline(DiffusionPipeline):
         self.text_dropout = self.mask_dropout = self.reference_dropout = 0.0
         self.density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
 
+    @property
+    def network(self) -> MaskMMDiT:
+        """What is trained."""
+        return self.transformer
+
     # Conditions
 
     @property
@@ -229,7 +234,7 @@ class TODSynthPipeline(DiffusionPipeline):
             pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
             pipeline._trained_on = pipeline.text_encoder.dtype  # text encoders come in the precision of their files
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
-                pipeline.cast(torch.float32)
+                cast(pipeline, torch.float32)
             if wanted:
                 pipeline.adapt(LabelSchema.from_dict(wanted["label_schema"]), wanted["caption"])
                 pipeline.register_to_config(image_size=wanted["image_size"] or pipeline.config.image_size)
@@ -256,12 +261,6 @@ class TODSynthPipeline(DiffusionPipeline):
         for part in (self.transformer, self.vae):
             part.to(device)
         return self
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Bring every part to a precision, as `to(dtype)` does, without its warning about modules that are none."""
-        for part in self.components.values():
-            if isinstance(part, torch.nn.Module):
-                torch.nn.Module.to(part, dtype)
 
     def adapt(self, schema: LabelSchema, caption: str | None = None) -> Self:
         """Change the classes, keep everything that was learned, and return self.
@@ -450,6 +449,12 @@ class TODSynthPipeline(DiffusionPipeline):
 
         return guided_velocity(predict, scales, guidance_interval)
 
+    @staticmethod
+    def sampling_arguments(sampling: SamplingConfig) -> dict[str, Any]:
+        """A recipe's sampling as arguments of the call."""
+        arguments = sampling.model_dump(exclude={"batch_size"})
+        return {"num_inference_steps": arguments.pop("steps"), **arguments}
+
     def shifted(self, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler, with another timestep shift if one is given."""
         if shift is None:
@@ -511,6 +516,7 @@ class TODSynthPipeline(DiffusionPipeline):
             caption: template of the default prompts.
             texts: the vocabulary of the tokenizer is their words.
         """
+        assert config.mask_coding != "ids", "the recipe was checked"
         vae = untrained_autoencoder(config)
         vae.fit(images * 2 - 1)
         tokenizer = word_tokenizer([*texts, caption.replace("{classes}", ", ".join(schema.names))])
