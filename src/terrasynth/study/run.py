@@ -377,19 +377,20 @@ class Study:
         return agreement
 
     def audited(self, kind: str, seed: int) -> Unit:
-        """Copies in what was painted under a seed, of training tiles and of tiles that must stay unseen.
+        """Copies in what was painted under a seed, of training tiles, of references, and of what must stay unseen.
 
         Nothing depends on this unit: it reads validation and test tiles only to report.
         """
         painted, count = self.painted(kind, seed), self.count(kind)
         splits = {"validation": self.validation, "test": self.test}
+        learned = {"train": self.train} | ({} if self.unlabelled is None else {"unlabelled": self.unlabelled})
 
         def work(folder: Path) -> dict[str, Any]:
             with _remade(painted):
                 dataset = read_painted(painted.folder / "dataset", count, name=f"{kind}, seed {seed}")
             found = audit(
                 dataset,
-                [from_tiles("train", self.train)],
+                [from_tiles(name, tiles) for name, tiles in learned.items()],
                 [from_tiles(name, tiles) for name, tiles in splits.items()],
                 [Layouts(f"masks of {name}", tiles.ids, tiles.masks) for name, tiles in splits.items()],
             )
@@ -401,7 +402,7 @@ class Study:
         inputs = {
             "painted": painted.key,
             "count": count,
-            **{name: tiles.fingerprint() for name, tiles in {"train": self.train, **splits}.items()},
+            **{name: tiles.fingerprint() for name, tiles in {**learned, **splits}.items()},
         }
         return self._do("audit", "audits", f"{kind} seed {seed}", inputs, work, products=(_AUDIT, "audit.json"))
 
