@@ -340,14 +340,15 @@ def test_a_reference_is_another_view_of_the_same_tile(tiles, tiny_recipe, tmp_pa
     assert "reference_latents" not in EncodedViews.encode(pipeline, tiles, 5, tmp_path)[(0, 0)]
 
 
-def test_an_augmented_reference_is_that_of_its_view(tiles, tiny_recipe, tmp_path):
+@pytest.mark.parametrize("reference", ["augmented", "recolored"])
+def test_an_augmented_reference_is_that_of_its_view(tiles, tiny_recipe, tmp_path, reference):
     from terrasynth.data.augment import view
     from terrasynth.data.reference import reference_view
 
     pipeline = build(tiny_recipe.generator, tiny_recipe.data, tiles)
-    item = EncodedViews.encode(pipeline, tiles, 3, tmp_path, "augmented")[(4 + 2, 9)]
+    item = EncodedViews.encode(pipeline, tiles, 3, tmp_path, reference)[(4 + 2, 9)]
     image, _ = view(tiles.images[2], tiles.masks[2], 1)
-    expected = pipeline.encode_images(reference_view(image, 6)[None])[0]
+    expected = pipeline.encode_images(reference_view(image, 6, color=reference == "recolored")[None])[0]
     torch.testing.assert_close(item["reference_latents"], expected, atol=2e-3, rtol=2e-3)
     assert item["reference_latents"].dtype == torch.float32
 

@@ -263,10 +263,10 @@ class GeneratorConfig(_Config):
     """How often the prompt is replaced by the empty one, so that text guidance works."""
     mask_dropout: Fraction = 0.1
     """How often the mask is replaced by an unlabelled one, so that mask guidance works."""
-    reference: Literal["view", "augmented"] | None = None
+    reference: Literal["view", "augmented", "recolored"] | None = None
     """Learn to paint in the look of a reference image. In training that is another `view` of the same tile (flipped,
-    turned, zoomed), or the tile `augmented` as published (shifted, scaled, turned by up to 18 degrees; Dong et al.
-    2025, "TISynth")."""
+    turned, zoomed); the tile `augmented` as published (shifted, scaled, turned by up to 18 degrees; Dong et al. 2025,
+    "TISynth"); or that with other brightness, contrast, saturation and hue as well (`recolored`)."""
     reference_dropout: Fraction = 0.1
     """How often the reference is left out, so that guidance by it works, and painting without one."""
     density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"

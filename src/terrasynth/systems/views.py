@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodedViews", "JoinedViews", "Reference"]
 
-Reference = Literal["view", "augmented"]
+Reference = Literal["view", "augmented", "recolored"]
 #: Stream of a sample's seed: which other view is its reference.
 _OTHER_VIEW = 11
 
@@ -83,14 +83,14 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
         """Encode `views` augmentations of every tile, or read them back from `folder`."""
         encoder = pipeline.vae.buffers() if isinstance(pipeline.vae, PatchPCA) else pipeline.vae.parameters()
         weights = [float(p.detach().double().sum()) for p in encoder]
-        augmented = reference == "augmented"
+        copies = None if reference == "view" else reference
         name = digest(
-            "views", tiles.fingerprint(), views, pipeline.config.mask_coding, weights, *(["augmented"] * augmented)
+            "views", tiles.fingerprint(), views, pipeline.config.mask_coding, weights, *([copies] if copies else [])
         )
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             with atomic_write(path) as partial:
-                save_file(_encode_views(pipeline, tiles, views, augmented=augmented), partial)
+                save_file(_encode_views(pipeline, tiles, views, copies), partial)
         with safe_open(path, framework="pt") as file:
             captions = [
                 pipeline.schema.caption(mask, tiles.template(row % len(tiles)))
@@ -102,7 +102,7 @@ class EncodedViews(Dataset[dict[str, Tensor]]):
         return cls(path, prompts, *pipeline.prompts(texts), tiles=len(tiles), other_view=reference == "view")
 
 
-def _encode_views(pipeline: Pipeline, tiles: Tiles, views: int, *, augmented: bool) -> dict[str, Tensor]:
+def _encode_views(pipeline: Pipeline, tiles: Tiles, views: int, copies: Reference | None) -> dict[str, Tensor]:
     """Masks, and the latents of images (and of masks, where they pass the autoencoder), of every view of every tile.
 
     If asked, of an augmented copy of each view too.
@@ -121,9 +121,10 @@ def _encode_views(pipeline: Pipeline, tiles: Tiles, views: int, *, augmented: bo
             # Half precision: its rounding is far below the noise of the smallest timestep.
             latents = pipeline.encode_images(images.to(pipeline.vae.device).float() / 255)
             rows["latents"].append(latents.half().cpu())
-            if augmented:
-                copies = [reference_view(image, start + row) for row, image in enumerate(images)]
-                latents = pipeline.encode_images(torch.stack(copies).to(pipeline.vae.device))
+            if copies is not None:
+                color = copies == "recolored"
+                moved = [reference_view(image, start + row, color=color) for row, image in enumerate(images)]
+                latents = pipeline.encode_images(torch.stack(moved).to(pipeline.vae.device))
                 rows.setdefault("reference_latents", []).append(latents.half().cpu())
             if pipeline.config.mask_coding == "grey":
                 mask_latents = pipeline.encode_masks(masks.to(pipeline.vae.device))
