@@ -88,7 +88,7 @@ def saved(recipe: Recipe, tiles: Tiles) -> str:
     anew = all_steps + (steps - 1) * features
     return (
         f"painting one tile in {steps} steps: {all_steps / 1e9:.1f} GFLOP, {features / 1e9:.2f} of them for what it "
-        f"sees of the reference; computed anew in every step {anew / 1e9:.1f}, so {1 - all_steps / anew:.0%} are saved\n"
+        f"sees of the reference; computed anew in every step {anew / 1e9:.1f}, so {1 - all_steps / anew:.0%} is saved\n"
     )
 
 
