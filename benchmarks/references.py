@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from terrasynth.data.folder import Tiles, load_synthetic, load_tiles, unlabelled_windows
-from terrasynth.io import write_json
 from terrasynth.planning.footprint import count, flops
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
@@ -155,7 +154,6 @@ def main() -> None:
             "agreement": None if ruler is None else ruler.evaluate(painted).mean_iou,
         }
         rows.append(row)
-        write_json(options.out / "references.json", rows)
     print(
         "| generator | M parameters | steps | to reference | to another | KID to target | KID to source | agreement |\n"
         "|---|--:|--:|--:|--:|--:|--:|--:|"

@@ -24,6 +24,7 @@ COMMANDS = [
     "predict",
     "export",
     "curate",
+    "audit",
     "study",
     "report",
     "recipe",

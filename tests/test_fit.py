@@ -429,6 +429,10 @@ def test_tisynth_goes_on_from_what_it_saved_with_the_same_classes(tiles, tiny_re
         build(tisynth(tiny_recipe, base=str(tmp_path), mask_coding="bits"), tiny_recipe.data, tiles)
     with pytest.raises(TerraSynthError, match="can not be loaded"):
         build(tisynth(tiny_recipe, base=str(tmp_path / "nothing")), tiny_recipe.data, tiles)
+    with pytest.raises(TerraSynthError, match="the base model is of another system"):
+        build(tisynth(tiny_recipe, base="terrasynth-tiny"), tiny_recipe.data, tiles)
+    with pytest.raises(TerraSynthError, match="no such settings of its sampling"):
+        first.sampling_arguments(tiny_recipe.sampling.model_copy(update={"guidance_interval": (0.2, 0.8)}))
 
 
 @pytest.mark.parametrize(

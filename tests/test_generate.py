@@ -250,3 +250,12 @@ def test_a_model_of_nan_paints_nothing(model, tiles, tmp_path):
     pipeline.transformer.proj_out.weight.data.fill_(float("nan"))
     with pytest.raises(TerraSynthError, match="no numbers"):
         paint(pipeline, tiles.masks, tiles.ids, plan(2, 4, 0), SAMPLING, tmp_path / "out", provenance={})
+
+
+def test_a_model_that_can_not_look_is_told_before_anything_is_written(model, tiles, tmp_path):
+    options = {"sampling": SAMPLING, "steering": SteeringConfig(), "count": 1}
+    (tmp_path / "looks").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "looks" / "a.png")
+    with pytest.raises(TerraSynthError, match="can not look at references"):
+        generate(model, tiles, tmp_path / "out", references=tmp_path / "looks", **options)
+    assert len(load_synthetic(generate(model, tiles, tmp_path / "out", **options))) == 1

@@ -220,6 +220,15 @@ def test_references_are_read_once_and_looked_at_in_every_step(recipe):
     assert said.flops == flops(needs.operations) > plain.flops
     assert said.peak == pytest.approx(needs.peak, rel=0.1)
 
+    assert {"image", "mask", "text"} <= set(make_plan(looking, Path(), gpu=False).parts)
+    guided = {"reference_scale": 2.0, "mask_scale": 1.5}
+    more = looking.model_copy(update={"sampling": looking.sampling.model_copy(update=guided)})
+    with pretend(gpu=False):
+        three = stages.paint(more, pretended(more, None), 2, gpu=False).count("")
+    with count() as needs:
+        pipeline(masks, ["", ""], references, seeds=[0, 1], num_inference_steps=steps, output_type="pt", **guided)
+    assert three.flops == flops(needs.operations) > said.flops
+
     with pretend(gpu=False):
         step = stages.train(looking, pretended(looking), checkpointing=True, gpu=False).count("")
         without = stages.train(recipe, pretended(recipe), checkpointing=True, gpu=False).count("")

@@ -404,3 +404,51 @@ def test_a_typing_mistake_in_any_key_is_answered_with_that_key(data):
     siblings = {other.rpartition(".")[2] for other in dotted() if other.rpartition(".")[0] == parents}
     assume(typed not in siblings)
     assert f"did you mean `{key}`?" in fault("demo", [f"{parents}{dot}{typed}=1"])
+
+
+@pytest.mark.parametrize(
+    ("generator", "sampling", "references", "needed"),
+    [
+        ({"text_dropout": 0}, {"text_scale": 3}, False, ["text"]),
+        ({"mask_dropout": 0}, {"text_scale": 3}, False, ["mask"]),
+        ({"reference_dropout": 0}, {"text_scale": 3}, True, ["reference"]),
+        ({"reference_dropout": 0}, {"mask_scale": 1.5}, True, []),
+        ({"reference_dropout": 0}, {"reference_scale": 2}, True, ["reference"]),
+        ({"system": "tisynth", "text_dropout": 0, "reference_dropout": 0}, {}, True, ["reference", "text"]),
+        ({"system": "tisynth", "mask_dropout": 0}, {"text_scale": 9, "mask_scale": 1}, True, []),
+        ({"system": "tisynth", "text_dropout": 0}, {"text_scale": 9, "mask_scale": 1}, True, ["text"]),
+    ],
+)
+def test_guidance_needs_the_null_conditions_that_it_looks_at(generator, sampling, references, needed):
+    """By the chain itself: a condition that some term does not see must have been dropped in training."""
+    from terrasynth.sampling.guidance import guidance_chain
+
+    values = {"name": "x", "data": {"kind": "folder", "unlabelled": [{"images": "*"}]}}
+    values["generator"] = {"reference": "view", "heads": 8, **generator}
+    values["sampling"] = {"mask_scale": 1.5, **sampling}
+    values["study"] = {"arms": [{"name": "real"}, {"name": "p", "synthetic": "plain", "references": references}]}
+    order = ["mask", "reference", "text"] if "system" in generator else ["text", "reference", "mask"]
+    scales = {name: values["sampling"].get(f"{name}_scale", 1.0) for name in order if references or name != "reference"}
+    unseen = {name for term in guidance_chain(scales) for name in scales if name not in term.sees}
+    assert {name for name in unseen if generator.get(f"{name}_dropout") == 0} == set(needed)
+    if not needed:
+        Recipe.model_validate(values)
+        return
+    with pytest.raises(ValueError, match="needs generator") as error:
+        Recipe.model_validate(values)
+    for name in needed:
+        assert f"needs generator.{name}_dropout > 0" in str(error.value)
+
+
+def test_painting_without_references_has_to_be_learned_too():
+    values = {"name": "x", "generator": {"reference": "view", "reference_dropout": 0}}
+    with pytest.raises(ValueError, match="to paint without references"):
+        Recipe.model_validate(values)
+
+
+def test_whole_images_are_one_window_each():
+    from terrasynth.recipe import SourceConfig
+
+    assert SourceConfig(images="*", windows=1, scale=None).scale is None
+    with pytest.raises(ValueError, match="windows must be 1, not 8"):
+        SourceConfig(images="*", scale=None)

@@ -61,15 +61,23 @@ def given(batch=2):
 @pytest.mark.parametrize("latent_std", [None, (0.5, 1.0, 1.5, 2.0)])
 @pytest.mark.parametrize("scheme", CONTROL_SCHEMES)
 @torch.no_grad()
-def test_behind_closed_gates_and_with_values_of_zero_there_is_no_reference(scheme, latent_std):
+def test_behind_closed_gates_and_where_it_is_not_seen_there_is_no_reference(scheme, latent_std):
     closed, opened = network(scheme, open_gates=False, latent_std=latent_std), network(scheme, latent_std=latent_std)
     inputs, latents = given(), torch.randn(2, 4, 16, 16)
     features = closed.reference_features(latents)
     assert torch.equal(closed(**inputs, reference=features).sample, closed(**inputs).sample)
-    nothing = [(key, torch.zeros_like(value)) for key, value in opened.reference_features(latents)]
-    assert torch.equal(opened(**inputs, reference=nothing).sample, opened(**inputs).sample)
-    seen = opened(**inputs, reference=opened.reference_features(latents)).sample
-    assert (seen - opened(**inputs).sample).abs().max() > 1e-3
+    features, without = opened.reference_features(latents), opened(**inputs).sample
+    nothing = [(key, torch.zeros_like(value)) for key, value in features]
+    assert torch.equal(opened(**inputs, reference=nothing).sample, without)
+    seen = opened(**inputs, reference=features).sample
+    assert ((seen - without).abs().amax((1, 2, 3)) > 1e-3).all()
+    one = opened(**inputs, reference=features, sees=torch.tensor([True, False])).sample
+    torch.testing.assert_close(one, torch.stack([seen[0], without[1]]), atol=1e-6, rtol=1e-6)
+    # Fewer references than images come in turn.
+    twice = {name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
+    torch.testing.assert_close(
+        opened(**twice, reference=features).sample, seen.repeat(2, 1, 1, 1), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -140,8 +148,27 @@ def test_gradient_checkpointing_changes_no_gradient(scheme):
     model, inputs, latents = network(scheme), given(), torch.randn(2, 4, 16, 16)
     plain = gradients(model, inputs, latents)
     model.enable_gradient_checkpointing()
+    checkpointed, checkpoint = [], model._gradient_checkpointing_func
+    model._gradient_checkpointing_func = lambda *given: checkpointed.append(given[0]) or checkpoint(*given)
     for name, gradient in gradients(model.train(), inputs, latents).items():
         assert torch.equal(gradient, plain[name]), name
+    # Every block twice, for the reference and for the image; a ControlNet's control stream once.
+    assert len(checkpointed) == 2 * 3 + (1 if scheme == "controlnet" else 0)
+
+
+@torch.no_grad()
+def test_offloading_brings_the_network_to_its_card_for_references_too():
+    model = network()
+
+    class Hook:
+        calls = 0
+
+        def pre_forward(self, module):
+            self.calls += 1
+
+    model._hf_hook = Hook()
+    model.reference_features(torch.randn(1, 4, 16, 16))
+    assert model._hf_hook.calls == 1
 
 
 @torch.no_grad()

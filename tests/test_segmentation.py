@@ -471,22 +471,40 @@ def test_training_tiles_without_labels_are_refused(tmp_path):
         fit(Segmentor.build(UNET, K), made_tiles(2), empty, UNET, tmp_path, seed=0)
 
 
-def test_adapting_takes_the_statistics_of_other_images_and_no_weight():
+@pytest.mark.parametrize("count", [20, 32, 33])
+def test_adapting_takes_the_statistics_of_other_images_and_no_weight(count):
     torch.manual_seed(0)
     segmentor = Segmentor.build(UNET, 3).eval()
-    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     weights = {name: parameter.clone() for name, parameter in segmentor.named_parameters()}
     first = next(module for module in segmentor.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    seen = []
+    momentum, seen = first.momentum, []
     hook = first.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.no_grad():
         segmentor(images.float() / 255)
     hook.remove()
     adapt(segmentor, images)
-    torch.testing.assert_close(first.running_mean, seen[0].mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
-    assert not segmentor.training
+    batches = seen[0].tensor_split(max(1, count // 16))
+    expected = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
+    torch.testing.assert_close(first.running_mean, expected, atol=1e-5, rtol=1e-4)
+    assert first.momentum == momentum
+    assert not any(module.training for module in segmentor.modules())
     for name, parameter in segmentor.named_parameters():
         assert torch.equal(parameter, weights[name])
+
+
+def test_adapting_twice_is_adapting_once_where_training_drops_some():
+    config = SegmentorConfig(architecture="deeplabv3plus", encoder="resnet18")
+    segmentor = Segmentor.build(config, 3)
+    assert any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in segmentor.modules())
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    adapt(segmentor, images)
+    once = {name: value.clone() for name, value in segmentor.state_dict().items()}
+    adapt(segmentor, images)
+    for name, value in segmentor.state_dict().items():
+        assert torch.equal(value, once[name]), name
+    with pytest.raises(TerraSynthError, match="one image has no statistics"):
+        adapt(segmentor, images[:1])
 
 
 def test_without_batch_norms_there_is_nothing_to_adapt():

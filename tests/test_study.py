@@ -602,7 +602,7 @@ def test_damaged_readings_are_named_with_the_way_out(semi_supervised, tmp_path):
     assert len(study.layouts(0)) == 8
 
 
-def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path):
+def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path, monkeypatch):
     import json
 
     from terrasynth.data.folder import load_synthetic
@@ -625,6 +625,14 @@ def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path):
     assert {"Reference", "Painted like it"} <= set(re.findall(r"<div>([\w ]+)<img", page))
     assert "tiles are painted like them" in page
     assert "8 (plain), 8 (referenced)" in page
+    # Guidance by the reference is a matter of what is painted like one.
+    values["sampling"]["reference_scale"] = 1.5
+    other = Study(Recipe.model_validate(values), Path(), tmp_path)
+    assert other.painted("plain", 0).key == study.painted("plain", 0).key
+    keys = []
+    monkeypatch.setattr(other, "_do", lambda group, place, name, inputs, work, **made: keys.append(inputs))
+    other.painted("plain-like", 0)
+    assert keys[-1]["sampling"]["reference_scale"] == 1.5
 
 
 def test_a_study_of_tisynth(semi_supervised, tmp_path):
@@ -645,9 +653,10 @@ def test_a_study_of_tisynth(semi_supervised, tmp_path):
     assert "the arm 'like' is steered, and generator.system: tisynth can not be" in str(error.value)
 
 
-def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path):
+def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path, monkeypatch):
     import torch
 
+    from terrasynth.study import run
     from terrasynth.tasks.segmentation import Segmentor
 
     values = semi_supervised.model_dump(mode="json")
@@ -655,7 +664,10 @@ def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path):
     arms = [{"name": "real"}, {"name": "mixed", "mix": "cutmix"}, {"name": "adapted", "adapt": True}]
     values["study"] |= {"seeds": [0], "arms": arms, "layouts": "labelled"}
     study = Study(Recipe.model_validate(values), Path(), tmp_path)
+    trained, fit = [], run.fit
+    monkeypatch.setattr(run, "fit", lambda *a, **k: trained.append(k["label"]) or fit(*a, **k))
     page = study.run().read_text()
+    assert trained == ["real, seed 0", "mixed, seed 0"]  # and none for the adapted one
     plain, adapted = (
         Segmentor.from_pretrained(study.cell(study.recipe.study.arms[i], 0).folder / "segmentor") for i in (0, 2)
     )
@@ -689,6 +701,16 @@ def test_references_that_can_not_be_are_refused(semi_supervised, changes, messag
         values[section] |= settings
     with pytest.raises(ValueError, match=message):
         Recipe.model_validate(values)
+
+
+def test_an_unlabelled_image_that_is_a_copy_of_a_test_tile_is_refused(semi_supervised, tmp_path):
+    shutil.copytree(semi_supervised.data.root, tmp_path / "tiles")
+    copied = next((tmp_path / "tiles" / "images" / "test").iterdir())
+    shutil.copy(copied, tmp_path / "tiles" / "more" / "another-name.png")
+    values = semi_supervised.model_dump(mode="json")
+    values["data"]["root"] = str(tmp_path / "tiles")
+    with pytest.raises(TerraSynthError, match=r"unlabelled/.*another-name.* = test/"):
+        Study(Recipe.model_validate(values), Path(), tmp_path / "out").test  # noqa: B018
 
 
 def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):

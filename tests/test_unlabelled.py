@@ -418,3 +418,12 @@ def test_a_study_without_labels_is_refused_with_the_command_that_works(recipe, t
     assert "there is no validation split" in result.stderr
     assert "terrasynth train" in result.stderr
     assert not list(tmp_path.glob("out/*-*"))
+
+
+def test_without_a_scale_the_window_is_the_square_in_the_middle(tmp_path):
+    pixels = ramp(48, 80)
+    save(tmp_path / "a.png", pixels)
+    ((_, window),) = cut(tmp_path, windows=1, scale=None).items()
+    blocks = pixels[:, 16:64].reshape(16, 3, 16, 3, 3).mean((1, 3))
+    assert window.shape == (16, 16, 3)
+    assert np.abs(window.astype(float) - blocks).max() <= 0.5

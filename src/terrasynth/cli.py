@@ -501,6 +501,11 @@ def generate(
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:
         opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
+        if references is not None and opened.recipe.generator.reference is None:
+            raise typer.BadParameter(
+                "the recipe's generator does not learn to look at references; set generator.reference",
+                param_hint="--references",
+            )
         model, painted = opened.generator.folder / "model", masks or opened.train
         settings = opened.recipe
 

@@ -7,7 +7,7 @@ command line as `--set generator.train.steps=2000`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,7 +53,7 @@ class WorldConfig(_Config):
     validation: Positive = 16
     """Validation tiles: model selection only."""
     test: Positive = 64
-    """Test tiles: evaluated once per finished cell, never used otherwise."""
+    """Test tiles: evaluated once per finished cell, and audited; nothing learns from them or is chosen by them."""
     seed: NonNegative = 0
     """Which world; every tile derives from this seed, its split and its index."""
 
@@ -74,14 +74,18 @@ class SourceConfig(_Config):
     """Which files: a pattern under `root`, as `images/train/*.jpg`."""
     windows: Positive = 8
     """Windows cut from every image."""
-    scale: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.4, 2.0)
-    """Side of a window before it is shrunk to `image_size`, in multiples of it: from, to."""
+    scale: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] | None = (1.4, 2.0)
+    """Side of a window before it is shrunk to `image_size`, in multiples of it: from, to. Null takes the whole image,
+    or the square in its middle."""
     caption: str = "a satellite image"
     """Caption of the windows; with `generator.pseudo_labels`, `data.caption` takes its place."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SourceConfig:
-        if self.scale[0] > self.scale[1]:
+        if self.scale is None:
+            if self.windows != 1:
+                raise ValueError(f"scale: null takes whole images, so windows must be 1, not {self.windows}")
+        elif self.scale[0] > self.scale[1]:
             raise ValueError(
                 f"scale must go from the smaller to the larger, not from {self.scale[0]} to {self.scale[1]}"
             )
@@ -113,7 +117,7 @@ class DataConfig(_Config):
     validation: SplitConfig = SplitConfig(folder="val", list="val.txt")
     """Validation tiles: model selection only."""
     test: SplitConfig = SplitConfig(folder="test", list="test.txt")
-    """Test tiles: evaluated once per finished cell, never used otherwise."""
+    """Test tiles: evaluated once per finished cell, and audited; nothing learns from them or is chosen by them."""
     label_schema: Path | None = None
     """YAML file of class names, colours and ignore index (`kind: folder`), relative to the recipe, then to `root`; or
     the name of a packaged one (`loveda`, `potsdam`, ...)."""
@@ -256,7 +260,8 @@ class GeneratorConfig(_Config):
     equal the base model), or at random."""
     trainable: Literal["all", "image+mask", "mask", "lora"] = "all"
     """Which branches train: all three; image and mask (as published); the mask branch alone (with TISynth, the branches
-    of mask and reference); the mask branch with low-rank adapters on the image branch (`terrasynth[peft]`)."""
+    of mask and reference); the mask branch with low-rank adapters on the image branch (`terrasynth[peft]`). Gates of
+    references train with any."""
     lora_rank: Positive = 16
     """Rank of the adapters (`trainable: lora`)."""
     text_dropout: Fraction = 0.1
@@ -287,6 +292,15 @@ class GeneratorConfig(_Config):
     """Seed of initialisation, data order, timesteps and noise."""
     train: TrainConfig = TrainConfig(steps=4000, batch_size=16, ema_decay=0.999)
     """The training run."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on, JSON-able; what belongs to another choice is not among it."""
+        idle: dict[str, Any] = {"train": HARMLESS, "autoencoder": {"train": HARMLESS}}
+        if self.system == "todsynth":
+            idle |= {"system": True, "unet": True}
+        if self.reference is None:
+            idle |= {"reference": True, "reference_dropout": True}
+        return self.model_dump(mode="json", exclude=idle)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GeneratorConfig:
@@ -319,9 +333,11 @@ class SamplingConfig(_Config):
     shift: Annotated[float, Field(gt=0)] | None = None
     """Timestep shift in sampling alone; smaller than the model's own (null) spends more of the steps on fine detail."""
     text_scale: Annotated[float, Field(ge=0)] = 1.0
-    """Guidance scale of the prompt; 1 is off, anything else needs `text_dropout` and `mask_dropout`."""
+    """Guidance scale of the prompt; 1 is off, anything else needs the dropouts of the prompt and of what comes in after
+    it: with TODSynth reference and mask, with TISynth nothing."""
     mask_scale: Annotated[float, Field(ge=0)] = 1.5
-    """Guidance scale of the mask; 1 is off, anything else needs `mask_dropout`."""
+    """Guidance scale of the mask; 1 is off, anything else needs `mask_dropout`, and with TISynth, where the mask comes
+    first, the dropouts of reference and prompt."""
     reference_scale: Annotated[float, Field(ge=0)] = 1.0
     """Guidance scale of the reference, where there is one; 1 is off, anything else needs `reference_dropout`."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
@@ -610,18 +626,29 @@ class Recipe(_Config):
         ]
         if self.generator.reference is None and any(arm.references for arm in study.arms):
             faults.append("references of an arm need a generator that learned to look at them: generator.reference")
-        # Guidance looks at the null conditions, which a generator knows only if it met them in training. Prompt
-        # guidance compares prompts under the null mask, so it needs both.
-        faults += [
-            f"sampling.{scale} ({getattr(self.sampling, scale)}) needs generator.{dropout} > 0, or must be 1"
-            for scale, dropout in (
-                ("text_scale", "text_dropout"),
-                ("text_scale", "mask_dropout"),
-                ("mask_scale", "mask_dropout"),
-                ("reference_scale", "reference_dropout"),
-            )
-            if getattr(self.sampling, scale) != 1 and getattr(self.generator, dropout) == 0
-        ]
+        faults += self._untrained_nulls()
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _untrained_nulls(self) -> list[str]:
+        """Where guidance looks at a null condition that the generator never met in training.
+
+        Conditions come in one after the other (`sampling.guidance`): from the first whose scale is not 1 on, each is
+        left out somewhere.
+        """
+        generator, sampling = self.generator, self.sampling
+        order = ("text", "reference", "mask") if generator.system == "todsynth" else ("mask", "reference", "text")
+        painted = {arm.references for arm in self.study.arms if arm.synthetic != "none"} or {False}
+        faults = []
+        for looks in sorted(painted):
+            names = [name for name in order if looks or name != "reference"]
+            guided = [name for name in names if getattr(sampling, f"{name}_scale") != 1]
+            for name in names[names.index(guided[0]) :] if guided else ():
+                scale = f"{guided[0]}_scale"
+                value = getattr(sampling, scale)
+                if getattr(generator, f"{name}_dropout") == 0:
+                    faults.append(f"sampling.{scale} ({value}) needs generator.{name}_dropout > 0, or must be 1")
+        if generator.reference is not None and False in painted and generator.reference_dropout == 0:
+            faults.append("to paint without references, generator.reference_dropout must be above 0")
+        return list(dict.fromkeys(faults))

@@ -228,7 +228,7 @@ def _with_real(painted: Painted, plain: Tensor, other: Images, kind: str) -> _Co
     near = (found.likeness >= limit(real)) & ~plain & ~plain_other[found.position]
     for index in near.nonzero().flatten().tolist():
         copies.setdefault(index, ("near copy", int(found.position[index])))
-    own = frozenset(i for i, (_, position) in copies.items() if painted.sources[i] == Path(other.ids[position]).stem)
+    own = frozenset(i for i, (_, position) in copies.items() if painted.sources[i] == other.tiles[position])
     return _Compared(other, kind, found, copies, limit(real), own, measures)
 
 

@@ -33,6 +33,7 @@ class Images:
     Attributes:
         name: of the set.
         ids: N names.
+        tiles: the names of the tiles that they show, as `source_mask` of a painted one has them.
         thumbnails: uint8 (N, 3, 64, 64).
         files: digests of the files' bytes; None where there is no file.
         pixels: digests of the pixels, the same for all flips and turns; None for an image of one colour.
@@ -41,6 +42,7 @@ class Images:
 
     name: str
     ids: tuple[str, ...]
+    tiles: tuple[str, ...]
     thumbnails: Tensor
     files: tuple[str | None, ...]
     pixels: tuple[str | None, ...]
@@ -93,6 +95,7 @@ def read_painted(folder: str | Path, count: int | None = None, *, name: str | No
     return Painted(
         name or folder.name,
         ids,
+        ids,
         thumbnails,
         files,
         pixels,
@@ -141,7 +144,10 @@ def read_folder(folder: str | Path, name: str | None = None) -> Images:
         ids, thumbnails, files, pixels = _described(each())
     # None is left out: what was not compared may be the leak.
     refuse_bad_files(problems, len(paths), f"images of {folder}", skip_bad=False)
-    return Images(name or folder.name, ids, thumbnails, files, pixels, lambda index: read_image(folder / ids[index]))
+    tiles = tuple(Path(id_).stem for id_ in ids)
+    return Images(
+        name or folder.name, ids, tiles, thumbnails, files, pixels, lambda index: read_image(folder / ids[index])
+    )
 
 
 def from_tiles(name: str, tiles: Tiles) -> Images:
@@ -149,8 +155,9 @@ def from_tiles(name: str, tiles: Tiles) -> Images:
     ids, thumbnails, _, pixels = _described(
         (id_, None, image.permute(1, 2, 0).numpy()) for id_, image in zip(tiles.ids, tiles.images, strict=True)
     )
+    nothing = (None,) * len(ids)
     return Images(
-        name, ids, thumbnails, (None,) * len(ids), pixels, lambda index: tiles.images[index].permute(1, 2, 0).numpy()
+        name, ids, ids, thumbnails, nothing, pixels, lambda index: tiles.images[index].permute(1, 2, 0).numpy()
     )
 
 

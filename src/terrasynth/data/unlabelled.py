@@ -58,7 +58,8 @@ def cut_windows(root: Path, source: SourceConfig, size: int, *, skip_bad: bool =
     """Square windows of every image of a source, brought to one size.
 
     The side of a window is drawn between `scale[0]` and `scale[1]` times `size` (and the shorter side of the image),
-    its place anywhere; both derive from the image's name and the window's number alone.
+    its place anywhere; both derive from the image's name and the window's number alone. Without `scale`, the window is
+    the square in the middle of the image.
 
     Args:
         root: folder that `source.images` starts from.
@@ -79,12 +80,13 @@ def cut_windows(root: Path, source: SourceConfig, size: int, *, skip_bad: bool =
         for path in paths:
             try:
                 image = read_image(path)
-                if min(image.shape[:2]) < round(source.scale[0] * size):
+                least = round((source.scale or (1, 1))[0] * size)
+                if min(image.shape[:2]) < least:
                     raise TerraSynthError(
                         "the image is smaller than a window",
                         path=path,
                         found=f"{image.shape[1]} x {image.shape[0]}",
-                        expected=f"at least {round(source.scale[0] * size)} on both sides",
+                        expected=f"at least {least} on both sides",
                         fix="lower the `scale` of its source in data.unlabelled",
                     )
             except TerraSynthError as error:
@@ -99,11 +101,15 @@ def cut_windows(root: Path, source: SourceConfig, size: int, *, skip_bad: bool =
     return names, torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2).contiguous()
 
 
-def _window(image: NDArray[np.uint8], scale: tuple[float, float], size: int, seed: int) -> NDArray[np.uint8]:
-    random = np.random.default_rng(seed)
+def _window(image: NDArray[np.uint8], scale: tuple[float, float] | None, size: int, seed: int) -> NDArray[np.uint8]:
     height, width = image.shape[:2]
-    side = round(min(random.uniform(*scale) * size, height, width))
-    top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
+    if scale is None:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+    else:
+        random = np.random.default_rng(seed)
+        side = round(min(random.uniform(*scale) * size, height, width))
+        top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
     window = Image.fromarray(image[top : top + side, left : left + side])
     return np.asarray(
         window.resize((size, size), Image.Resampling.BOX if side % size == 0 else Image.Resampling.LANCZOS)

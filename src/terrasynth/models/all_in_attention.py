@@ -27,6 +27,7 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 # Not used here, but a pipeline finds the loading methods of its parts by this name in their modules.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from terrasynth.errors import TerraSynthError
@@ -195,13 +196,23 @@ class AllInAttentionUNet(UNet2DConditionModel):
             `sample`, the noise, (B, C, h, w).
         """
         seen = sample, timestep, encoder_hidden_states
+        hints = self.hints(mask, reference)
         noise = self.denoise(
             *seen,
-            self.features(self.mask_encoder, self.mask_hint(mask), *seen),
-            self.features(self.reference_encoder, self.reference_hint(reference), *seen),
+            self.features(self.mask_encoder, hints["mask"], *seen),
+            self.features(self.reference_encoder, hints["reference"], *seen),
         )
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
+    @apply_forward_hook
+    def hints(self, mask: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        """Of mask codes and latents of references, as in `forward`: what their encoders see, each (B, D, h, w).
+
+        They are the same in all steps of a sampling.
+        """
+        return {"mask": self.mask_hint(mask), "reference": self.reference_hint(reference)}
+
+    @apply_forward_hook
     def features(
         self, encoder: ControlNetModel, hint: Tensor, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
     ) -> list[Tensor]:
@@ -209,7 +220,7 @@ class AllInAttentionUNet(UNet2DConditionModel):
 
         Args:
             encoder: `mask_encoder` or `reference_encoder`.
-            hint: `mask_hint` or `reference_hint` of the condition, (B, D, h, w); the same in all steps of a sampling.
+            hint: of `hints`, (B, D, h, w).
             sample: as in `forward`, as are the others. With `timestep_free` it and the timestep change nothing.
             timestep: see `forward`.
             encoder_hidden_states: see `forward`.
@@ -219,6 +230,7 @@ class AllInAttentionUNet(UNet2DConditionModel):
         outer, middle = encoder(sample, timestep, encoder_hidden_states, hint, return_dict=False)
         return [*outer, middle]
 
+    @apply_forward_hook
     def denoise(
         self,
         sample: Tensor,

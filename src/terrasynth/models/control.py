@@ -17,7 +17,6 @@ that made it as large made it worse in short trainings, since the image finds th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -29,7 +28,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from terrasynth.models.mmdit import (
-    Feature,
+    Block,
     JointBlock,
     MaskMMDiT,
     Projected,
@@ -152,12 +151,12 @@ class AdapterMMDiT(MaskMMDiT):
         image: Tensor,
         text: Tensor,
         mask: Tensor | None,
-        reference: Sequence[Feature] | None,
+        blocks: Sequence[Block],
     ) -> Tensor:
         features = () if mask is None else (mask,)
         tokens: tuple[Tensor, ...] = (image, text)
-        for block, feature in self._beside(reference):
-            tokens = self._run(partial(block, reference=feature), conditioning, *tokens, *features)
+        for block in blocks:
+            tokens = self._run(block, conditioning, *tokens, *features)
         return tokens[0]
 
 
@@ -197,18 +196,18 @@ class ControlNetMMDiT(MaskMMDiT):
         image: Tensor,
         text: Tensor,
         mask: Tensor | None,
-        reference: Sequence[Feature] | None,
+        blocks: Sequence[Block],
     ) -> Tensor:
         residuals = []
         if mask is not None:
             tokens: tuple[Tensor, ...] = (image + mask, text)
-            for block, output in zip(self.mask_blocks, self.mask_outputs, strict=True):
-                tokens = self._run(block, conditioning, *tokens)
+            for control, output in zip(self.mask_blocks, self.mask_outputs, strict=True):
+                tokens = self._run(control, conditioning, *tokens)
                 residuals.append(output(tokens[0]))
         count = len(self.transformer_blocks)
         tokens = (image, text)
-        for i, (block, feature) in enumerate(self._beside(reference)):
-            tokens = self._run(partial(block, reference=feature), conditioning, *tokens)
+        for i, block in enumerate(blocks):
+            tokens = self._run(block, conditioning, *tokens)
             if residuals and i < count - 1:
                 tokens = (tokens[0] + residuals[i * len(residuals) // count], *tokens[1:])
         return tokens[0]

@@ -32,12 +32,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 # Not used here, but a pipeline finds the loading methods of its parts by this name in their modules.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from diffusers.models.normalization import RMSNorm
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from terrasynth.errors import TerraSynthError
 
 __all__ = [
     "TEXT_BRANCH",
+    "Block",
     "Feature",
     "JointBlock",
     "MaskBranch",
@@ -58,6 +60,7 @@ MlpModulation = Literal["own", "image"]
 Projected = tuple[Tensor | None, Tensor, Tensor]
 #: Keys and values of a reference image in one block, each (B, N, heads, d).
 Feature = tuple[Tensor, Tensor]
+Block = Callable[..., tuple[Tensor, ...]]
 
 _GATE_GAIN = 32
 #: Up to how many tokens attention in bfloat16 on a CPU is computed plainly, and how many scores at a time.
@@ -280,27 +283,31 @@ class JointBlock(JointTransformerBlock):
         )
         return image_stream, text_stream
 
-    def forward(self, conditioning: Tensor, *tokens: Tensor, reference: Feature | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, conditioning: Tensor, *tokens: Tensor, reference: Feature | None = None, sees: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Update the tokens.
 
         Args:
             conditioning: SiLU of the timestep and pooled-text embedding, (B, D).
             tokens: of the streams, in their order, each (B, N, D); the last streams may be left out.
-            reference: keys and values of a reference image, of `read`; the image looks at them.
+            reference: keys and values of a reference image, of `read`; the image looks at them. There may be fewer
+                than images, which then take them in turn.
+            sees: whether it does, boolean (B,); None where all do.
 
         Returns:
             The updated tokens of the streams that are read again, in the same order; in the last block, the image's.
         """
-        updated, _ = self._updated(conditioning, tokens, reference)
+        updated, _ = self._updated(conditioning, tokens, reference, sees)
         return updated
 
     def read(self, conditioning: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """An image by itself: its keys and values, each (B, N, heads, D / heads), and its updated tokens (B, N, D)."""
-        (tokens,), ((_, key, value),) = self._updated(conditioning, (tokens,), None)
-        return key, value, tokens
+        (tokens,), ((_, key, value),) = self._updated(conditioning, (tokens,), None, None)
+        return key.to(value.dtype), value, tokens  # autocast leaves normalised keys in float32
 
     def _updated(
-        self, conditioning: Tensor, tokens: Sequence[Tensor], reference: Feature | None
+        self, conditioning: Tensor, tokens: Sequence[Tensor], reference: Feature | None, sees: Tensor | None
     ) -> tuple[tuple[Tensor, ...], list[Projected]]:
         streams = self.streams()[: len(tokens)]
         modulations = self._modulate(streams, conditioning)
@@ -316,7 +323,10 @@ class JointBlock(JointTransformerBlock):
         attended = self._attend(projected)
         query = projected[0][0]
         if reference is not None and query is not None:
-            seen = attention(query, *reference)
+            turns = len(query) // len(reference[0])
+            seen = attention(query, *(x.repeat(turns, 1, 1, 1) if turns > 1 else x for x in reference))
+            if sees is not None:
+                seen = seen * sees.view(-1, 1, 1, 1)
             attended[0] = attended[0] + opened(self.reference_gate, seen) * seen
 
         # Every stream that is read again takes what it found, then passes through its feed-forward.
@@ -521,6 +531,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         pooled_projections: Tensor,
         mask_latents: Tensor | None = None,
         reference: Sequence[Feature] | None = None,
+        sees: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity.
@@ -531,7 +542,9 @@ class MaskMMDiT(SD3Transformer2DModel):
             encoder_hidden_states: prompt embeddings, (B, L, joint_attention_dim).
             pooled_projections: pooled prompt embeddings, (B, pooled_projection_dim).
             mask_latents: mask code, (B, Cm, h, w); None leaves the mask tokens out, which is the base model.
-            reference: of `reference_features`; None is the model without a reference, and so are values of zero.
+            reference: of `reference_features`, for B images, or for fewer that the batch takes in turn; None is the
+                model without a reference.
+            sees: which images see their reference, boolean (B,); None where all do.
             return_dict: return a `Transformer2DModelOutput`, else a tuple.
 
         Returns:
@@ -553,7 +566,7 @@ class MaskMMDiT(SD3Transformer2DModel):
             self._check_mask(mask_latents, hidden_states.shape)
             mask = self._embed_mask(mask_latents)
         embedding = self.time_text_embed(timestep, pooled_projections)
-        image = self._through_blocks(F.silu(embedding), image, text, mask, reference)
+        image = self._through_blocks(F.silu(embedding), image, text, mask, self._looks(reference, sees))
 
         patches = self.proj_out(self.norm_out(image, embedding))
         p = self.config.patch_size
@@ -563,6 +576,7 @@ class MaskMMDiT(SD3Transformer2DModel):
             velocity = skip * hidden_states + scale_out * velocity
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
+    @apply_forward_hook
     def reference_features(self, latents: Tensor) -> list[Feature]:
         """What `forward` looks at of reference images: keys and values in every block.
 
@@ -587,20 +601,22 @@ class MaskMMDiT(SD3Transformer2DModel):
         image: Tensor,
         text: Tensor,
         mask: Tensor | None,
-        reference: Sequence[Feature] | None,
+        blocks: Sequence[Block],
     ) -> Tensor:
         """Image tokens after the last block."""
         tokens: tuple[Tensor, ...] = (image, text) if mask is None else (image, text, mask)
-        for block, feature in self._beside(reference):
-            tokens = self._run(partial(block, reference=feature), conditioning, *tokens)
+        for block in blocks:
+            tokens = self._run(block, conditioning, *tokens)
         return tokens[0]
 
-    def _beside(self, reference: Sequence[Feature] | None) -> Iterator[tuple[Any, Feature | None]]:
-        """Every block and what it sees of the reference."""
-        blocks = self.transformer_blocks
-        return zip(blocks, [None] * len(blocks) if reference is None else reference, strict=True)
+    def _looks(self, reference: Sequence[Feature] | None, sees: Tensor | None) -> list[Block]:
+        """The blocks, each looking at what it sees of the reference."""
+        if reference is None:
+            return list(self.transformer_blocks)
+        pairs = zip(self.transformer_blocks, reference, strict=True)
+        return [partial(block, reference=feature, sees=sees) for block, feature in pairs]
 
-    def _run(self, block: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, block: Block, *tensors: Tensor) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *tensors)
         return block(*tensors)
@@ -729,7 +745,8 @@ class MaskMMDiT(SD3Transformer2DModel):
 
         Args:
             which: "all"; "image+mask" as published, with the text branch frozen; "mask", the mask branch alone; "lora",
-                the mask branch and low-rank adapters on the image branch's attention and feed-forward layers.
+                the mask branch and low-rank adapters on the image branch's attention and feed-forward layers. The gates
+                of references train with any.
             lora_rank: rank of the adapters.
 
         Raises:

@@ -80,7 +80,11 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
     """
     config, size = recipe.generator, recipe.data.image_size
     if config.system != "todsynth" or config.mask_coding == "ids":
-        raise TerraSynthError("plans are made for TODSynth alone", found=f"generator.system: {config.system}")
+        raise TerraSynthError(
+            "plans are made for TODSynth alone",
+            found=f"generator.system: {config.system}",
+            fix="try it: `terrasynth train` with a few steps",
+        )
     options: dict[str, Any] = {
         "label_schema": schema.to_dict(),
         "mask_coding": config.mask_coding,

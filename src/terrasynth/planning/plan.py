@@ -106,7 +106,8 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
             )
         # In the precision of the training, as its weights are.
         seen = recipe.sampling.model_copy(update={"precision": config.train.precision})
-        preview = counted("preview", paint(recipe.model_copy(update={"sampling": seen}), pipeline, _PREVIEWS, gpu=gpu))
+        shown, looks = recipe.model_copy(update={"sampling": seen}), recipe.generator.reference is not None
+        preview = counted("preview", paint(shown, pipeline, _PREVIEWS, gpu=gpu, looks=looks))
         stages.append(replace(preview, optimizer=stages[-1].optimizer, average=stages[-1].average))
         other = step(pipeline, checkpointing=not on)
         choices = [counted(f"{'without' if on else 'with'} gradient checkpointing", other)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,6 +120,8 @@ def encode(recipe: Recipe, pipeline: TODSynthPipeline) -> Work:
     @torch.no_grad()
     def look() -> None:
         pipeline.encode_images(images)
+        if recipe.generator.reference in ("augmented", "recolored"):
+            pipeline.encode_images(images)
         if pipeline.config.mask_coding == "grey":
             pipeline.encode_masks(masks)
 
@@ -200,12 +203,20 @@ def paint(
     segmentor: Segmentor | None = None,
     *,
     gpu: bool,
+    looks: bool | None = None,
 ) -> Work:
-    """A batch of images: all steps, those that the segmentor steers, and the decoding."""
+    """A batch of images: all steps, those that the segmentor steers, and the decoding.
+
+    `looks` says whether they are painted like references; None: if an arm of the study is.
+    """
+    looks = any(arm.references for arm in recipe.study.arms) if looks is None else looks
     sampling, config = recipe.sampling, recipe.steering
     velocity, latents = (_latents(recipe, pipeline, images) for _ in range(2))
     masks = _masks(recipe, pipeline, images)
-    rows = images * len(guidance_chain({"text": sampling.text_scale, "mask": sampling.mask_scale}))
+    scales = {"text": sampling.text_scale, "reference": sampling.reference_scale, "mask": sampling.mask_scale}
+    if not looks:
+        scales.pop("reference")
+    rows = images * len(guidance_chain(scales))
     embeds, pooled = pipeline.prompts([""] * rows)
     given = {
         "hidden_states": _latents(recipe, pipeline, rows),
@@ -214,10 +225,10 @@ def paint(
         "pooled_projections": pooled,
         "mask_latents": pipeline.null_mask_latents(masks[:1]).repeat(rows, 1, 1, 1),
     }
-    features: list[Feature] = []
-    if any(arm.references for arm in recipe.study.arms):
+    features: list[Feature] | None = None
+    if looks:
         with torch.no_grad(), _autocast(pipeline, sampling.precision, gpu=gpu):
-            features = pipeline.transformer.reference_features(_latents(recipe, pipeline, rows))
+            features = pipeline.transformer.reference_features(latents)
     # On a GPU the text encoders are not there any more.
     networks = [pipeline.transformer, pipeline.vae] if gpu else modules(pipeline)
 
@@ -228,8 +239,9 @@ def paint(
 
     @torch.no_grad()
     def evaluate(rows: int) -> None:
-        seen = [(key[:rows], value[:rows]) for key, value in features] or None
-        pipeline.transformer(**{name: tensor[:rows] for name, tensor in given.items()}, reference=seen)
+        sees = None if features is None else torch.ones(rows, dtype=torch.bool, device=masks.device)
+        some = {name: tensor[:rows] for name, tensor in given.items()}
+        pipeline.transformer(**some, reference=features, sees=sees)
 
     @torch.no_grad()
     def look() -> None:
@@ -243,8 +255,8 @@ def paint(
 
     evaluations = [(partial(evaluate, rows), guided), (partial(evaluate, images), sampling.steps - guided)]
     parts: list[tuple[Callable[[], object], int]] = [*(part for part in evaluations if part[1]), (decode, 1)]
-    if features:
-        parts.insert(0, (look, 1))
+    if looks:
+        parts.append((look, 1))
     if segmentor is not None:
         networks.append(segmentor)
         steering = steering_for(config, segmentor.loss)(masks)
@@ -258,7 +270,7 @@ def paint(
     return Work(
         parts,
         _tensors(*networks),
-        others=[velocity, latents, masks, *given.values(), *(tensor for feature in features for tensor in feature)],
+        others=[velocity, latents, masks, *given.values(), *chain.from_iterable(features or ())],
         around=lambda: _autocast(pipeline, sampling.precision, gpu=gpu),
     )
 

@@ -37,7 +37,7 @@ from terrasynth.study.units import Busy, Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.systems.todsynth import packaged_or
-from terrasynth.tasks.segmentation import Segmentor, adapt, fit, label
+from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
 
 __all__ = ["Study"]
 
@@ -49,8 +49,8 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Study:
     """A recipe's units of work under one folder; whatever is finished there is not computed again.
 
-    Test tiles are only read by the final evaluation of a finished segmentor: no training, selection or steering sees
-    them.
+    Test tiles are only read by the final evaluation of a finished segmentor, and by the audit, which nothing reads: no
+    training, selection or steering sees them.
 
     Args:
         recipe: everything the results depend on.
@@ -75,7 +75,7 @@ class Study:
         self._used: dict[Path, tuple[str, Unit]] = {}
 
     # Splits are read when they are first needed: a generator that is told no pseudo-labels needs no held-out tiles,
-    # and no unit but the scores needs the test tiles.
+    # and no unit but the scores and the audits needs the test tiles.
 
     @cached_property
     def train(self) -> Tiles:
@@ -91,9 +91,10 @@ class Study:
 
     @cached_property
     def validation(self) -> Tiles:
-        """The validation tiles, after a check that none is a training tile."""
+        """The validation tiles, after a check that none is a training tile or an unlabelled image."""
         tiles: Tiles = load_tiles(self.recipe.data, "validation", base=self.base)
         check_splits(train=self.train, validation=tiles)
+        self._check_unlabelled(validation=tiles)
         return tiles
 
     @cached_property
@@ -102,7 +103,13 @@ class Study:
         others = {"train": self.train, "validation": self.validation}
         tiles: Tiles = load_tiles(self.recipe.data, "test", base=self.base)
         check_splits(**others, test=tiles)
+        self._check_unlabelled(test=tiles)
         return tiles
+
+    def _check_unlabelled(self, **held_out: Tiles) -> None:
+        # Training tiles may be among the unlabelled images.
+        if self.unlabelled is not None:
+            check_splits(unlabelled=self.unlabelled, **held_out)
 
     # Units
 
@@ -119,9 +126,7 @@ class Study:
         """The generator, trained on the training tiles; one for all seeds."""
         recipe = self.recipe
         inputs: dict[str, Any] = {
-            "generator": recipe.generator.model_dump(
-                mode="json", exclude={"train": HARMLESS, "autoencoder": {"train": HARMLESS}}
-            ),
+            "generator": recipe.generator.identity(),
             "base": None if recipe.generator.base is None else model_digest(recipe.generator.base),
             "caption": recipe.data.caption,
             "train": self.train.fingerprint(),
@@ -221,6 +226,8 @@ class Study:
         return self._settings[arm.name]
 
     def _cell(self, arm: ArmConfig, seed: int, config: SegmentorConfig, group: str) -> Unit:
+        if arm.adapt:
+            return self._adapted(arm, seed, config, group)
         study = self.recipe.study
         painted = None if arm.synthetic == "none" else self.painted(arm.kind, seed)
         count = (arm.ratio or study.ratio) * len(self.train)
@@ -238,15 +245,10 @@ class Study:
         }
         if arm.curate is not None:  # only named where it is asked for, as below
             inputs["curate"] = arm.curate.model_dump(mode="json")
-        if arm.adapt:
-            inputs["adapt"] = self._windows.fingerprint()
         if confidence is not None:
             inputs["pseudo-labels"] = [self.reading(confidence).key, study.real_fraction, arm.synthetic_first]
 
-        differs = config.train.learning_rate != self.recipe.segmentor.train.learning_rate
-        suffix = f" at {config.train.learning_rate:g}" if differs else ""
-        if config.train.steps != self.recipe.segmentor.train.steps:
-            suffix += f" {config.train.steps} steps"
+        suffix = self._suffix(config)
 
         def work(folder: Path) -> dict[str, Any]:
             schema = self.train.schema
@@ -287,14 +289,41 @@ class Study:
             )
             if not outcome.finished:
                 raise OutOfTime
-            if arm.adapt:
-                adapt(segmentor, self._windows.images)
             segmentor.save_pretrained(folder / "segmentor")
             return {"curve": _curve(folder / "training" / "log.jsonl"), "filter": shares, **used}
 
         name = f"{arm.name} seed {seed}{suffix}"
         made = {"products": ("segmentor",), "scratch": ("training/checkpoints", "filtered")}
         return self._do(group, "cells", name, inputs, work, **made)
+
+    def _adapted(self, arm: ArmConfig, seed: int, config: SegmentorConfig, group: str) -> Unit:
+        """The segmentor of the same arm without `adapt`, adapted: it is trained once for both."""
+        self._adaptable  # noqa: B018 (before anything is trained)
+        plain = arm.model_copy(update={"adapt": False})
+        twins = (other for other in self.recipe.study.arms if other.model_copy(update={"name": arm.name}) == plain)
+        trained = self._cell(next(twins, plain), seed, config, group)
+
+        def work(folder: Path) -> Any:
+            segmentor = _segmentor(trained)
+            adapt(segmentor, self._windows.images)
+            segmentor.save_pretrained(folder / "segmentor")
+            return trained.result
+
+        inputs = {"segmentor": trained.key, "adapt": self._windows.fingerprint()}
+        name = f"{arm.name} seed {seed}{self._suffix(config)}"
+        return self._do("adapt", "cells", name, inputs, work, products=("segmentor",))
+
+    @cached_property
+    def _adaptable(self) -> None:
+        batch_norms(Segmentor.build(self.recipe.segmentor, self.train.schema.num_classes))
+
+    def _suffix(self, config: SegmentorConfig) -> str:
+        """How the name of a cell tells settings that are not the recipe's."""
+        differs = config.train.learning_rate != self.recipe.segmentor.train.learning_rate
+        suffix = f" at {config.train.learning_rate:g}" if differs else ""
+        if config.train.steps != self.recipe.segmentor.train.steps:
+            suffix += f" {config.train.steps} steps"
+        return suffix
 
     def layouts(self, seed: int) -> Tiles:
         """The tiles whose masks are painted: the labelled ones or, with `layouts: all`, these and the windows in turn.
@@ -316,7 +345,9 @@ class Study:
         )
 
     def painted(self, kind: str, seed: int) -> Unit:
-        """The synthetic dataset of one seed: `plain`, or `steered` by the teacher of the same seed; `-like` references.
+        """The synthetic dataset of one seed and kind: `plain`, or `steered` by the teacher of the same seed.
+
+        The kinds that end in `-like` have references.
 
         How many are painted is not among its inputs: when more are asked for, the dataset is continued.
         """
@@ -325,7 +356,9 @@ class Study:
         references = self._windows if kind.endswith("-like") else None
         inputs: dict[str, Any] = {
             "generator": self.generator.key,
-            "sampling": self.recipe.sampling.model_dump(mode="json"),
+            "sampling": self.recipe.sampling.model_dump(
+                mode="json", exclude=set() if kind.endswith("-like") else {"reference_scale"}
+            ),
             "steering": None if steers is None else self.recipe.steering.model_dump(mode="json"),
             "segmentor": None if steers is None else steers.key,
             "seed": seed,

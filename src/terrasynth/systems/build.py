@@ -14,7 +14,7 @@ from terrasynth.progress import say
 from terrasynth.systems.generate import Pipeline
 from terrasynth.systems.loading import loading
 from terrasynth.systems.tisynth import TISynthPipeline
-from terrasynth.systems.todsynth import TODSynthPipeline, untrained_autoencoder
+from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or, untrained_autoencoder
 from terrasynth.training.precision import computes_in_bfloat16
 
 if TYPE_CHECKING:
@@ -123,8 +123,17 @@ def _build_tisynth(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> T
             **config.unet.model_dump(),
         )
     else:
-        with loading(config.base, TISynthPipeline.EXPECTED):
-            known = TISynthPipeline.load_config(config.base)
+        base = packaged_or(config.base)
+        with loading(base, TISynthPipeline.EXPECTED):
+            known = TISynthPipeline.load_config(base)
+        if known.get("_class_name") == "TODSynthPipeline":
+            raise TerraSynthError(
+                "the base model is of another system",
+                path=config.base,
+                found="TODSynth",
+                expected=TISynthPipeline.EXPECTED,
+                fix="set generator.base to null or to one of these",
+            )
         options: dict[str, Any] = {"label_schema": tiles.schema.to_dict()}
         if "label_schema" not in known:
             options |= {"mask_coding": config.mask_coding, "timestep_free": config.unet.timestep_free}
@@ -139,7 +148,7 @@ def _build_tisynth(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> T
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # what the base does not have starts at random
             pipeline = TISynthPipeline.from_pretrained(
-                config.base, **options, caption=data.caption, image_size=data.image_size
+                base, **options, caption=data.caption, image_size=data.image_size
             )
         check_divides(data.image_size, pipeline.factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1))
         _check_base(pipeline, config, captions)

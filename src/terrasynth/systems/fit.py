@@ -12,7 +12,6 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.io import atomic_dir, atomic_write, digest
 from terrasynth.models.text import PromptCache
-from terrasynth.recipe import HARMLESS
 from terrasynth.systems.autoencode import fit_refiner
 from terrasynth.systems.build import build
 from terrasynth.systems.loading import cast
@@ -116,7 +115,7 @@ def fit_generator(
         seed=config.seed,
         keys=keys,
         identity={
-            "generator": config.model_dump(mode="json", exclude={"train": True, "autoencoder": {"train": HARMLESS}}),
+            "generator": {name: value for name, value in config.identity().items() if name != "train"},
             "data": tiles.fingerprint(),
             "unlabelled": None if unlabelled is None else unlabelled.fingerprint(),
         },

@@ -21,6 +21,7 @@ from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
+from terrasynth.systems.loading import blind
 from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or
 
@@ -109,7 +110,8 @@ def paint(
         label: names the progress bar.
 
     Raises:
-        TerraSynthError: the folder holds another dataset, the model paints no numbers, or can not be steered.
+        TerraSynthError: the folder holds another dataset; the model paints no numbers, can not be steered, can not look
+            at references, or does not know settings of the sampling.
     """
     if steering is not None and not isinstance(pipeline, TODSynthPipeline):
         raise TerraSynthError(
@@ -118,6 +120,9 @@ def paint(
             expected="TODSynth, whose steps CRFM rectifies",
             fix="paint without steering",
         )
+    if references is not None and not pipeline.looks:
+        raise blind()
+    arguments = pipeline.sampling_arguments(sampling)
     writer = SyntheticWriter(
         folder,
         pipeline.schema,
@@ -151,7 +156,7 @@ def paint(
                 between()
             targets = torch.stack([view_mask(masks[job.source], job.view) for job in batch])
             prompts = pipeline.captions(targets)
-            options = pipeline.sampling_arguments(sampling)
+            options: dict[str, Any] = dict(arguments)
             if steering is not None:
                 options["steering"] = steering(targets.long().to(device))
             images = pipeline(

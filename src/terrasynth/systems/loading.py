@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from terrasynth.errors import TerraSynthError
 
-__all__ = ["cast", "loading"]
+__all__ = ["blind", "cast", "loading"]
 
 
 @contextmanager
@@ -35,3 +35,13 @@ def cast(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, dtype)
+
+
+def blind() -> TerraSynthError:
+    """What to say when a model is given references and never learned to look at them."""
+    return TerraSynthError(
+        "the model can not look at references",
+        found="a model that was trained without them",
+        expected="one trained with generator.reference",
+        fix="leave out --references (in Python, `references`), or train one",
+    )

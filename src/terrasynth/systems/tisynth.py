@@ -142,6 +142,11 @@ class TISynthPipeline(DiffusionPipeline):
         return self.unet
 
     @property
+    def looks(self) -> bool:
+        """It always learns to look at references."""
+        return True
+
+    @property
     def text_encoders(self) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
         """The one that there is."""
         return [self.text_encoder]
@@ -302,7 +307,7 @@ class TISynthPipeline(DiffusionPipeline):
             latents[:-1] = self.encode_images(references)
         hints = {
             name: condition_or_null(sees[name], hint[:-1], hint[-1:])
-            for name, hint in (("mask", self.unet.mask_hint(codes)), ("reference", self.unet.reference_hint(latents)))
+            for name, hint in self.unet.hints(codes, latents).items()
         }
 
         branches = [
@@ -339,7 +344,23 @@ class TISynthPipeline(DiffusionPipeline):
 
     @staticmethod
     def sampling_arguments(sampling: SamplingConfig) -> dict[str, Any]:
-        """A recipe's sampling as arguments of the call."""
+        """A recipe's sampling as arguments of the call.
+
+        Raises:
+            TerraSynthError: it has settings that are TODSynth's alone.
+        """
+        settings = type(sampling).model_fields
+        foreign = [
+            f"{name}: {getattr(sampling, name)}"
+            for name in ("solver", "shift", "guidance_interval")
+            if getattr(sampling, name) != settings[name].default
+        ]
+        if foreign:
+            raise TerraSynthError(
+                "TISynth has no such settings of its sampling, which is DDIM",
+                found=", ".join(foreign),
+                fix="leave them out of `sampling`",
+            )
         scales = sampling.model_dump(include={"text_scale", "mask_scale", "reference_scale"})
         return {"num_inference_steps": sampling.steps, "precision": sampling.precision, **scales}
 

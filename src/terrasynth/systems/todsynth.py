@@ -22,7 +22,7 @@ from terrasynth.data.schema import Coding, LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA, decode_latents, encode_images, spatial_factor
 from terrasynth.models.control import CONTROL_SCHEMES
-from terrasynth.models.mmdit import Feature, MaskMMDiT
+from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
 from terrasynth.sampling.flow import (
     FlowStep,
@@ -35,7 +35,7 @@ from terrasynth.sampling.flow import (
     seeded_noise,
 )
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
-from terrasynth.systems.loading import cast, loading
+from terrasynth.systems.loading import blind, cast, loading
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
 if TYPE_CHECKING:
@@ -154,6 +154,11 @@ class TODSynthPipeline(DiffusionPipeline):
     def network(self) -> MaskMMDiT:
         """What is trained."""
         return self.transformer
+
+    @property
+    def looks(self) -> bool:
+        """Whether it learned to look at references."""
+        return bool(self.transformer.config.reference)
 
     # Conditions
 
@@ -312,11 +317,11 @@ class TODSynthPipeline(DiffusionPipeline):
         else:
             unlabelled = torch.full_like(batch["mask"][:1], self.schema.ignore_index)
             mask_latents = self.encode_masks(condition_or_null(keep_mask, batch["mask"], unlabelled))
-        reference = None
+        reference = sees = None
         if "reference_latents" in batch:
             v = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(latents.device)
-            features = self.transformer.reference_features(batch["reference_latents"])
-            reference = _seen(features, v >= self.reference_dropout)
+            reference = self.transformer.reference_features(batch["reference_latents"])
+            sees = v >= self.reference_dropout
         predicted = self.transformer(
             hidden_states=flow.noisy,
             timestep=flow.timestep,
@@ -324,6 +329,7 @@ class TODSynthPipeline(DiffusionPipeline):
             pooled_projections=condition_or_null(keep_text, batch["pooled"], null_pooled),
             mask_latents=mask_latents,
             reference=reference,
+            sees=sees,
             return_dict=False,
         )[0]
         return F.mse_loss(predicted.float(), flow.velocity)
@@ -443,9 +449,10 @@ class TODSynthPipeline(DiffusionPipeline):
                     "encoder_hidden_states": condition_or_null(uses["text"], embeds, null_embeds),
                     "pooled_projections": condition_or_null(uses["text"], pooled, null_pooled),
                     "mask_latents": condition_or_null(uses["mask"], mask_latents, null_mask),
-                    "reference": None if features is None else _seen(features, uses["reference"]),
+                    "sees": uses.get("reference"),
                 }
-            return self.transformer(hidden_states=z.to(dtype), timestep=timestep, **known[used], return_dict=False)[0]
+            given = {"hidden_states": z.to(dtype), "timestep": timestep, "reference": features, **known[used]}
+            return self.transformer(**given, return_dict=False)[0]
 
         return guided_velocity(predict, scales, guidance_interval)
 
@@ -479,13 +486,8 @@ class TODSynthPipeline(DiffusionPipeline):
                 raise TerraSynthError(f"`{name}` and `masks` differ in number", found=len(given), expected=len(masks))
         if references is None:
             return
-        if not self.transformer.config.reference:
-            raise TerraSynthError(
-                "the model can not look at references",
-                found="a model trained without them",
-                expected="one trained with generator.reference",
-                fix="leave out `references`, or train one",
-            )
+        if not self.looks:
+            raise blind()
         height, width = references.shape[-2:]
         if (
             not references.is_floating_point()
@@ -539,14 +541,6 @@ class TODSynthPipeline(DiffusionPipeline):
             caption=caption,
             image_size=images.shape[-1],
         )
-
-
-def _seen(features: Sequence[Feature], use: Tensor) -> list[Feature]:
-    """What each image sees of its reference: values of zero are no reference; `use` as in `condition_or_null`."""
-    return [
-        (condition_or_null(torch.ones_like(use), key, key), condition_or_null(use, value, value.new_zeros(1, 1, 1, 1)))
-        for key, value in features
-    ]
 
 
 def untrained_autoencoder(config: GeneratorConfig) -> PatchPCA:

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, dihedral
 from terrasynth.data.folder import Tiles
@@ -35,7 +34,7 @@ from terrasynth.tasks.description import Description, not_whole
 from terrasynth.training.loop import Key, Outcome, global_batch, mixed_keys, sequenced_keys
 from terrasynth.training.loop import train as train_loop
 
-__all__ = ["Segmentor", "adapt", "fit", "label"]
+__all__ = ["Segmentor", "adapt", "batch_norms", "fit", "label"]
 
 Reduction = Literal["mean", "image", "wrong", "none"]
 
@@ -423,26 +422,52 @@ def _statistics_kept(network: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def adapt(segmentor: Segmentor, images: Tensor, batch_size: int = 16) -> None:
-    """Estimate the statistics of batch norms anew on images of another place (AdaBN, Li et al. 2016, arXiv 1603.04779).
-
-    Args:
-        segmentor: trained; changed in place.
-        images: uint8 (N, 3, S, S), without labels.
-        batch_size: images looked at together.
+def batch_norms(segmentor: Segmentor) -> list[_BatchNorm]:
+    """The batch norms of a segmentor.
 
     Raises:
-        TerraSynthError: it has no batch norms.
+        TerraSynthError: it has none, so there is nothing to `adapt`.
     """
-    if not any(isinstance(module, _BatchNorm) for module in segmentor.modules()):
+    norms = [module for module in segmentor.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
         raise TerraSynthError(
             "the segmentor has no batch norms to adapt",
             found=type(segmentor.network).__name__,
             fix="leave out `adapt`, or choose another `segmentor.architecture`",
         )
-    # A batch of one image would have no statistics of its own.
-    batches = images.chunk(max(1, len(images) // batch_size))
-    update_bn((batch.float() / 255 for batch in batches), segmentor, segmentor.device)
+    return norms
+
+
+@torch.no_grad()
+def adapt(segmentor: Segmentor, images: Tensor, batch_size: int = 16) -> None:
+    """Estimate the statistics of batch norms anew on images of another place (AdaBN, Li et al. 2016, arXiv 1603.04779).
+
+    All else is as in prediction: nothing is dropped, no weight changes.
+
+    Args:
+        segmentor: trained; changed in place.
+        images: uint8 (N, 3, S, S), without labels.
+        batch_size: images looked at together, at least; their statistics are averaged over the batches.
+
+    Raises:
+        TerraSynthError: it has no batch norms, or there is only one image.
+    """
+    norms = batch_norms(segmentor)
+    if len(images) < 2:
+        raise TerraSynthError(
+            "one image has no statistics of a place", found=f"{len(images)} unlabelled images", expected="2 or more"
+        )
+    segmentor.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+        norm.train()
+    # Equal to one image: a small rest would weigh as much as a whole batch.
+    for batch in images.tensor_split(max(1, len(images) // batch_size)):
+        segmentor(batch.to(segmentor.device).float() / 255)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     segmentor.eval()
 
 
