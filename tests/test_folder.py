@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import numpy as np
@@ -10,7 +11,7 @@ import rasterio
 import torch
 from PIL import Image
 
-from terrasynth.data.folder import Tiles, check_splits, load_masks, load_tiles
+from terrasynth.data.folder import Tiles, check_splits, load_masks, load_tiles, unlabelled_windows
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import DataConfig, SplitConfig, WorldConfig
@@ -523,3 +524,18 @@ def test_a_packaged_schema_reads_what_its_data_set_stores(root):
     tiles = load_tiles(config(root, label_schema="loveda"), "train")
     np.testing.assert_array_equal(tiles.masks[0].numpy(), np.where(stored == 0, 255, stored.astype(int) - 1))
     assert tiles.schema.names[2] == "road"  # stored as 3
+
+
+def test_a_split_may_lie_apart(root, tmp_path_factory):
+    """Tiles of another place, prepared by themselves."""
+    parent = tmp_path_factory.mktemp("places")
+    shutil.copytree(root, parent / "there")
+    (parent / "classes.yaml").write_bytes((root / "classes.yaml").read_bytes())
+    split = {"folder": "train", "list": "train.txt", "root": "there"}
+    apart = load_tiles(config(parent, train=split), "train")
+    assert apart.fingerprint() == load_tiles(config(root), "train").fingerprint()
+
+    # And it is held out where it lies.
+    source = {"images": "there/images/train/*", "windows": 1, "scale": None}
+    with pytest.raises(TerraSynthError, match="validation or test tiles"):
+        unlabelled_windows(config(parent, test=split, unlabelled=[source]), SCHEMA)

@@ -63,8 +63,10 @@ class SplitConfig(_Config):
 
     folder: str
     """What `{split}` in `images` and `masks` stands for."""
+    root: Path | None = None
+    """Folder under `data.root` that this split is in, with its list: tiles of another place may lie apart."""
     list: str | None = None
-    """Text file (under `root`) with one tile name a line, without suffix; null takes every image of the folder."""
+    """Text file (beside `images`) with one tile name a line, without suffix; null takes every image of the folder."""
 
 
 class SourceConfig(_Config):

@@ -471,11 +471,12 @@ def _refuse_held_out(config: DataConfig, root: Path) -> None:
     held_out: set[Path] = set()
     for split in ("validation", "test"):
         where: SplitConfig = getattr(config, split)
-        folder = root / config.images.replace("{split}", where.folder)
-        if not folder.is_dir() or (where.list is not None and not (root / where.list).is_file()):
+        top = root / (where.root or "")
+        folder = top / config.images.replace("{split}", where.folder)
+        if not folder.is_dir() or (where.list is not None and not (top / where.list).is_file()):
             continue  # a generator may be trained before there is such a split
         images = _by_stem(folder, f"data.images and data.{split}.folder")
-        names = images if where.list is None else _read_list(root / where.list, split, images)
+        names = images if where.list is None else _read_list(top / where.list, split, images)
         held_out |= {path.resolve() for name in names for path in images.get(name, ())}
     unlabelled = {path.resolve(): path for source in config.unlabelled for path in find_images(root, source)}
     if shared := sorted(unlabelled[path] for path in held_out & unlabelled.keys()):
@@ -540,6 +541,7 @@ def _pair_files(
 ) -> list[tuple[str, Path, Path]]:
     """Name, image and mask of every tile of the split; what has no partner goes to `problems`."""
     where: SplitConfig = getattr(config, split)
+    root = root / (where.root or "")
     images = _by_stem(root / config.images.replace("{split}", where.folder), f"data.images and data.{split}.folder")
     masks = _by_stem(root / config.masks.replace("{split}", where.folder), f"data.masks and data.{split}.folder")
     names = sorted(images) if where.list is None else _read_list(root / where.list, split, images)
