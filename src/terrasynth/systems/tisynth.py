@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.all_in_attention import AllInAttentionUNet
-from terrasynth.models.autoencoder import Autoencoder, PatchPCA, decode_latents, encode_images, spatial_factor
+from terrasynth.models.autoencoder import Autoencoder, PatchPCA, spatial_factor
 from terrasynth.models.text import PromptCache, encode_prompts_sd1, word_encoder, word_tokenizer
 from terrasynth.sampling.diffusion import Epsilon, diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import Guided, condition_or_null, guidance_chain
 from terrasynth.systems.loading import cast, loading
+from terrasynth.systems.pipeline import MaskPipeline
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ _SCHEDULE = {
 _HINT_CHANNELS = (16, 32, 96, 256)
 
 
-class TISynthPipeline(DiffusionPipeline):
+class TISynthPipeline(MaskPipeline):
     """Paints images under masks in the look of reference images; loads and saves in the diffusers folder layout.
 
     `TISynthPipeline.from_pretrained(FOLDER)` loads what TerraSynth saved. A Stable Diffusion 1.5 folder or hub name
@@ -89,14 +90,7 @@ class TISynthPipeline(DiffusionPipeline):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        if label_schema is None:
-            raise TerraSynthError(
-                "the pipeline has no label schema",
-                found="a base model that knows no classes",
-                expected="`label_schema=`, as LabelSchema.to_dict() gives it",
-                fix="TISynthPipeline.from_pretrained(NAME, label_schema=LabelSchema.from_yaml(FILE).to_dict())",
-            )
-        self.schema = LabelSchema.from_dict(label_schema)
+        self.schema = self.known_classes(label_schema)
         self.factor = spatial_factor(vae)
         channels = mask_channels(self.schema, mask_coding)
         if not isinstance(unet, AllInAttentionUNet):
@@ -157,24 +151,12 @@ class TISynthPipeline(DiffusionPipeline):
         """Texts to prompt embeddings (B, L, D), and no pooled ones (B, 0); `prompts` is the same with a cache."""
         return encode_prompts_sd1(prompts, self.tokenizer, self.text_encoder)
 
-    def captions(self, masks: Iterable[Tensor]) -> list[str]:
-        """The default prompt of every mask (H, W): the names of its classes."""
-        return [self.schema.caption(mask.cpu(), self.config.caption) for mask in masks]
-
     def encode_masks(self, masks: Tensor) -> Tensor:
         """Masks (B, H, W) of class indices to the code that the mask's encoder reads, (B, Cm, H, W)."""
         if self.config.mask_coding == "ids":
             ids = torch.where(masks == self.schema.ignore_index, 255, masks)
             return (ids / 255).to(self.unet.dtype).unsqueeze(1).expand(-1, 3, -1, -1)
         return self.schema.encode(masks, self.config.mask_coding).to(self.unet.dtype)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to latents (B, C, h, w) of about unit variance; the mode, not a sample."""
-        return encode_images(self.vae, images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
-        return decode_latents(self.vae, latents)
 
     # Training
 

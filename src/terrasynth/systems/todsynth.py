@@ -7,20 +7,20 @@ Reads like the method section: the conditions, the flow-matching loss, guided an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 from terrasynth.data.schema import Coding, LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.models.autoencoder import PatchPCA, decode_latents, encode_images, spatial_factor
+from terrasynth.models.autoencoder import PatchPCA, spatial_factor
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
@@ -36,6 +36,7 @@ from terrasynth.sampling.flow import (
 )
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
 from terrasynth.systems.loading import blind, cast, loading
+from terrasynth.systems.pipeline import MaskPipeline
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def packaged_or(model: str | Path) -> str | Path:
     return model
 
 
-class TODSynthPipeline(DiffusionPipeline):
+class TODSynthPipeline(MaskPipeline):
     """Paints images under masks; loads and saves in the diffusers folder layout.
 
     `TODSynthPipeline.from_pretrained(FOLDER)` loads what TerraSynth trained. A Stable Diffusion 3 or 3.5 folder or hub
@@ -113,14 +114,7 @@ class TODSynthPipeline(DiffusionPipeline):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        if label_schema is None:
-            raise TerraSynthError(
-                "the pipeline has no label schema",
-                found="a base model that knows no classes",
-                expected="`label_schema=`, as LabelSchema.to_dict() gives it",
-                fix="TODSynthPipeline.from_pretrained(NAME, label_schema=LabelSchema.from_yaml(FILE).to_dict())",
-            )
-        self.schema = LabelSchema.from_dict(label_schema)
+        self.schema = self.known_classes(label_schema)
         self.factor = spatial_factor(vae)
         if not isinstance(transformer, MaskMMDiT):
             channels = mask_channels(self.schema, mask_coding, vae)
@@ -188,10 +182,6 @@ class TODSynthPipeline(DiffusionPipeline):
             for encoder in visitors:
                 encoder.to("cpu")
 
-    def captions(self, masks: Iterable[Tensor]) -> list[str]:
-        """The default prompt of every mask (H, W): the names of its classes."""
-        return [self.schema.caption(mask.cpu(), self.config.caption) for mask in masks]
-
     def encode_masks(self, masks: Tensor) -> Tensor:
         """Masks (B, H, W) of class indices to mask latents (B, C, h, w) on the grid of the image latents."""
         code = self.schema.encode(masks, self.config.mask_coding)
@@ -199,14 +189,6 @@ class TODSynthPipeline(DiffusionPipeline):
             return self.encode_images(code / 2 + 0.5).to(self.transformer.dtype)
         # Nothing is lost: the pixels under one latent become its channels.
         return F.pixel_unshuffle(code, self.factor).to(self.transformer.dtype)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to latents (B, C, h, w) of about unit variance; the mode, not a sample."""
-        return encode_images(self.vae, images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
-        return decode_latents(self.vae, latents)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, batch_size: int = 16) -> Tensor:

@@ -1,0 +1,49 @@
+"""What every system that paints under masks has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
+from terrasynth.models.autoencoder import decode_latents, encode_images
+
+__all__ = ["MaskPipeline"]
+
+
+class MaskPipeline(DiffusionPipeline):
+    """A diffusers pipeline that knows classes (`schema`) and paints in the latents of its `vae`."""
+
+    schema: LabelSchema
+
+    @classmethod
+    def known_classes(cls, label_schema: dict[str, Any] | None) -> LabelSchema:
+        """The classes of `LabelSchema.to_dict()`.
+
+        Raises:
+            TerraSynthError: there are none: a base model that knows no classes was loaded without `label_schema=`.
+        """
+        if label_schema is None:
+            raise TerraSynthError(
+                "the pipeline has no label schema",
+                found="a base model that knows no classes",
+                expected="`label_schema=`, as LabelSchema.to_dict() gives it",
+                fix=f"{cls.__name__}.from_pretrained(NAME, label_schema=LabelSchema.from_yaml(FILE).to_dict())",
+            )
+        return LabelSchema.from_dict(label_schema)
+
+    def captions(self, masks: Iterable[Tensor]) -> list[str]:
+        """The default prompt of every mask (H, W): the names of its classes."""
+        return [self.schema.caption(mask.cpu(), self.config.caption) for mask in masks]
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to latents (B, C, h, w) of about unit variance; the mode, not a sample."""
+        return encode_images(self.vae, images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
+        return decode_latents(self.vae, latents)
