@@ -37,7 +37,7 @@ from terrasynth.data.folder import join, load_synthetic, load_tiles
 from terrasynth.data.scores import ClassStatistics
 from terrasynth.data.write import SyntheticWriter, read_manifest
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import read_json
+from terrasynth.io import alone, read_json
 from terrasynth.recipe import CurationConfig
 from terrasynth.recipe_io import curation_config, explain
 from terrasynth.tasks.segmentation import Segmentor
@@ -409,6 +409,17 @@ def test_scoring_killed_at_any_rename_ends_as_if_it_was_not(real, segmentor, sco
         assert died == (renames < 7)
         score_dataset(folder, segmentor, real)
         assert contents(folder) == contents(scored)
+
+
+def test_two_processes_do_not_curate_one_dataset(real, segmentor, viewed, tmp_path):
+    folder = shutil.copytree(viewed, tmp_path / "set")
+    before = contents(folder)
+    with alone(folder, TerraSynthError("not expected")):  # a lock belongs to an open file: a second one stays out
+        for attempt in (lambda: score_dataset(folder, segmentor, real), lambda: curate(folder, "b", CurationConfig())):
+            with pytest.raises(TerraSynthError, match="another process is curating this dataset"):
+                attempt()
+    assert contents(folder) == before
+    curate(folder, "b", CurationConfig())
 
 
 def test_a_dataset_that_grows_keeps_its_scores_and_gets_those_it_lacks(real, segmentor, viewed, tmp_path):

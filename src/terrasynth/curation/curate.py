@@ -11,11 +11,11 @@ import numpy as np
 from terrasynth.curation.picture import draw_view
 from terrasynth.curation.select import Selection, Table, histogram, select
 from terrasynth.data.folder import read_samples
-from terrasynth.data.scores import AGAIN, ClassStatistics, read_codes
+from terrasynth.data.scores import AGAIN, ClassStatistics, busy, read_codes
 from terrasynth.data.view import View, code_limit, view_file
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError, listed
-from terrasynth.io import remove_incomplete
+from terrasynth.io import alone, remove_incomplete
 from terrasynth.progress import track
 from terrasynth.recipe import CurationConfig
 
@@ -28,8 +28,13 @@ def curate(dataset: Path, name: str, config: CurationConfig, *, seed: int = 0) -
     The view depends on the dataset, its scores, the settings and the seed alone. A view of that name is replaced.
 
     Raises:
-        TerraSynthError: samples have no scores, a class is unknown, or nothing is left.
+        TerraSynthError: samples have no scores, a class is unknown, nothing is left, or another process is at it.
     """
+    with alone(dataset, busy(dataset)):
+        return _curate(dataset, name, config, seed)
+
+
+def _curate(dataset: Path, name: str, config: CurationConfig, seed: int) -> View:
     view_file(dataset, name)  # a name that is none shows at once
     schema, all_rows = read_manifest(dataset)
     rows = list(all_rows)

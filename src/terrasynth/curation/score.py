@@ -12,11 +12,11 @@ from torch import Tensor
 from terrasynth.curation.filter import class_sums, loss_codes
 from terrasynth.curation.select import Table, select
 from terrasynth.data.folder import Tiles, read_samples
-from terrasynth.data.scores import ClassStatistics, read_score, write_score
+from terrasynth.data.scores import ClassStatistics, busy, read_score, write_score
 from terrasynth.data.view import code_limit
 from terrasynth.data.write import read_manifest, write_rows
 from terrasynth.errors import TerraSynthError, changes
-from terrasynth.io import remove_incomplete, weights_digest
+from terrasynth.io import alone, remove_incomplete, weights_digest
 from terrasynth.progress import say, track
 from terrasynth.recipe import CurationConfig
 from terrasynth.tasks.confusion import Confusion
@@ -38,8 +38,14 @@ def score_dataset(dataset: Path, segmentor_folder: Path, real: Tiles) -> ClassSt
         real: the labelled training tiles that losses are measured by; never validation or test tiles.
 
     Raises:
-        TerraSynthError: classes differ, or the dataset has scores of another segmentor or of other tiles.
+        TerraSynthError: classes differ, the dataset has scores of another segmentor or of other tiles, or another
+            process is at it.
     """
+    with alone(dataset, busy(dataset)):
+        return _score_dataset(dataset, segmentor_folder, real)
+
+
+def _score_dataset(dataset: Path, segmentor_folder: Path, real: Tiles) -> ClassStatistics:
     schema, rows = read_manifest(dataset)
     if real.schema.names != schema.names or real.schema.ignore_index != schema.ignore_index:
         raise TerraSynthError(

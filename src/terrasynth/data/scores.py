@@ -39,6 +39,7 @@ __all__ = [
     "STEPS",
     "ClassStatistics",
     "add_scores",
+    "busy",
     "read_codes",
     "read_png_row",
     "read_score",
@@ -52,6 +53,11 @@ PNG_KEY = "terrasynth"
 _KEY = "curation"
 #: What adds missing scores.
 AGAIN = "terrasynth curate DATASET --segmentor DIR --real RECIPE"
+
+
+def busy(dataset: Path) -> TerraSynthError:
+    """What is raised while another process scores a dataset, or makes a view of it."""
+    return TerraSynthError("another process is curating this dataset", path=dataset, fix="wait until it is over")
 
 
 @dataclass(frozen=True)
