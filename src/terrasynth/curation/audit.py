@@ -169,6 +169,11 @@ class _Compared:
         order = self.found.likeness.argsort(descending=True, stable=True).tolist()
         return [i for i in order if not plain[i] and self.found.likeness[i] > -1][:_CLOSEST]
 
+    def told(self, index: int) -> bool:
+        """Whether a painted image is called a copy of this one: that pair needs no second look."""
+        position = int(self.found.position[index])
+        return self.kind == AMONG and self.copies.get(position, ("", -1))[1] == index
+
     def nearest(self, index: int) -> dict[str, Any]:
         found, ids = self.found, self.other.ids
         return {
@@ -314,7 +319,7 @@ def _finding(painted: str, name: str, other: str, how: str, likeness: float | No
 def _sheet(painted: Painted, plain: Tensor, compared: Sequence[_Compared]) -> Image.Image:
     """Leaks, copies, then the closest pairs of every set; the other image lies as the painted one does."""
     copies = [(c, i) for c in sorted(compared, key=lambda c: not c.leaking) for i in sorted(c.copies)][:_SHOWN]
-    closest = [(c, i) for c in compared for i in c.closest(plain) if i not in c.copies]
+    closest = [(c, i) for c in compared for i in c.closest(plain) if i not in c.copies and not c.told(i)]
     pictures: dict[str, list[Tensor]] = {"painted": [], "nearest": []}
     masks, captions = [], []
     for c, index in [*copies, *closest]:
