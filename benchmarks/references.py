@@ -1,7 +1,10 @@
-"""Which generator takes the look of a reference, and still obeys the mask? Equal budgets of operations.
+r"""Which generator takes the look of a reference, and still obeys the mask? Equal budgets of operations.
 
     python benchmarks/transfer_data.py world DATA
-    python benchmarks/references.py DATA --out OUT [--ruler SEGMENTOR] [--steps 600]
+    python benchmarks/transfer_data.py ruler RULER
+    terrasynth study benchmarks/transfer.yaml --data RULER --set study.arms=[{name: ruler}] --set study.seeds=[0] \
+        --set data.unlabelled=[] --set generator.reference=null --out RULED
+    python benchmarks/references.py DATA --out OUT [--ruler RULED/cells/ruler-seed-0-*/segmentor] [--steps 600]
 
 The labelled tiles and unlabelled images of a transfer study (`benchmarks/transfer.yaml`) train each generator; then
 masks of the labelled place are painted in the look of images of the other. The first, terrasynth-tiny, has `--steps`
@@ -11,7 +14,8 @@ steps; the others as many as cost the same operations, forward and backward, cou
     to another      the same to the reference of another tile: references do nothing where both are the same
     KID to target, source    kernel distance of painted tiles from the images of both places, in whitened random
                     features of the target's
-    agreement       mIoU of painted tiles against their masks, as the ruler reads them: a segmentor that trained nothing
+    agreement       mIoU of painted tiles against their masks, as the ruler reads them: a segmentor of other
+                    scenes of both places
 
 Started again, it goes on.
 """
@@ -130,30 +134,33 @@ def main() -> None:
         fit_generator(source, own.generator, own.data, own.sampling, folder, unlabelled=target)
         pipeline, looks = load_pipeline(folder / "model"), own.generator.reference is not None
         jobs = plan(options.count, len(source), 0, len(target))
-        painted = load_synthetic(
-            paint(
-                pipeline,
-                source.masks,
-                source.ids,
-                jobs,
-                own.sampling,
-                folder / "painted",
-                provenance={"generator": name},
-                references=target if looks else None,
-            )
-        )
         references = colors(torch.stack([target.images[job.reference or 0] for job in jobs]))
-        found = whiten(random_features(painted.images))
-        row = {
-            "generator": name,
-            "parameters": sum(p.numel() for p in pipeline.network.parameters()),
-            "steps": steps,
-            "to_reference": (colors(painted.images) - references).abs().mean().item(),
-            "to_another": (colors(painted.images) - references.roll(1, 0)).abs().mean().item(),
-            "kid": {place: kid(there, found) for place, there in places.items()},
-            "agreement": None if ruler is None else ruler.evaluate(painted).mean_iou,
-        }
-        rows.append(row)
+        # The same generator without the reference, too: what the reference itself does.
+        for given, shown in ((target, name), (None, f"{name}, none given"))[: 2 if looks else 1]:
+            painted = load_synthetic(
+                paint(
+                    pipeline,
+                    source.masks,
+                    source.ids,
+                    jobs,
+                    own.sampling,
+                    folder / ("without" if looks and given is None else "painted"),
+                    provenance={"generator": name},
+                    references=given if looks else None,
+                )
+            )
+            found = whiten(random_features(painted.images))
+            rows.append(
+                {
+                    "generator": shown,
+                    "parameters": sum(p.numel() for p in pipeline.network.parameters()),
+                    "steps": steps,
+                    "to_reference": (colors(painted.images) - references).abs().mean().item(),
+                    "to_another": (colors(painted.images) - references.roll(1, 0)).abs().mean().item(),
+                    "kid": {place: kid(there, found) for place, there in places.items()},
+                    "agreement": None if ruler is None else ruler.evaluate(painted).mean_iou,
+                }
+            )
     print(
         "| generator | M parameters | steps | to reference | to another | KID to target | KID to source | agreement |\n"
         "|---|--:|--:|--:|--:|--:|--:|--:|"

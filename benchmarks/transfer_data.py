@@ -2,9 +2,11 @@
 
     python benchmarks/transfer_data.py dubai OUT --source DUBAI --target DRONEDEPLOY
     python benchmarks/transfer_data.py world OUT
+    python benchmarks/transfer_data.py ruler OUT
 
 `dubai`: satellite tiles of Dubai (MBRSC) to drone tiles of DroneDeploy's benchmark, in the four classes that both have;
-clutter and cars are left unlabelled. `world`: procedural scenes of a temperate region to those of an arid one.
+clutter and cars are left unlabelled. `world`: procedural scenes of a temperate region to those of an arid one. `ruler`:
+labelled scenes of both regions, none of them in `world`, for a segmentor that judges what is painted.
 
 Written are images/ and masks/ of `train` and `validation` (source) and `test` (target), the target's unlabelled images
 in images/target, and classes.yaml. No label of the target leaves `test`. `benchmarks/transfer.yaml` reads both.
@@ -31,6 +33,23 @@ CLASSES = LabelSchema(
 COMMON = {"dubai": {0: 0, 1: 1, 2: 1, 3: 2, 4: 3}, "dronedeploy": {0: 0, 4: 1, 2: 2, 3: 3}}
 #: Side of the scenes; tiles are shrunk to 64 pixels.
 SIDE = 64
+#: Region, how many, seed, folder, and whether the labels are written.
+SCENES = {
+    "world": (
+        ("temperate", 64, 0, "train", True),
+        ("temperate", 48, 1, "validation", True),
+        ("arid", 256, 2, "target", False),
+        ("arid", 128, 3, "test", True),
+    ),
+    "ruler": (
+        ("temperate", 128, 4, "train", True),
+        ("arid", 128, 5, "train", True),
+        ("temperate", 32, 6, "validation", True),
+        ("arid", 32, 7, "validation", True),
+        ("temperate", 64, 8, "test", True),
+        ("arid", 64, 9, "test", True),
+    ),
+}
 
 
 def copy(root: Path, names: Sequence[str], split: str, folder: str, out: Path, common: dict[int, int] | None) -> None:
@@ -61,9 +80,9 @@ def scenes(region: str, count: int, seed: int) -> Tiles:
 
 
 def main() -> None:
-    """Write one of the two."""
+    """Write one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("dubai", "world"))
+    parser.add_argument("what", choices=("dubai", *SCENES))
     parser.add_argument("out", type=Path)
     parser.add_argument("--source", type=Path, help="folder of the Dubai tiles")
     parser.add_argument("--target", type=Path, help="folder of the DroneDeploy tiles")
@@ -81,17 +100,13 @@ def main() -> None:
             copy(root, names, split, folder, options.out, COMMON[name] if labelled else None)
         CLASSES.to_yaml(options.out / "classes.yaml")
         return
-    for region, count, seed, folder, labelled in (
-        ("temperate", 64, 0, "train", True),
-        ("temperate", 48, 1, "validation", True),
-        ("arid", 256, 2, "target", False),
-        ("arid", 128, 3, "test", True),
-    ):
+    for region, count, seed, folder, labelled in SCENES[options.what]:
         tiles = scenes(region, count, seed)
+        prefix = f"{region}-" if options.what == "ruler" else ""  # both regions in one folder
         for name, image, mask in zip(tiles.ids, tiles.images.movedim(1, -1), tiles.masks, strict=True):
-            save(options.out / "images" / folder / f"{name}.png", image.numpy())
+            save(options.out / "images" / folder / f"{prefix}{name}.png", image.numpy())
             if labelled:
-                save(options.out / "masks" / folder / f"{name}.png", mask.numpy())
+                save(options.out / "masks" / folder / f"{prefix}{name}.png", mask.numpy())
         tiles.schema.to_yaml(options.out / "classes.yaml")
 
 
