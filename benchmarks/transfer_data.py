@@ -5,8 +5,9 @@
     python benchmarks/transfer_data.py ruler OUT
 
 `dubai`: satellite tiles of Dubai (MBRSC) to drone tiles of DroneDeploy's benchmark, in the four classes that both have;
-clutter and cars are left unlabelled. `world`: procedural scenes of a temperate region to those of an arid one. `ruler`:
-labelled scenes of both regions, none of them in `world`, for a segmentor that judges what is painted.
+clutter and cars are left unlabelled. `world`: procedural scenes of a temperate region to those of a tropical one, which
+the packaged base model has never seen. `ruler`: labelled scenes of both regions, none of them in `world`, for a
+segmentor that judges what is painted.
 
 Written are images/ and masks/ of `train` and `validation` (source) and `test` (target), the target's unlabelled images
 in images/target, and classes.yaml. No label of the target leaves `test`. `benchmarks/transfer.yaml` reads both.
@@ -38,16 +39,16 @@ SCENES = {
     "world": (
         ("temperate", 64, 0, "train", True),
         ("temperate", 48, 1, "validation", True),
-        ("arid", 256, 2, "target", False),
-        ("arid", 128, 3, "test", True),
+        ("tropical", 256, 2, "target", False),
+        ("tropical", 128, 3, "test", True),
     ),
     "ruler": (
         ("temperate", 128, 4, "train", True),
-        ("arid", 128, 5, "train", True),
+        ("tropical", 128, 5, "train", True),
         ("temperate", 32, 6, "validation", True),
-        ("arid", 32, 7, "validation", True),
+        ("tropical", 32, 7, "validation", True),
         ("temperate", 64, 8, "test", True),
-        ("arid", 64, 9, "test", True),
+        ("tropical", 64, 9, "test", True),
     ),
 }
 
