@@ -34,7 +34,7 @@ from terrasynth.curation.select import (
 )
 from terrasynth.data.export import export
 from terrasynth.data.folder import join, load_synthetic, load_tiles
-from terrasynth.data.scores import ClassStatistics
+from terrasynth.data.scores import ClassStatistics, read_codes
 from terrasynth.data.write import SyntheticWriter, read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import alone, read_json
@@ -215,6 +215,22 @@ def test_the_rules_leave_out_what_they_say():
     assert used(balance="uniform")["e"] > 1
 
 
+def test_hard_is_a_mask_and_not_what_the_filter_leaves_of_it():
+    # The second mask has more of the hard class; the filter leaves more of it in the first.
+    two = replace(
+        table(),
+        ids=("a", "b"),
+        sources=("m0", "m1"),
+        sizes=np.full(2, 100),
+        pixels=np.array([[60, 40], [40, 60]]),
+        kept=np.array([[10, 40], [40, 10]]),
+        accuracy=np.full(2, 0.5),
+        miou=np.full(2, 0.5),
+    )
+    easy, hard = select(two, CurationConfig(resample=20), ("field", "lake"), seed=0).weights
+    assert hard / easy == pytest.approx(20 / 11)
+
+
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
@@ -235,6 +251,8 @@ def test_rules_that_leave_nothing_or_name_nothing_are_told(rules, told):
         ({"min_miou": 2.0, "resample": 0}, "min_miou: found 2.0, .*\n  resample: found 0"),
         ({"balance": "unifrm"}, "balance: found unifrm, expected 'uniform' or 'real'"),
         ({"balance": "a=0.7,b=0.6"}, "sum to 1.3, more than 1"),
+        ({"valid_share": 0.5}, "--valid-share is a part of --rare, which is not given"),
+        ({"max_weight": 2.0, "rare": "auto"}, "--max-weight is a part of --balance"),
     ],
 )
 def test_rules_that_can_not_be_are_refused(options, told):
@@ -431,7 +449,7 @@ def test_a_dataset_that_grows_keeps_its_scores_and_gets_those_it_lacks(real, seg
     paint(folder, real, 8)
     assert {row["id"]: row["curation"] for row in rows_of(folder) if "curation" in row} == first
     assert load_synthetic(folder, view="view").fingerprint() == early.fingerprint()
-    with pytest.raises(TerraSynthError, match=r"no scores yet\n  found:    3 of 8: 000005, 000006, 000007"):
+    with pytest.raises(TerraSynthError, match=r"changed since\n  found:    3 of 8: 000005, 000006, 000007"):
         curate(folder, "late", CurationConfig())
     score_dataset(folder, segmentor, real)
     shutil.rmtree(folder / "views")
@@ -451,6 +469,39 @@ def test_a_sample_that_was_painted_anew_is_scored_anew(real, segmentor, scored, 
     now = {row["id"]: row["curation"]["loss"] for row in rows_of(folder)}
     was = {row["id"]: row["curation"]["loss"] for row in rows_of(scored)}
     assert [id for id in now if now[id] != was[id]] == [chosen]
+
+
+def test_a_mask_that_was_changed_has_no_scores(viewed, segmentor, real, tmp_path):
+    folder = shutil.copytree(viewed, tmp_path / "set")
+    chosen = load_synthetic(folder, view="view").ids[0]
+    mask = folder / "masks" / f"{chosen}.png"
+    Image.fromarray(np.full_like(Image.open(mask), 255)).save(mask)
+    with pytest.raises(TerraSynthError, match=r"scores of another image or mask.*\n.*terrasynth curate DATASET"):
+        load_synthetic(folder, view="view")
+    with pytest.raises(TerraSynthError, match=rf"were changed since\n  found:    1 of \d: {chosen}"):
+        curate(folder, "view", CurationConfig())
+    score_dataset(folder, segmentor, real)
+    assert chosen not in load_synthetic(folder, view=curate(folder, "view", CurationConfig()).name).ids
+
+
+def test_damaged_or_missing_scores_are_told_and_mended(viewed, segmentor, real, tmp_path):
+    folder = shutil.copytree(viewed, tmp_path / "set")
+    whole = contents(folder)
+    first, second = (folder / "scores" / f"{id}.png" for id in load_synthetic(folder, view="view").ids[:2])
+    first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
+    second.unlink()
+    for path in (first, second):
+        with pytest.raises(TerraSynthError, match=rf"{path.name}: .*missing or damaged(.|\n)*score it again"):
+            read_codes(folder, path.stem, (1, 1))
+    with pytest.raises(TerraSynthError, match=r"score it again"):
+        load_synthetic(folder, view="view")
+    with pytest.raises(TerraSynthError, match="samples have no scores yet"):
+        curate(folder, "view", CurationConfig())
+    # Rows of the manifest that somebody edited mean nothing.
+    rows = [{**row, "curation": ["damaged"]} for row in rows_of(folder)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_dataset(folder, segmentor, real)
+    assert contents(folder) == whole
 
 
 def test_scores_of_another_segmentor_or_by_other_tiles_are_not_mixed(real, segmentor, viewed, tiny_recipe, tmp_path):
@@ -500,7 +551,7 @@ def test_views_that_are_not_there_or_damaged_are_told(scored, viewed, tmp_path):
     path.write_text(json.dumps(values))
     lost = folder / "scores" / f"{next(iter(values['weights']))}.png"
     lost.unlink()
-    with pytest.raises(TerraSynthError, match=rf"{lost}: no such file"):
+    with pytest.raises(TerraSynthError, match=rf"{lost}: .*missing or damaged\n  found:    no such file"):
         load_synthetic(folder, view="view")
 
 

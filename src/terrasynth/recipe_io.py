@@ -117,9 +117,16 @@ def curation_config(**options: Any) -> CurationConfig:
     with commas between them.
 
     Raises:
-        TerraSynthError: `CurationConfig` does not take them: all faults, one a line.
+        TerraSynthError: `CurationConfig` does not take them: all faults, one a line. Or an option has no effect, since
+            the one that it belongs to is not given.
     """
     values = {key: value for key, value in options.items() if value is not None}
+    for option, of in (("valid_share", "rare"), ("max_weight", "balance")):
+        if option in values and of not in values:
+            raise TerraSynthError(
+                f"--{option.replace('_', '-')} is a part of --{of}, which is not given",
+                fix=f"give --{of}, or leave it out",
+            )
     if values.get("margin") == "none":
         values["margin"] = None
     if values.get("rare", "auto") != "auto":

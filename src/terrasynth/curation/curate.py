@@ -11,7 +11,7 @@ import numpy as np
 from terrasynth.curation.picture import draw_view
 from terrasynth.curation.select import Selection, Table, histogram, select
 from terrasynth.data.folder import read_samples
-from terrasynth.data.scores import AGAIN, ClassStatistics, busy, read_codes
+from terrasynth.data.scores import AGAIN, ClassStatistics, add_scores, busy, read_codes
 from terrasynth.data.view import View, code_limit, view_file
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError, listed
@@ -36,17 +36,14 @@ def curate(dataset: Path, name: str, config: CurationConfig, *, seed: int = 0) -
 
 def _curate(dataset: Path, name: str, config: CurationConfig, seed: int) -> View:
     view_file(dataset, name)  # a name that is none shows at once
-    schema, all_rows = read_manifest(dataset)
-    rows = list(all_rows)
+    schema, manifest = read_manifest(dataset)
     statistics = ClassStatistics.read(dataset)
-    missing = [
-        row["id"]
-        for row in rows
-        if statistics is None or (row.get("curation") or {}).get("statistics") != statistics.key
-    ]
+    # From the scores' own files, which say of which image and mask they are.
+    rows = add_scores(dataset, list(manifest))
+    missing = [row["id"] for row in rows if "curation" not in row]
     if statistics is None or missing:
         raise TerraSynthError(
-            "samples have no scores yet",
+            "samples have no scores yet, or were changed since",
             path=dataset,
             found=f"{len(missing)} of {len(rows)}: {listed(missing, shown=5)}",
             fix=f"score them: {AGAIN}",

@@ -335,7 +335,8 @@ def read_samples(
         Row, image uint8 (H, W, 3) and mask uint8 (H, W), of every sample that is whole.
 
     Raises:
-        TerraSynthError: some are not: after the last one, with all of them in one message.
+        TerraSynthError: some are not: after the last one, with all of them in one message. Or the view's scores are
+            damaged: at once, since one command mends them all.
     """
     folder = Path(folder)
     problems: list[TerraSynthError] = []
@@ -349,11 +350,11 @@ def read_samples(
                     path=folder / row["mask_file_name"],
                     found=_size(mask.shape),
                 )
-            if view is not None:
-                mask = view.filtered(row["id"], mask, schema.ignore_index)
         except TerraSynthError as error:
             problems.append(error)
         else:
+            if view is not None:
+                mask = view.filtered(row["id"], mask, schema.ignore_index)
             yield row, image, mask
     if problems:
         raise TerraSynthError(

@@ -165,17 +165,24 @@ def read_codes(dataset: Path, id: str, shape: Sequence[int]) -> NDArray[np.uint8
     """The codes of one sample, (H, W).
 
     Raises:
-        TerraSynthError: they are missing, damaged, or not of that shape.
+        TerraSynthError: they are missing, damaged, or of another image or mask than the dataset has now.
     """
     path = _score_file(dataset, id)
-    codes = open_image(path).values
-    if codes.dtype != np.uint8 or codes.shape != tuple(shape):
+    try:
+        codes = open_image(path).values
+    except TerraSynthError as error:
         raise TerraSynthError(
-            "not the scores of this sample",
+            "the scores of this sample are missing or damaged",
             path=path,
-            found=f"{codes.dtype} of shape {codes.shape}",
-            expected=f"uint8 of shape {tuple(shape)}",
-            fix=f"delete it and run `{AGAIN}` again",
+            found=error.problem,
+            fix=f"score it again: {AGAIN}",
+        ) from error
+    about = read_png_row(path) or {}
+    if codes.shape != tuple(shape) or about.get("sample") != _sample_digest(dataset, id):
+        raise TerraSynthError(
+            "these are the scores of another image or mask: it was changed since",
+            path=path,
+            fix=f"score it again: {AGAIN}; then make the view again",
         )
     return codes
 
