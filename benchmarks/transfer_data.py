@@ -5,9 +5,10 @@
     python benchmarks/transfer_data.py ruler OUT
 
 `dubai`: satellite tiles of Dubai (MBRSC) to drone tiles of DroneDeploy's benchmark, in the four classes that both have;
-clutter and cars are left unlabelled. `world`: procedural scenes of a temperate region to those of a tropical one, which
-the packaged base model has never seen. `ruler`: labelled scenes of both regions, none of them in `world`, for a
-segmentor that judges what is painted.
+clutter and cars are left unlabelled. Dubai's pixels are about half a metre (0.3 to 1 m), DroneDeploy's 0.1 m: of
+Dubai's tiles come two windows as they are, DroneDeploy's are shrunk, so that a pixel is about the same ground.
+`world`: procedural scenes of a temperate region to those of a tropical one, which the packaged base model has never
+seen. `ruler`: labelled scenes of both regions, none of them in `world`, for a segmentor that judges what is painted.
 
 Written are images/ and masks/ of `train` and `validation` (source) and `test` (target), the target's unlabelled images
 in images/target, and classes.yaml. No label of the target leaves `test`. `benchmarks/transfer.yaml` reads both.
@@ -32,8 +33,10 @@ CLASSES = LabelSchema(
 )
 #: Indices of both data sets to those of `CLASSES`; all others are unlabelled.
 COMMON = {"dubai": {0: 0, 1: 1, 2: 1, 3: 2, 4: 3}, "dronedeploy": {0: 0, 4: 1, 2: 2, 3: 3}}
-#: Side of the scenes; tiles are shrunk to 64 pixels.
+#: Side of scenes and windows; other tiles are shrunk to it.
 SIDE = 64
+#: Of the windows on the diagonal of a tile of Dubai.
+CORNERS = (32, 160)
 #: Region, how many, seed, folder, and whether the labels are written.
 SCENES = {
     "world": (
@@ -53,19 +56,28 @@ SCENES = {
 }
 
 
-def copy(root: Path, names: Sequence[str], split: str, folder: str, out: Path, common: dict[int, int] | None) -> None:
-    """Copy tiles; with `common`, their masks too, in other indices."""
+def copy(
+    root: Path,
+    names: Sequence[str],
+    split: str,
+    folder: str,
+    out: Path,
+    common: dict[int, int] | None,
+    corners: Sequence[int] | None,
+) -> None:
+    """Copy tiles, or windows of `SIDE` pixels at `corners`; with `common`, their masks too, in other indices."""
     lookup = np.full(256, CLASSES.ignore_index, np.uint8)
     for old, new in (common or {}).items():
         lookup[old] = new
     for name in names:
         (path,) = (root / "images" / split).glob(f"{name}.*")
-        save(out / "images" / folder / f"{name}.png", read_image(path))
+        pixels = {"images": read_image(path)}
         if common is not None:
-            save(
-                out / "masks" / folder / f"{name}.png",
-                lookup[np.asarray(Image.open(root / "masks" / split / f"{name}.png"))],
-            )
+            pixels["masks"] = lookup[np.asarray(Image.open(root / "masks" / split / f"{name}.png"))]
+        for kind, values in pixels.items():
+            for number, corner in enumerate(corners or [0]):
+                window = values if corners is None else values[corner : corner + SIDE, corner : corner + SIDE]
+                save(out / kind / folder / f"{name}{'' if corners is None else f'-{number}'}.png", window)
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -98,7 +110,9 @@ def main() -> None:
             (options.target, "dronedeploy", "test", "test", True),
         ):
             names = (root / f"{split}.txt").read_text().split()
-            copy(root, names, split, folder, options.out, COMMON[name] if labelled else None)
+            # Half a metre a pixel in both: tiles of 0.1 m are shrunk whole, to a fifth.
+            corners = CORNERS if name == "dubai" else None
+            copy(root, names, split, folder, options.out, COMMON[name] if labelled else None, corners)
         CLASSES.to_yaml(options.out / "classes.yaml")
         return
     for region, count, seed, folder, labelled in SCENES[options.what]:
