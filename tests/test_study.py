@@ -97,6 +97,26 @@ def test_the_test_tiles_change_nothing_but_the_scores(finished, tiny_recipe, tmp
             assert np.array_equal(open_image(file).values, open_image(before / file.relative_to(after)).values)
 
 
+def test_nor_do_they_where_unlabelled_images_teach(semi_supervised, tmp_path):
+    values = semi_supervised.model_dump(mode="json")
+    values["generator"] |= {"reference": "view"}
+    everything = {"references": True, "pseudo_labels": 0.0, "adapt": True, "curate": {"resample": 2}}
+    arms = [{"name": "real"}, {"name": "all", "synthetic": "plain", "ratio": 1, **everything}]
+    values["study"] |= {"seeds": [0], "arms": arms, "teacher": "real"}
+    root, made = Path(values["data"]["root"]), []
+    for kind in ("images", "masks"):
+        (root / kind / "other").mkdir()
+        tile = sorted((root / kind / "test").iterdir())[1]
+        shutil.copy(tile, root / kind / "other" / tile.name)
+    for folder in ("test", "other"):
+        values["data"]["test"]["folder"] = folder
+        study = Study(Recipe.model_validate(values), Path(), tmp_path / folder)
+        assert len(study.test) == (2 if folder == "test" else 1)
+        segmentor = study.cell(study.recipe.study.arms[1], 0).folder / "segmentor"
+        made.append((segmentor / "model.safetensors").read_bytes())
+    assert made[0] == made[1]
+
+
 def test_every_painted_set_is_audited_against_every_split(finished, tiny_recipe):
     audits = json.loads((finished / "results.json").read_text())["audit"]
     assert [(one["kind"], one["seed"]) for one in audits] == [(k, s) for k in ("plain", "steered") for s in (0, 1)]
@@ -656,8 +676,9 @@ def test_a_study_of_tisynth(semi_supervised, tmp_path):
 def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path, monkeypatch):
     import torch
 
+    from terrasynth.data.folder import unlabelled_windows
     from terrasynth.study import run
-    from terrasynth.tasks.segmentation import Segmentor
+    from terrasynth.tasks.segmentation import Segmentor, adapt
 
     values = semi_supervised.model_dump(mode="json")
     values["generator"] |= {"pseudo_labels": None}
@@ -677,6 +698,13 @@ def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path, monke
         if not torch.equal(a, b)
     }
     assert {"running_mean", "running_var"} <= changed <= {"running_mean", "running_var", "num_batches_tracked"}
+    adapt(plain, unlabelled_windows(study.recipe.data, study.train.schema).images)
+    # Beside it, what the test tiles would have made of it.
+    other = Segmentor.from_pretrained(study.cell(study.recipe.study.arms[0], 0).folder / "segmentor")
+    adapt(other, study.test.images)
+    assert not all(torch.equal(a, b) for a, b in zip(other.buffers(), adapted.buffers(), strict=True))
+    for one, other in zip(plain.state_dict().values(), adapted.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
     assert "give the batch norms of “adapted” their statistics" in page
 
 

@@ -6,6 +6,7 @@ Rooms are imported inside the commands, so that `terrasynth --help` never loads 
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
 import shlex
@@ -477,8 +478,9 @@ def generate(
 ) -> None:
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
-    Image i depends on its mask, the seed and i alone. Stopped or killed, the same command adds what is missing. With a
-    model's folder, `--set` takes keys of `sampling` and `steering` only. With --like, one GeoTIFF instead.
+    Image i depends on its mask, the seed and i alone, and with --references on these images. Stopped or killed, the same
+    command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only. With
+    --like, one GeoTIFF instead.
     """
     from terrasynth.recipe_io import override_defaults
 
@@ -979,6 +981,12 @@ def _every_process() -> Iterator[bool]:
         last_words(text)
         # Not a regular end, which would wait for the other processes.
         os._exit(code)
+
+
+# Line breaks of the docstrings would meet those of the terminal.
+for _command in app.registered_commands:
+    _paragraphs = inspect.cleandoc(_command.callback.__doc__ or "").split("\n\n")
+    _command.help = "\n\n".join(paragraph.replace("\n", " ") for paragraph in _paragraphs)
 
 
 def main() -> None:
