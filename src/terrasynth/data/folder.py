@@ -37,6 +37,7 @@ __all__ = [
     "Split",
     "Tiles",
     "check_splits",
+    "files_by_name",
     "join",
     "load_masks",
     "load_references",
@@ -575,6 +576,25 @@ def _pair_files(
     if where.list is None and (unused := len(masks.keys() - images.keys())):
         say(f"{split} split: masks without an image, not used: {unused}")
     return pairs
+
+
+def files_by_name(folder: str | Path, key: str) -> dict[str, Path]:
+    """The images or masks directly in a folder, by their names without suffix.
+
+    Args:
+        folder: where they are.
+        key: what to correct if it is the wrong one, in messages.
+
+    Raises:
+        TerraSynthError: there is no such folder, none of them in it, or several with one name.
+    """
+    files = _by_stem(Path(folder), key)
+    for paths in files.values():
+        if len(paths) > 1:
+            raise _several(paths)
+    if not files:
+        raise TerraSynthError("no images here", path=folder, expected=", ".join(IMAGE_SUFFIXES), fix=f"correct {key}")
+    return {name: paths[0] for name, paths in files.items()}
 
 
 def _several(paths: Sequence[Path]) -> TerraSynthError:

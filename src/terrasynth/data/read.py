@@ -7,6 +7,7 @@ are an error that shows both. So is a mask whose colours or class names say that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "nodata_is_class",
     "read_image",
     "read_mask",
+    "read_prediction",
     "refuse_bad_files",
     "refuse_jpeg",
     "without_recipe",
@@ -96,6 +98,28 @@ def read_mask(path: Path, schema: LabelSchema, coding: str) -> dict[str, _Array]
     """Read a mask in every coding that it fits ("index", "color", "grey"), each (H, W); at least one."""
     refuse_jpeg(path)
     return mask_readings(open_image(path), schema, coding, path)
+
+
+def read_prediction(path: Path, schema: LabelSchema) -> _Array:
+    """Read a predicted class map, of the values that the schema's mask files store, as class indices (H, W).
+
+    Values that stand for no class are read as unlabelled: to be counted as wrong, instead of ending the evaluation. The
+    values alone count, not the colours of a palette.
+
+    Raises:
+        TerraSynthError: the file can not be read, does not hold one band of whole numbers, or names other classes.
+    """
+    refuse_jpeg(path)
+    pixels = open_image(path)
+    values = pixels.values
+    # Bands are left to the reader, which refuses colours; single values of them mean nothing.
+    if values.ndim == 2 and values.dtype.kind in "iu":
+        known = np.isin(values, schema.stored)
+        pixels = replace(pixels, values=np.where(known, values, np.uint8(schema.stored_ignore[0])))
+    try:
+        return _as_named(mask_readings(pixels, schema, "index", path), pixels, schema, path)["index"]
+    except TerraSynthError as error:
+        raise without_recipe(error) from error
 
 
 def refuse_jpeg(path: Path) -> None:
