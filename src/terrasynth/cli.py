@@ -478,9 +478,9 @@ def generate(
 ) -> None:
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
-    Image i depends on its mask, the seed and i alone, and with --references on these images. Stopped or killed, the same
-    command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only. With
-    --like, one GeoTIFF instead.
+    Image i depends on its mask, the seed and i alone, and with --references on these images. Stopped or killed, the
+    same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only.
+    With --like, one GeoTIFF instead.
     """
     from terrasynth.recipe_io import override_defaults
 
