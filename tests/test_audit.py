@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from terrasynth.cli import app
 from terrasynth.curation.audit import AMONG, Layouts, audit, audit_folders
 from terrasynth.curation.copies import LEAST_DETAIL, detail, likeness, limit, nearest_images, shrink
-from terrasynth.curation.images import from_tiles, read_folder, read_painted, turn_digest
+from terrasynth.curation.images import from_tiles, read_folder, read_painted
 from terrasynth.data.augment import dihedral, view
-from terrasynth.data.folder import Tiles
+from terrasynth.data.folder import Tiles, turn_digest
 from terrasynth.data.world import WORLD_SCHEMA, render
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError

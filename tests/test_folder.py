@@ -11,7 +11,7 @@ import rasterio
 import torch
 from PIL import Image
 
-from terrasynth.data.folder import Tiles, check_splits, load_masks, load_tiles, unlabelled_windows
+from terrasynth.data.folder import Tiles, check_splits, load_masks, load_tiles, turn_digest, unlabelled_windows
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import DataConfig, SplitConfig, WorldConfig
@@ -487,6 +487,27 @@ def test_splits_that_share_a_tile_are_refused():
     second = tiles_of({"c": random_image(3), "d": random_image(2)})
     with pytest.raises(TerraSynthError, match="train/b = test/d"):
         check_splits(train=first, validation=tiles_of({"e": random_image(9)}), test=second)
+
+
+def flipped_and_turned(image):
+    return [np.rot90(side, turns) for side in (image, image[:, ::-1]) for turns in range(4)]
+
+
+@pytest.mark.parametrize("way", range(8))
+def test_splits_that_share_a_tile_flipped_or_turned_are_refused(way):
+    turned = flipped_and_turned(random_image(2))[way]
+    with pytest.raises(TerraSynthError, match="train/b = test/d"):
+        check_splits(train=tiles_of({"a": random_image(1), "b": random_image(2)}), test=tiles_of({"d": turned}))
+
+
+@pytest.mark.parametrize("border", [0, 1, 4])
+def test_one_digest_of_all_flips_and_turns_and_of_nothing_else(border):
+    """Where all borders are of one colour too, and the first row of no way comes first."""
+    images = [np.pad(random_image(seed)[:9, :7], ((border, border), (border, border), (0, 0))) for seed in (1, 2)]
+    digests = [{turn_digest(way) for way in flipped_and_turned(image)} for image in images]
+    assert [len(each) for each in digests] == [1, 1]
+    assert digests[0] != digests[1]
+    assert turn_digest(images[0].reshape(images[0].shape[1], -1, 3)) not in digests[0]
 
 
 def test_a_copy_that_was_compressed_again_is_found_by_its_name():

@@ -731,13 +731,17 @@ def test_references_that_can_not_be_are_refused(semi_supervised, changes, messag
         Recipe.model_validate(values)
 
 
-def test_an_unlabelled_image_that_is_a_copy_of_a_test_tile_is_refused(semi_supervised, tmp_path):
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("changed", [lambda image: image, np.fliplr, np.rot90], ids=["copied", "flipped", "turned"])
+def test_an_unlabelled_image_that_is_a_copy_of_a_held_out_tile_is_refused(semi_supervised, tmp_path, split, changed):
+    from PIL import Image
+
     shutil.copytree(semi_supervised.data.root, tmp_path / "tiles")
-    copied = next((tmp_path / "tiles" / "images" / "test").iterdir())
-    shutil.copy(copied, tmp_path / "tiles" / "more" / "another-name.png")
+    copied = next((tmp_path / "tiles" / "images" / split).iterdir())
+    Image.fromarray(changed(open_image(copied).values)).save(tmp_path / "tiles" / "more" / "another-name.png")
     values = semi_supervised.model_dump(mode="json")
     values["data"]["root"] = str(tmp_path / "tiles")
-    with pytest.raises(TerraSynthError, match=r"unlabelled/.*another-name.* = test/"):
+    with pytest.raises(TerraSynthError, match=rf"unlabelled/.*another-name.* = {split}/"):
         Study(Recipe.model_validate(values), Path(), tmp_path / "out").test  # noqa: B018
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from terrasynth.curation.copies import LEAST_DETAIL, Nearest, detail, limit, nearest_images
-from terrasynth.curation.images import Images, Painted, read_folder, read_painted, turn_digest
+from terrasynth.curation.images import Images, Painted, read_folder, read_painted
 from terrasynth.data.augment import dihedral, view
-from terrasynth.data.folder import load_masks
+from terrasynth.data.folder import load_masks, turn_digest
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.errors import TerraSynthError, listed
 from terrasynth.io import atomic_write, write_json

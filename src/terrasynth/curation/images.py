@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from terrasynth.curation.copies import SIDE, shrink
-from terrasynth.data.folder import Tiles, read_samples
+from terrasynth.data.folder import Tiles, read_samples, turn_digest
 from terrasynth.data.read import read_image, refuse_bad_files
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.write import read_manifest
@@ -21,7 +20,7 @@ from terrasynth.errors import TerraSynthError, listed
 from terrasynth.io import IMAGE_SUFFIXES, file_digest
 from terrasynth.progress import track
 
-__all__ = ["Images", "Painted", "from_tiles", "read_folder", "read_painted", "turn_digest"]
+__all__ = ["Images", "Painted", "from_tiles", "read_folder", "read_painted"]
 
 _Array = NDArray[np.uint8]
 
@@ -176,11 +175,3 @@ def _described(
         pixels.append(turn_digest(image) if (image != image[:1, :1]).any() else None)
     stacked = torch.stack(thumbnails) if thumbnails else torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8)
     return tuple(ids), stacked, tuple(files), tuple(pixels)
-
-
-def turn_digest(values: _Array) -> str:
-    """One digest of all flips and turns of (H, W) or (H, W, C)."""
-    ways = (np.rot90(side, turns) for side in (values, values[:, ::-1]) for turns in range(4))
-    return min(
-        hashlib.sha256(repr(way.shape).encode() + np.ascontiguousarray(way).tobytes()).hexdigest() for way in ways
-    )

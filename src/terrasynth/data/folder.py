@@ -44,6 +44,7 @@ __all__ = [
     "load_synthetic",
     "load_tiles",
     "read_samples",
+    "turn_digest",
     "unlabelled_windows",
 ]
 
@@ -131,6 +132,15 @@ class Tiles:
         for tensor in (self.images, self.masks):
             state.update(tensor.numpy().tobytes())
         return state.hexdigest()
+
+    @cached_property
+    def _by_turn_digest(self) -> Mapping[str, str]:
+        """The name of every tile by the digest of its pixels; tiles of one single colour are left out."""
+        return {
+            turn_digest(image.permute(1, 2, 0).numpy()): id_
+            for id_, image in zip(self.ids, self.images, strict=True)
+            if (image != image[:, :1, :1]).any()
+        }
 
 
 def load_tiles(config: DataConfig, split: Split, *, base: Path | None = None) -> Tiles:
@@ -382,9 +392,10 @@ def join(parts: Sequence[Tiles]) -> Tiles:
 def check_splits(**splits: Tiles) -> None:
     """Refuse splits that share a tile: what is trained on must not be tested on.
 
-    Two tiles are the same if their pixels are equal (images of one single colour apart: blank tiles are alike
-    everywhere), or if they have the same name and differ by less than a quarter of their own contrast, as a copy that
-    was compressed again does. Equal names alone are fine: many datasets number every split from 0.
+    Two tiles are the same if their pixels are equal, flipped and turned as well (images of one single colour apart:
+    blank tiles are alike everywhere), or if they have the same name and differ by less than a quarter of their own
+    contrast, as a copy that was compressed again does. Equal names alone are fine: many datasets number every split
+    from 0.
 
     Args:
         splits: the splits by name, `check_splits(train=..., test=...)`.
@@ -392,11 +403,10 @@ def check_splits(**splits: Tiles) -> None:
     Raises:
         TerraSynthError: two splits share a tile.
     """
-    digests = {name: _digests(tiles) for name, tiles in splits.items()}
     shared = []
     for (first, a), (second, b) in combinations(splits.items(), 2):
-        for key in digests[first].keys() & digests[second].keys():
-            shared.append(f"{first}/{digests[first][key]} = {second}/{digests[second][key]}")
+        named, other = a._by_turn_digest, b._by_turn_digest
+        shared += [f"{first}/{named[key]} = {second}/{other[key]}" for key in named.keys() & other.keys()]
         positions = {id_: index for index, id_ in enumerate(b.ids)}
         for index, id_ in enumerate(a.ids):
             if id_ in positions and _is_recompressed(a.images[index], b.images[positions[id_]]):
@@ -406,16 +416,18 @@ def check_splits(**splits: Tiles) -> None:
             "splits share tiles: the test would reward memory",
             found=listed(sorted(shared), separator=", "),
             expected="every tile in one split only",
-            fix="take these tiles out of one of the split lists",
+            fix="take these tiles out of one of the split lists, or out of data.unlabelled",
         )
 
 
-def _digests(tiles: Tiles) -> dict[bytes, str]:
-    return {
-        hashlib.sha256(image.numpy().tobytes()).digest(): id_
-        for id_, image in zip(tiles.ids, tiles.images, strict=True)
-        if (image != image[:, :1, :1]).any()
-    }
+def turn_digest(values: _Array) -> str:
+    """One digest of all flips and turns of (H, W) or (H, W, C)."""
+    ways = [np.rot90(side, turns) for side in (values, values[:, ::-1]) for turns in range(4)]
+    # The way whose first row comes first stands for all; the rest of the pixels decides only where several share it.
+    rows = [(way.shape, way[0].tobytes()) for way in ways]
+    first = min(rows)
+    whole = min(way.tobytes() for way, row in zip(ways, rows, strict=True) if row == first)
+    return hashlib.sha256(repr(first[0]).encode() + whole).hexdigest()
 
 
 def _is_recompressed(a: Tensor, b: Tensor) -> bool:
