@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -268,6 +269,19 @@ def test_plain_paintings_raise_no_alarm_and_are_counted(independent, tmp_path):
     done, _, _ = audit_folders(dataset, [tmp_path / "test"])
     assert done.leaks == []
     assert done.report["too_plain"] == 6
+    assert [(entry["images"], entry["too_plain"]) for entry in done.report["sets"]] == [(12, 12), (10, 6)]
+    assert re.search(r"test \(held out\) +12 +12 ", done.table())
+
+
+def test_images_that_are_too_small_to_tell_are_remarked(independent, real, tmp_path):
+    dataset = written(tmp_path / "painted", independent.images[:3], independent.masks[:3])
+    (tmp_path / "test").mkdir()
+    for index, side in enumerate((1, 4, 31, 32)):
+        pixels = Image.fromarray(real["test"].images[index].permute(1, 2, 0).numpy()).resize((side + 9, side))
+        pixels.save(tmp_path / "test" / f"{side}.png")
+    done, _, remarks = audit_folders(dataset, [tmp_path / "test"])
+    assert done.report["sets"][0]["too_small"] == 3
+    assert [remark.split(";")[0] for remark in remarks] == ["test: 3 of 4 images have a side below 32 pixels"]
 
 
 def test_only_masks_with_something_in_them_can_leak(independent, real, tmp_path):

@@ -256,7 +256,7 @@ def test_report_is_self_contained_and_well_formed(tmp_path):
 def audited(folder, leaks):
     Image.new("RGB", (1131, 600)).save(folder / "audit.png")
     leak = {"painted": "000007", "set": "test", "other": "t<1>", "how": "near copy", "likeness": 0.9, "leak": True}
-    real = {"kind": "held out", "images": 64, "limit": 0.6, "copies": leaks, "copies_under_own_mask": 0}
+    real = {"kind": "held out", "images": 64, "too_plain": 7, "limit": 0.6, "copies": leaks, "copies_under_own_mask": 0}
     own = {"kind": "one another", "images": 48, "limit": 0.6, "copies": 2, "copies_under_own_mask": 1, "leaks": None}
     closest = {"painted": "000001", "id": "t2", "likeness": 0.4321}
     sets = [{"name": "test", **real, "leaks": leaks, "closest": closest}, {"name": "x", **own, "closest": None}]
@@ -270,9 +270,16 @@ def test_report_shows_the_audit(tmp_path):
     assert "No painted tile is a copy of a validation or test tile" in text
     assert "96 painted tiles were compared; 10 of them are too plain" in " ".join(text.split())
     row = re.search(r"<th scope=.row.>test</th>(.*?)</tr>", text).group(1)
-    assert re.findall(r"<td>(.*?)</td>", row) == ["64", "0", "0", "0.43", "0.60"]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["64", "7", "0", "0", "0.43", "0.60"]
     row = re.search(r"<th scope=.row.>one another</th>(.*?)</tr>", text).group(1)
-    assert re.findall(r"<td>(.*?)</td>", row) == ["48", "4", "2", "–", "0.60"]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["48", "–", "4", "2", "–", "0.60"]
+    assert "32 pixels" not in text
+
+
+def test_report_says_where_tiles_are_too_small_to_tell_copies(tmp_path):
+    audits = audited(tmp_path, leaks=0)
+    audits[1]["sets"] = [audits[1]["sets"][0] | {"too_small": 64}, *audits[1]["sets"][1:]]
+    assert "with a side below 32 pixels" in written(tmp_path, {**study(FULL), "audit": audits})
 
 
 def test_report_tells_leaks_first(tmp_path):

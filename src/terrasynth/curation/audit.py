@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from terrasynth.curation.copies import LEAST_DETAIL, Nearest, detail, limit, nearest_images
+from terrasynth.curation.copies import LEAST_DETAIL, LEAST_SIDE, Nearest, detail, limit, nearest_images
 from terrasynth.curation.images import Images, Painted, read_folder, read_painted
 from terrasynth.data.augment import dihedral, view
 from terrasynth.data.folder import load_masks, turn_digest
@@ -60,7 +60,8 @@ class Audit:
 
     Attributes:
         report: all of it, JSON-able. `painted` images, of them `too_plain` to tell a copy by; `sets`, what they were
-            compared with; `findings`; `images`, the nearest of every set for every image.
+            compared with, with how many of its images are too plain or too small for that; `findings`; `images`, the
+            nearest of every set for every image.
         sheet: the findings and the closest pairs side by side.
     """
 
@@ -74,11 +75,12 @@ class Audit:
 
     def table(self) -> str:
         """One line a set, then the findings."""
-        lines: list[tuple[str, ...]] = [("", "images", "limit", "closest", "copies", "under own mask", "leaks")]
+        titles = ("", "images", "too plain", "limit", "closest", "copies", "under own mask", "leaks")
+        lines: list[tuple[str, ...]] = [titles]
         for entry in self.report["sets"]:
             closest = None if entry["closest"] is None else entry["closest"]["likeness"]
             keys = ("copies", "copies_under_own_mask", "leaks")
-            numbers = (entry["images"], entry["limit"], closest, *(entry[key] for key in keys))
+            numbers = (entry["images"], entry["too_plain"], entry["limit"], closest, *(entry[key] for key in keys))
             lines.append((f"{entry['name']} ({entry['kind']})", *map(_shown, numbers)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = [
@@ -155,6 +157,7 @@ class _Compared:
     kind: str
     found: Nearest
     copies: Mapping[int, tuple[str, int]]
+    too_plain: int
     limit: float
     own_mask: frozenset[int] = frozenset()
     """The copies that were painted under the mask of what they are a copy of: they share its layout by design."""
@@ -203,6 +206,8 @@ class _Compared:
             "name": self.other.name,
             "kind": self.kind,
             "images": len(self.other),
+            "too_plain": self.too_plain,
+            "too_small": sum(side < LEAST_SIDE for side in self.other.sides),
             "limit": self.limit,
             **self.measures,
             "copies": len(self.copies),
@@ -234,7 +239,7 @@ def _with_real(painted: Painted, plain: Tensor, other: Images, kind: str) -> _Co
     for index in near.nonzero().flatten().tolist():
         copies.setdefault(index, ("near copy", int(found.position[index])))
     own = frozenset(i for i, (_, position) in copies.items() if painted.sources[i] == other.tiles[position])
-    return _Compared(other, kind, found, copies, limit(real), own, measures)
+    return _Compared(other, kind, found, copies, int(plain_other.sum()), limit(real), own, measures)
 
 
 def _among_painted(painted: Painted, plain: Tensor, bound: float) -> _Compared:
@@ -255,7 +260,7 @@ def _among_painted(painted: Painted, plain: Tensor, bound: float) -> _Compared:
             copies.setdefault(index, ("near copy", position))
     sources = painted.sources
     own = frozenset(i for i, (_, other) in copies.items() if sources[i] is not None and sources[i] == sources[other])
-    return _Compared(painted, AMONG, found, copies, bound, own)
+    return _Compared(painted, AMONG, found, copies, int(plain.sum()), bound, own)
 
 
 def _same(painted: Images, other: Images) -> dict[int, tuple[str, int]]:
@@ -300,6 +305,8 @@ def _of_masks(layouts: Layouts, found: Mapping[int, int]) -> dict[str, Any]:
         "name": layouts.name,
         "kind": "masks, held out",
         "images": len(layouts.ids),
+        "too_plain": None,
+        "too_small": None,
         "limit": None,
         "copies": len(found),
         "copies_under_own_mask": None,
@@ -391,7 +398,12 @@ def audit_folders(
             )
         layouts = [Layouts(names[Path(folder)], *load_masks(folder, painted.schema, height)) for folder in masks]
     done = audit(painted, learned, held_out, layouts)
-    remarks = []
+    remarks = [
+        f"{entry['name']}: {entry['too_small']} of {entry['images']} images have a side below {LEAST_SIDE} pixels; "
+        "copies of them can not be found by likeness, only by bytes and pixels"
+        for entry in done.report["sets"]
+        if entry["too_small"]
+    ]
     stems = {Path(id_).stem for images in held_out for id_ in images.ids}
     if not masks and (named := sum(source in stems for source in painted.sources)):
         remarks.append(

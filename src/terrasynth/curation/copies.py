@@ -20,7 +20,7 @@ from torch import Tensor
 from terrasynth.curation.features import random_features
 from terrasynth.data.augment import dihedral
 
-__all__ = ["LEAST_DETAIL", "SIDE", "Nearest", "detail", "likeness", "limit", "nearest_images", "shrink"]
+__all__ = ["LEAST_DETAIL", "LEAST_SIDE", "SIDE", "Nearest", "detail", "likeness", "limit", "nearest_images", "shrink"]
 
 #: Side of the thumbnails that everything is computed from: an image of any size costs 12 KiB of memory.
 SIDE = 64
@@ -33,6 +33,8 @@ _LOWEST_LIMIT, _HIGHEST_LIMIT, _QUANTILE = 0.6, 0.75, 0.99
 _TURNS = 8
 # Sides at which candidates are looked for (by detail, by features) and compared; the comparison covers the middle.
 _COARSE, _FEATURED, _FINE, _MIDDLE = 16, 24, 32, 24
+#: A smaller image has not the detail that copies are told by.
+LEAST_SIDE = _FINE
 _WINDOW = 7
 # Contrast that counts half, in grey levels: what is left of a plain surface after compression is below.
 _HALF = 3.0

@@ -36,6 +36,7 @@ class Images:
         thumbnails: uint8 (N, 3, 64, 64).
         files: digests of the files' bytes; None where there is no file.
         pixels: digests of the pixels, the same for all flips and turns; None for an image of one colour.
+        sides: the shorter one of every image, in pixels.
         open: the image at an index, uint8 (H, W, 3).
     """
 
@@ -45,6 +46,7 @@ class Images:
     thumbnails: Tensor
     files: tuple[str | None, ...]
     pixels: tuple[str | None, ...]
+    sides: tuple[int, ...]
     open: Callable[[int], _Array]
 
     def __len__(self) -> int:
@@ -89,7 +91,7 @@ def read_painted(folder: str | Path, count: int | None = None, *, name: str | No
                 yield row["id"], folder / row["file_name"], image
                 progress.advance()
 
-        ids, thumbnails, files, pixels = _described(each())
+        ids, thumbnails, files, pixels, sides = _described(each())
     views = [row.get("view") for row in rows]
     return Painted(
         name or folder.name,
@@ -98,6 +100,7 @@ def read_painted(folder: str | Path, count: int | None = None, *, name: str | No
         thumbnails,
         files,
         pixels,
+        sides,
         lambda index: read_image(folder / rows[index]["file_name"]),
         schema,
         lambda index: next(read_samples(folder, schema, [rows[index]]))[2],
@@ -140,38 +143,47 @@ def read_folder(folder: str | Path, name: str | None = None) -> Images:
                     yield path.name, path, image
                 progress.advance()
 
-        ids, thumbnails, files, pixels = _described(each())
+        ids, thumbnails, files, pixels, sides = _described(each())
     # None is left out: what was not compared may be the leak.
     refuse_bad_files(problems, len(paths), f"images of {folder}", skip_bad=False)
     tiles = tuple(Path(id_).stem for id_ in ids)
     return Images(
-        name or folder.name, ids, tiles, thumbnails, files, pixels, lambda index: read_image(folder / ids[index])
+        name or folder.name,
+        ids,
+        tiles,
+        thumbnails,
+        files,
+        pixels,
+        sides,
+        lambda index: read_image(folder / ids[index]),
     )
 
 
 def from_tiles(name: str, tiles: Tiles) -> Images:
     """A split in memory."""
-    ids, thumbnails, _, pixels = _described(
+    ids, thumbnails, _, pixels, sides = _described(
         (id_, None, image.permute(1, 2, 0).numpy()) for id_, image in zip(tiles.ids, tiles.images, strict=True)
     )
     nothing = (None,) * len(ids)
     return Images(
-        name, ids, ids, thumbnails, nothing, pixels, lambda index: tiles.images[index].permute(1, 2, 0).numpy()
+        name, ids, ids, thumbnails, nothing, pixels, sides, lambda index: tiles.images[index].permute(1, 2, 0).numpy()
     )
 
 
 def _described(
     images: Iterable[tuple[str, Path | None, _Array]],
-) -> tuple[tuple[str, ...], Tensor, tuple[str | None, ...], tuple[str | None, ...]]:
+) -> tuple[tuple[str, ...], Tensor, tuple[str | None, ...], tuple[str | None, ...], tuple[int, ...]]:
     ids: list[str] = []
     thumbnails: list[Tensor] = []
     files: list[str | None] = []
     pixels: list[str | None] = []
+    sides: list[int] = []
     for id_, path, image in images:
         ids.append(id_)
         thumbnails.append(shrink(image))
         files.append(None if path is None else file_digest(path))
         # Blank tiles are alike everywhere.
         pixels.append(turn_digest(image) if (image != image[:1, :1]).any() else None)
+        sides.append(min(image.shape[:2]))
     stacked = torch.stack(thumbnails) if thumbnails else torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8)
-    return tuple(ids), stacked, tuple(files), tuple(pixels)
+    return tuple(ids), stacked, tuple(files), tuple(pixels), tuple(sides)

@@ -119,6 +119,9 @@ class _Set(_Part):
     name: str
     kind: str
     images: int
+    # Earlier audits did not count them.
+    too_plain: int | None = None
+    too_small: int | None = None
     limit: _Score
     copies: int
     copies_under_own_mask: int | None
@@ -514,6 +517,7 @@ def _audit(results: Results, folder: Path) -> dict[str, Any] | None:
     return {
         "painted": sum(one.painted for one in results.audit),
         "too_plain": sum(one.too_plain for one in results.audit),
+        "too_small": any(entry.too_small for one in results.audit for entry in one.sets),
         "rows": [_audit_row(group[0].name, group) for group in groups] + [_audit_row("one another", own)],
         "leaks": [(one, finding) for one in results.audit for finding in one.findings if finding.leak],
         "of": f"{closest.kind}, seed {closest.seed}",
@@ -526,6 +530,8 @@ def _audit_row(name: str, group: list[_Set]) -> dict[str, Any]:
     return {
         "name": name,
         "images": group[0].images,
+        # Of the painted tiles it is told above, of all sets together.
+        "too_plain": group[0].too_plain if group[0].kind != _AMONG else None,
         "limit": group[0].limit,
         "copies": sum(entry.copies for entry in group),
         "own": sum(entry.copies_under_own_mask or 0 for entry in group),

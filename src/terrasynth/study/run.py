@@ -43,6 +43,8 @@ __all__ = ["Study"]
 
 _MASKS = "masks.safetensors"
 _AUDIT = "audit.png"
+#: To be raised when audits tell more: these are made again, which takes seconds, and no training is.
+_AUDITED = 2
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -435,6 +437,7 @@ class Study:
         inputs = {
             "painted": painted.key,
             "count": count,
+            "audit": _AUDITED,
             **{name: tiles.fingerprint() for name, tiles in {**learned, **splits}.items()},
         }
         return self._do("audit", "audits", f"{kind} seed {seed}", inputs, work, products=(_AUDIT, "audit.json"))
