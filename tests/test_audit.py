@@ -273,6 +273,18 @@ def test_plain_paintings_raise_no_alarm_and_are_counted(independent, tmp_path):
     assert re.search(r"test \(held out\) +12 +12 ", done.table())
 
 
+def test_a_limit_that_was_not_measured_is_marked(real, independent, tmp_path):
+    dataset = read_painted(written(tmp_path / "painted", independent.images[:3], independent.masks[:3]))
+    few, many = from_tiles("few", real["test"].first(19)), from_tiles("many", tiles(range(40)))
+    done = audit(dataset, [many], [few])
+    measured = {entry["name"]: entry["limit_measured"] for entry in done.report["sets"]}
+    assert measured == {"many": True, "few": False, "painted": True}
+    assert re.search(r"few \(held out\) .* 0\.60\* ", done.table())
+    assert "* not measured" in done.table()
+    assert "*" not in audit(dataset, [many], []).table()
+    assert audit(dataset, [], []).report["sets"][0]["limit_measured"] is False
+
+
 def test_images_that_are_too_small_to_tell_are_remarked(independent, real, tmp_path):
     dataset = written(tmp_path / "painted", independent.images[:3], independent.masks[:3])
     (tmp_path / "test").mkdir()

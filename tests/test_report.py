@@ -274,6 +274,16 @@ def test_report_shows_the_audit(tmp_path):
     row = re.search(r"<th scope=.row.>one another</th>(.*?)</tr>", text).group(1)
     assert re.findall(r"<td>(.*?)</td>", row) == ["48", "–", "4", "2", "–", "0.60"]
     assert "32 pixels" not in text
+    assert "Not measured" not in text
+
+
+def test_report_marks_a_limit_that_was_not_measured(tmp_path):
+    audits = audited(tmp_path, leaks=0)
+    for one in audits:
+        one["sets"][0]["limit_measured"] = False
+    text = written(tmp_path, {**study(FULL), "audit": audits})
+    assert re.findall(r"<td>(0\.60\*?)</td></tr>", text) == ["0.60*", "0.60"]
+    assert "* Not measured" in text
 
 
 def test_report_says_where_tiles_are_too_small_to_tell_copies(tmp_path):

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from terrasynth.curation.copies import LEAST_DETAIL, LEAST_SIDE, Nearest, detail, limit, nearest_images
+from terrasynth.curation.copies import (
+    LEAST_DETAIL,
+    LEAST_IMAGES,
+    LEAST_SIDE,
+    Nearest,
+    detail,
+    limit,
+    nearest_images,
+)
 from terrasynth.curation.images import Images, Painted, read_folder, read_painted
 from terrasynth.data.augment import dihedral, view
 from terrasynth.data.folder import load_masks, turn_digest
@@ -80,13 +88,16 @@ class Audit:
         for entry in self.report["sets"]:
             closest = None if entry["closest"] is None else entry["closest"]["likeness"]
             keys = ("copies", "copies_under_own_mask", "leaks")
-            numbers = (entry["images"], entry["too_plain"], entry["limit"], closest, *(entry[key] for key in keys))
+            bound = _shown(entry["limit"]) + "*" * (entry["limit_measured"] is False)
+            numbers = (entry["images"], entry["too_plain"], bound, closest, *(entry[key] for key in keys))
             lines.append((f"{entry['name']} ({entry['kind']})", *map(_shown, numbers)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = [
             "  ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:], strict=True))])
             for first, *others in lines
         ]
+        if any(entry["limit_measured"] is False for entry in self.report["sets"]):
+            rows += ["", f"* not measured, for want of {LEAST_IMAGES} images with enough detail: the lowest limit"]
         found = [_sentence(finding) for finding in self.report["findings"]]
         plain = (
             f"{self.report['painted']} painted images, {self.report['too_plain']} of them too plain to tell a copy by"
@@ -94,7 +105,7 @@ class Audit:
         return "\n".join([plain, "", *rows, *(["", listed(found, "\n", 20)] if found else [])])
 
 
-def _shown(number: float | None) -> str:
+def _shown(number: float | str | None) -> str:
     return "-" if number is None else f"{number:.2f}" if isinstance(number, float) else str(number)
 
 
@@ -121,7 +132,7 @@ def audit(
     plain = detail(painted.thumbnails) < LEAST_DETAIL
     compared = [_with_real(painted, plain, other, "training") for other in train]
     compared += [_with_real(painted, plain, other, HELD_OUT) for other in against]
-    compared.append(_among_painted(painted, plain, max((c.limit for c in compared), default=limit(torch.empty(0)))))
+    compared.append(_among_painted(painted, plain, compared))
     under = [(layout, _under(painted, layout)) for layout in layouts]
     findings = [finding for c in compared for finding in c.findings(painted)]
     findings += [
@@ -159,6 +170,8 @@ class _Compared:
     copies: Mapping[int, tuple[str, int]]
     too_plain: int
     limit: float
+    measured: bool
+    """Whether real images gave the limit; it is the lowest one where there are too few."""
     own_mask: frozenset[int] = frozenset()
     """The copies that were painted under the mask of what they are a copy of: they share its layout by design."""
     measures: Mapping[str, Any] = field(default_factory=dict)
@@ -209,6 +222,7 @@ class _Compared:
             "too_plain": self.too_plain,
             "too_small": sum(side < LEAST_SIDE for side in self.other.sides),
             "limit": self.limit,
+            "limit_measured": self.measured,
             **self.measures,
             "copies": len(self.copies),
             "copies_under_own_mask": len(self.own_mask),
@@ -239,10 +253,13 @@ def _with_real(painted: Painted, plain: Tensor, other: Images, kind: str) -> _Co
     for index in near.nonzero().flatten().tolist():
         copies.setdefault(index, ("near copy", int(found.position[index])))
     own = frozenset(i for i, (_, position) in copies.items() if painted.sources[i] == other.tiles[position])
-    return _Compared(other, kind, found, copies, int(plain_other.sum()), limit(real), own, measures)
+    measured = len(real) >= LEAST_IMAGES
+    return _Compared(other, kind, found, copies, int(plain_other.sum()), limit(real), measured, own, measures)
 
 
-def _among_painted(painted: Painted, plain: Tensor, bound: float) -> _Compared:
+def _among_painted(painted: Painted, plain: Tensor, real: Sequence[_Compared]) -> _Compared:
+    """The painted images with each other, at the highest of the limits of real ones."""
+    bound, measured = max((c.limit for c in real), default=limit(torch.empty(0))), any(c.measured for c in real)
     itself = torch.arange(len(painted))
     with track(2 * len(painted), "comparing the painted images", unit="images") as progress:
         found = nearest_images(painted.thumbnails, painted.thumbnails, itself=itself, between=progress.advance)
@@ -260,7 +277,7 @@ def _among_painted(painted: Painted, plain: Tensor, bound: float) -> _Compared:
             copies.setdefault(index, ("near copy", position))
     sources = painted.sources
     own = frozenset(i for i, (_, other) in copies.items() if sources[i] is not None and sources[i] == sources[other])
-    return _Compared(painted, AMONG, found, copies, int(plain.sum()), bound, own)
+    return _Compared(painted, AMONG, found, copies, int(plain.sum()), bound, measured, own)
 
 
 def _same(painted: Images, other: Images) -> dict[int, tuple[str, int]]:
@@ -308,6 +325,7 @@ def _of_masks(layouts: Layouts, found: Mapping[int, int]) -> dict[str, Any]:
         "too_plain": None,
         "too_small": None,
         "limit": None,
+        "limit_measured": None,
         "copies": len(found),
         "copies_under_own_mask": None,
         "leaks": len(found),

@@ -20,7 +20,18 @@ from torch import Tensor
 from terrasynth.curation.features import random_features
 from terrasynth.data.augment import dihedral
 
-__all__ = ["LEAST_DETAIL", "LEAST_SIDE", "SIDE", "Nearest", "detail", "likeness", "limit", "nearest_images", "shrink"]
+__all__ = [
+    "LEAST_DETAIL",
+    "LEAST_IMAGES",
+    "LEAST_SIDE",
+    "SIDE",
+    "Nearest",
+    "detail",
+    "likeness",
+    "limit",
+    "nearest_images",
+    "shrink",
+]
 
 #: Side of the thumbnails that everything is computed from: an image of any size costs 12 KiB of memory.
 SIDE = 64
@@ -29,6 +40,8 @@ SIDE = 64
 LEAST_DETAIL = 0.4
 # What real images of different ground reach, and what a copy loses at most: the limit lies between (see `limit`).
 _LOWEST_LIMIT, _HIGHEST_LIMIT, _QUANTILE = 0.6, 0.75, 0.99
+#: A limit is measured by as many images as this; with fewer it is the lowest.
+LEAST_IMAGES = 20
 
 _TURNS = 8
 # Sides at which candidates are looked for (by detail, by features) and compared; the comparison covers the middle.
@@ -250,6 +263,6 @@ def limit(among_real: Tensor) -> float:
     Args:
         among_real: float (N,), of one set against itself; plain images are left out. With fewer than 20, 0.6 it is.
     """
-    if len(among_real) < 20:
+    if len(among_real) < LEAST_IMAGES:
         return _LOWEST_LIMIT
     return float(among_real.quantile(_QUANTILE).clamp(_LOWEST_LIMIT, _HIGHEST_LIMIT))

@@ -123,6 +123,7 @@ class _Set(_Part):
     too_plain: int | None = None
     too_small: int | None = None
     limit: _Score
+    limit_measured: bool | None = None
     copies: int
     copies_under_own_mask: int | None
     leaks: int | None
@@ -517,6 +518,7 @@ def _audit(results: Results, folder: Path) -> dict[str, Any] | None:
     return {
         "painted": sum(one.painted for one in results.audit),
         "too_plain": sum(one.too_plain for one in results.audit),
+        "unmeasured": any(entry.limit_measured is False for one in results.audit for entry in one.sets),
         "too_small": any(entry.too_small for one in results.audit for entry in one.sets),
         "rows": [_audit_row(group[0].name, group) for group in groups] + [_audit_row("one another", own)],
         "leaks": [(one, finding) for one in results.audit for finding in one.findings if finding.leak],
@@ -533,6 +535,7 @@ def _audit_row(name: str, group: list[_Set]) -> dict[str, Any]:
         # Of the painted tiles it is told above, of all sets together.
         "too_plain": group[0].too_plain if group[0].kind != _AMONG else None,
         "limit": group[0].limit,
+        "measured": group[0].limit_measured is not False,
         "copies": sum(entry.copies for entry in group),
         "own": sum(entry.copies_under_own_mask or 0 for entry in group),
         "held_out": group[0].leaks is not None,
