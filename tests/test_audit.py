@@ -329,6 +329,17 @@ def test_a_dataset_with_the_name_of_another_folder_is_told_from_it(independent, 
     assert set(done.report["images"][0]["nearest"]) == {"test", "test (painted)"}
 
 
+def test_the_audits_own_sheet_is_not_one_of_the_images(independent, real, tmp_path):
+    for id_, image in zip(real["test"].ids, real["test"].images[:3], strict=False):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{id_}.png")
+    dataset = written(tmp_path / "painted", independent.images[:3], independent.masks[:3])
+    first, (_, sheet), _ = audit_folders(dataset, [tmp_path])
+    assert sheet.parent == tmp_path
+    again, _, _ = audit_folders(dataset, [tmp_path])
+    assert again.report == first.report
+    assert again.report["sets"][0]["images"] == 3
+
+
 def test_the_command_ends_with_1_on_a_leak_and_0_without(planted, independent, folders, tmp_path):
     leaking = CliRunner().invoke(app, ["audit", str(planted), "--against", str(folders / "images" / "test")])
     assert leaking.exit_code == 1

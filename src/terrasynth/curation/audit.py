@@ -403,7 +403,9 @@ def audit_folders(
     names = _distinct([*train, *against, *masks])
     taken = dataset.name in names.values()
     painted = read_painted(dataset, name=f"{dataset.name} (painted)" if taken else dataset.name)
-    learned, held_out = ([read_folder(f, names[Path(f)]) for f in folders] for folders in (train, against))
+    report, sheet = (dataset.with_name(f"{dataset.name}-audit{suffix}") for suffix in (".json", ".png"))
+    # The sheet of an earlier audit may lie among them, and is none of them.
+    learned, held_out = ([read_folder(f, names[Path(f)], sheet) for f in folders] for folders in (train, against))
     layouts = []
     if masks:
         height, width = painted.open_mask(0).shape
@@ -428,7 +430,6 @@ def audit_folders(
             f"{named} painted images name a source mask that an image of --against is called as well: give the masks "
             "with --masks to see whether it is the same"
         )
-    report, sheet = (dataset.with_name(f"{dataset.name}-audit{suffix}") for suffix in (".json", ".png"))
     write_json(report, done.report)
     with atomic_write(sheet) as partial:
         done.sheet.save(partial)

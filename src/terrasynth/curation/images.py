@@ -109,18 +109,20 @@ def read_painted(folder: str | Path, count: int | None = None, *, name: str | No
     )
 
 
-def read_folder(folder: str | Path, name: str | None = None) -> Images:
+def read_folder(folder: str | Path, name: str | None = None, without: Path | None = None) -> Images:
     """The images that lie directly in a folder, of any size, read one after the other.
 
     Args:
         folder: of PNG, JPEG or TIFF images of 8 bits a band.
         name: what to call the set; by default as the folder.
+        without: a file that is passed over, if it is there.
 
     Raises:
         TerraSynthError: there are none, or some can not be used: all in one message.
     """
     folder = Path(folder)
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    paths = [path for path in paths if path.resolve() != without]
     if not paths:
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir())
         raise TerraSynthError(
