@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from terrasynth.cli import app
-from terrasynth.curation.audit import AMONG, Layouts, audit, audit_folders
+from terrasynth.curation.audit import AMONG, Layouts, audit, audit_folders, audit_splits
 from terrasynth.curation.copies import LEAST_DETAIL, detail, likeness, limit, nearest_images, shrink
 from terrasynth.curation.images import from_tiles, read_folder, read_painted
 from terrasynth.data.augment import dihedral, view
@@ -338,6 +339,36 @@ def test_the_audits_own_sheet_is_not_one_of_the_images(independent, real, tmp_pa
     again, _, _ = audit_folders(dataset, [tmp_path])
     assert again.report == first.report
     assert again.report["sets"][0]["images"] == 3
+
+
+def test_real_tiles_that_are_copies_of_held_out_ones_are_told_whatever_set_they_are_in(real):
+    learned, unlabelled, validation = tiles(range(400, 408)), tiles(range(420, 428)), tiles(range(440, 448))
+    learned.images[1] = disguised(real["test"].images[7], **DISGUISES["all at once"])
+    unlabelled.images[2] = disguised(validation.images[3], quality=50)
+    unlabelled.images[5] = dihedral(real["test"].images[8], 5)
+    sides = {"train": learned, "unlabelled": unlabelled}, {"validation": validation, "test": real["test"]}
+    done = audit_splits(*([from_tiles(*split) for split in side.items()] for side in sides))
+    assert {(found["painted"], found["other"], found["how"]) for found in done.leaks} == {
+        ("train/401", "test/207", "near copy"),
+        ("unlabelled/422", "validation/443", "near copy"),
+        ("unlabelled/425", "test/208", "same pixels"),
+    }
+    assert [(entry["name"], entry["images"], entry["copies"]) for entry in done.report["sets"]] == [
+        ("train", 8, 1),
+        ("unlabelled", 8, 2),
+    ]
+    assert (done.report["held_out"]["images"], done.report["held_out"]["leaks"]) == (32, 3)
+
+
+def test_real_tiles_are_compared_at_the_highest_limit(real):
+    """What real tiles do among themselves would make an alarm of a hundredth of them."""
+    pair = real["test"].images[7].float(), real["train"].images[0].float()
+    alike = torch.stack([(share * pair[0] + (1 - share) * pair[1]).byte() for share in (0.4, 0.5)])
+    nearly, rather = likeness(alike, real["test"].images[7].expand(2, -1, -1, -1)).tolist()
+    assert 0.6 < nearly < 0.75 < rather
+    learned = [from_tiles("train", replace(real["train"].first(2), images=alike))]
+    done = audit_splits(learned, [from_tiles("test", real["test"])])
+    assert [(found["painted"], found["other"]) for found in done.leaks] == [("train/101", "test/207")]
 
 
 def test_the_command_ends_with_1_on_a_leak_and_0_without(planted, independent, folders, tmp_path):

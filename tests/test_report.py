@@ -299,6 +299,42 @@ def test_report_tells_leaks_first(tmp_path):
     assert "2 (leak)" in text
 
 
+def splits(folder, copies):
+    Image.new("RGB", (1131, 600)).save(folder / "splits.png")
+    leak = {
+        "painted": "unlabelled/s<0>",
+        "set": "validation and test",
+        "other": "test/t1",
+        "how": "near copy",
+        "leak": True,
+    }
+    sets = [
+        {"name": "train", "images": 16, "too_plain": 3, "copies": 0},
+        {"name": "unlabelled", "images": 9, "too_plain": 1, "copies": copies},
+    ]
+    other = {"name": "validation and test", "kind": "held out", "images": 80, "too_plain": 7, "limit": 0.75}
+    other |= {"copies": copies, "copies_under_own_mask": 0, "leaks": copies}
+    other["closest"] = {"painted": "train/1", "id": "test/t2", "likeness": 0.4321}
+    return {"sheet": "splits.png", "sets": sets, "held_out": other, "findings": [leak] * copies}
+
+
+def test_report_says_whether_what_is_learned_from_has_copies_of_held_out_tiles(tmp_path):
+    results = study({"real": REAL})
+    assert "learned from" not in written(tmp_path, results)
+    clean = written(tmp_path, {**results, "audit_of_splits": splits(tmp_path, copies=0)})
+    _Page(clean)
+    assert "Nothing that is learned from is a copy of a validation or test tile" in clean
+    assert "Compared with 80 validation and test tiles, of which 7 are too plain" in clean
+    assert "a likeness of 0.43; from 0.75 on it is a copy." in clean
+    assert "compares what is learned from with validation and test tiles" in clean
+    row = re.search(r"<th scope=.row.>unlabelled</th>(.*?)</tr>", clean).group(1)
+    assert re.findall(r"<td>(.*?)</td>", row) == ["9", "1", "0"]
+    leaking = written(tmp_path, {**results, "audit_of_splits": splits(tmp_path, copies=2)})
+    _Page(leaking)
+    assert "2 unlabelled windows, by likeness copies of validation or test tiles" in leaking
+    assert "unlabelled/s&lt;0&gt; ~ test/t1 (near copy)" in leaking
+
+
 def test_charts_of_one_page_share_no_identifier(tmp_path):
     text = written(tmp_path, study(FULL, plateau=[0.001, -0.001, 0.0]))
     identifiers = re.findall(r'\bid="([^"]+)"', text)

@@ -128,6 +128,15 @@ def test_every_painted_set_is_audited_against_every_split(finished, tiny_recipe)
         assert (finished / one["sheet"]).is_file()
 
 
+def test_what_is_learned_from_is_audited_once_against_the_held_out_tiles(finished):
+    of_splits = json.loads((finished / "results.json").read_text())["audit_of_splits"]
+    assert [(one["name"], one["images"]) for one in of_splits["sets"]] == [("train", 4)]
+    assert of_splits["held_out"]["images"] == 4
+    assert (finished / of_splits["sheet"]).is_file()
+    assert len(list(finished.glob("audits/splits-*"))) == 1
+    assert "What is learned from" in (finished / "report.html").read_text()
+
+
 def test_finished_units_are_not_computed_again(finished, tiny_recipe):
     before, scored = stamps(finished), scores(finished)
     Study(tiny_recipe, Path(), finished).run()
@@ -332,15 +341,15 @@ def test_a_process_that_starts_beside_another_takes_other_units(tiny_recipe, tmp
         fcntl.flock(lock, fcntl.LOCK_EX)
         thread.start()
         for _ in range(1200):
-            if len(stamps(tmp_path)) == 6:
+            if len(stamps(tmp_path)) == 7:
                 break
             time.sleep(0.1)
-        # Three other cells and their scores; the last is still somebody else's.
-        assert len(stamps(tmp_path)) == 6
+        # Three other cells and their scores, and the audit of the splits; the last is still somebody else's.
+        assert len(stamps(tmp_path)) == 7
         assert not done
     thread.join(120)
     assert done
-    assert len(stamps(tmp_path)) == 8
+    assert len(stamps(tmp_path)) == 9
 
 
 def test_out_of_time_stops_and_the_same_call_goes_on(tiny_recipe, tmp_path):
@@ -743,6 +752,37 @@ def test_an_unlabelled_image_that_is_a_copy_of_a_held_out_tile_is_refused(semi_s
     values["data"]["root"] = str(tmp_path / "tiles")
     with pytest.raises(TerraSynthError, match=rf"unlabelled/.*another-name.* = {split}/"):
         Study(Recipe.model_validate(values), Path(), tmp_path / "out").test  # noqa: B018
+
+
+def test_near_copies_of_held_out_tiles_in_what_is_trained_on_are_reported(semi_supervised, tmp_path):
+    """Scaled and compressed again, so that no digest and no name tells them."""
+    from PIL import Image
+
+    shutil.copytree(semi_supervised.data.root, tmp_path / "tiles")
+    test, validation = (
+        Image.open(next((tmp_path / "tiles" / "images" / split).iterdir())) for split in ("test", "validation")
+    )
+    test.resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / "tiles" / "more" / "larger.png")
+    validation.rotate(90).save(tmp_path / "tiles" / "images" / "train" / "compressed.jpg", quality=80)
+    mask = next((tmp_path / "tiles" / "masks" / "train").iterdir())
+    shutil.copy(mask, mask.with_name("compressed.png"))
+    values = semi_supervised.model_dump(mode="json")
+    values["data"]["root"] = str(tmp_path / "tiles")
+    values["data"]["unlabelled"] = [{"images": "more/*.png", "windows": 1, "scale": None}]
+    unit = Study(Recipe.model_validate(values), Path(), tmp_path / "out").audited_splits()
+    copies = {(one["painted"], one["other"]) for one in unit.result["findings"]}
+    assert copies == {
+        ("unlabelled/source-0-more/larger.png-000", "test/test-00000"),
+        ("train/compressed", "validation/validation-00000"),
+    }
+    assert [(one["name"], one["copies"]) for one in unit.result["sets"]] == [("train", 1), ("unlabelled", 1)]
+    assert (unit.folder / "audit.png").is_file()
+
+    # Where no arm takes the unlabelled images, nothing is learned from them.
+    values["study"] |= {"arms": [{"name": "real"}], "layouts": "labelled", "teacher": None}
+    values["generator"]["pseudo_labels"] = None
+    unit = Study(Recipe.model_validate(values), Path(), tmp_path / "out").audited_splits()
+    assert [(one["name"], one["copies"]) for one in unit.result["sets"]] == [("train", 1)]
 
 
 def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):

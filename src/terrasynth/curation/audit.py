@@ -1,5 +1,7 @@
 """Are painted images copies? Of training images, of each other, or of images that must stay unseen: a leak.
 
+And are there copies of what must stay unseen among real images that are learned from?
+
 Nothing is filtered, chosen or trained here, and nothing else reads what comes out: it only reports.
 """
 
@@ -17,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from terrasynth.curation.copies import (
+    HIGHEST_LIMIT,
     LEAST_DETAIL,
     LEAST_IMAGES,
     LEAST_SIDE,
@@ -25,7 +28,7 @@ from terrasynth.curation.copies import (
     limit,
     nearest_images,
 )
-from terrasynth.curation.images import Images, Painted, read_folder, read_painted
+from terrasynth.curation.images import Images, Labelled, joined, read_folder, read_painted
 from terrasynth.data.augment import dihedral, view
 from terrasynth.data.folder import load_masks, turn_digest
 from terrasynth.data.sheet import contact_sheet
@@ -33,7 +36,7 @@ from terrasynth.errors import TerraSynthError, listed
 from terrasynth.io import atomic_write, write_json
 from terrasynth.progress import track
 
-__all__ = ["AMONG", "HELD_OUT", "Audit", "Layouts", "audit", "audit_folders"]
+__all__ = ["AMONG", "HELD_OUT", "Audit", "Layouts", "audit", "audit_folders", "audit_splits"]
 
 _Array = NDArray[np.uint8]
 #: Kinds of sets: images that must not be in the dataset, and the dataset itself.
@@ -69,7 +72,7 @@ class Audit:
     Attributes:
         report: all of it, JSON-able. `painted` images, of them `too_plain` to tell a copy by; `sets`, what they were
             compared with, with how many of its images are too plain or too small for that; `findings`; `images`, the
-            nearest of every set for every image.
+            nearest of every set for every image. (`audit_splits` says what its own has.)
         sheet: the findings and the closest pairs side by side.
     """
 
@@ -116,7 +119,7 @@ def _sentence(finding: Mapping[str, Any]) -> str:
 
 
 def audit(
-    painted: Painted, train: Sequence[Images], against: Sequence[Images], layouts: Sequence[Layouts] = ()
+    painted: Labelled, train: Sequence[Images], against: Sequence[Images], layouts: Sequence[Layouts] = ()
 ) -> Audit:
     """Compare painted images with training images, with images they must not show, and with each other.
 
@@ -157,6 +160,37 @@ def audit(
     return Audit(report, _sheet(painted, plain, compared))
 
 
+def audit_splits(learned: Sequence[Labelled], held_out: Sequence[Labelled]) -> Audit:
+    """Compare real images that are learned from with those that must stay unseen: a copy of one of these is a leak.
+
+    All are compared in one search, which describes each set once. The limit is the highest one: by a percentile of
+    what real tiles do among themselves, as for paintings, one real tile in a hundred would pass for a copy.
+
+    Args:
+        learned: training tiles, unlabelled images.
+        held_out: validation and test tiles.
+
+    Returns:
+        As its report: `sets`, what is learned from, with how many images of each are too plain and how many copies;
+        `held_out`, the others; `findings`, in which `painted` is an image that is learned from.
+    """
+    images, other = joined(learned), joined(held_out)
+    plain = detail(images.thumbnails) < LEAST_DETAIL
+    plain_other = detail(other.thumbnails) < LEAST_DETAIL
+    with track(len(images) + len(other), f"comparing with {other.name}", unit="images") as progress:
+        found = nearest_images(images.thumbnails, other.thumbnails, between=progress.advance)
+    copies = _copies(images, plain, other, plain_other, found, HIGHEST_LIMIT)
+    compared = _Compared(other, HELD_OUT, found, copies, int(plain_other.sum()), HIGHEST_LIMIT, None)
+    copied = torch.tensor([index in compared.copies for index in range(len(images))])
+    sizes = [len(of) for of in learned]
+    sets = [
+        {"name": of.name, "images": len(of), "too_plain": int(plains.sum()), "copies": int(leaking.sum())}
+        for of, plains, leaking in zip(learned, plain.split(sizes), copied.split(sizes), strict=True)
+    ]
+    report = {"sets": sets, "held_out": compared.summary(images, plain), "findings": compared.findings(images)}
+    return Audit(report, _sheet(images, plain, [compared], "learned"))
+
+
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
@@ -170,8 +204,8 @@ class _Compared:
     copies: Mapping[int, tuple[str, int]]
     too_plain: int
     limit: float
-    measured: bool
-    """Whether real images gave the limit; it is the lowest one where there are too few."""
+    measured: bool | None
+    """Whether real images gave the limit; it is the lowest one where there are too few. None: they were not asked."""
     own_mask: frozenset[int] = frozenset()
     """The copies that were painted under the mask of what they are a copy of: they share its layout by design."""
     measures: Mapping[str, Any] = field(default_factory=dict)
@@ -231,7 +265,7 @@ class _Compared:
         }
 
 
-def _with_real(painted: Painted, plain: Tensor, other: Images, kind: str) -> _Compared:
+def _with_real(painted: Labelled, plain: Tensor, other: Images, kind: str) -> _Compared:
     count = len(painted)
     # The other images among themselves are the yardstick; together, because that saves describing them twice.
     itself = torch.cat([torch.full((count,), -1), torch.arange(len(other))])
@@ -248,16 +282,13 @@ def _with_real(painted: Painted, plain: Tensor, other: Images, kind: str) -> _Co
         if len(other) == 1
         else float((found.distance < among.distance.quantile(_NEAR)).float().mean()),
     }
-    copies = _same(painted, other)
-    near = (found.likeness >= limit(real)) & ~plain & ~plain_other[found.position]
-    for index in near.nonzero().flatten().tolist():
-        copies.setdefault(index, ("near copy", int(found.position[index])))
+    copies = _copies(painted, plain, other, plain_other, found, limit(real))
     own = frozenset(i for i, (_, position) in copies.items() if painted.sources[i] == other.tiles[position])
     measured = len(real) >= LEAST_IMAGES
     return _Compared(other, kind, found, copies, int(plain_other.sum()), limit(real), measured, own, measures)
 
 
-def _among_painted(painted: Painted, plain: Tensor, real: Sequence[_Compared]) -> _Compared:
+def _among_painted(painted: Labelled, plain: Tensor, real: Sequence[_Compared]) -> _Compared:
     """The painted images with each other, at the highest of the limits of real ones."""
     bound, measured = max((c.limit for c in real), default=limit(torch.empty(0))), any(c.measured for c in real)
     itself = torch.arange(len(painted))
@@ -280,6 +311,17 @@ def _among_painted(painted: Painted, plain: Tensor, real: Sequence[_Compared]) -
     return _Compared(painted, AMONG, found, copies, int(plain.sum()), bound, measured, own)
 
 
+def _copies(
+    painted: Images, plain: Tensor, other: Images, plain_other: Tensor, found: Nearest, bound: float
+) -> dict[int, tuple[str, int]]:
+    """Which painted images are copies of which others, and how."""
+    copies = _same(painted, other)
+    near = (found.likeness >= bound) & ~plain & ~plain_other[found.position]
+    for index in near.nonzero().flatten().tolist():
+        copies.setdefault(index, ("near copy", int(found.position[index])))
+    return copies
+
+
 def _same(painted: Images, other: Images) -> dict[int, tuple[str, int]]:
     """Which painted images have the bytes or the pixels of which others."""
     files = {file: i for i, file in enumerate(other.files) if file is not None}
@@ -291,7 +333,7 @@ def _same(painted: Images, other: Images) -> dict[int, tuple[str, int]]:
     return found
 
 
-def _under(painted: Painted, layouts: Layouts) -> dict[int, int]:
+def _under(painted: Labelled, layouts: Layouts) -> dict[int, int]:
     """Which painted images have which mask, turned or in the view that their metadata name."""
     turned = {turn_digest(mask.numpy()): index for index, mask in enumerate(layouts.masks)}
     flat, size = layouts.masks.flatten(1), layouts.masks.shape[-1]
@@ -341,25 +383,25 @@ def _finding(painted: str, name: str, other: str, how: str, likeness: float | No
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 
-def _sheet(painted: Painted, plain: Tensor, compared: Sequence[_Compared]) -> Image.Image:
+def _sheet(painted: Labelled, plain: Tensor, compared: Sequence[_Compared], label: str = "painted") -> Image.Image:
     """Leaks, copies, then the closest pairs of every set; the other image lies as the painted one does."""
     copies = [(c, i) for c in sorted(compared, key=lambda c: not c.leaking) for i in sorted(c.copies)][:_SHOWN]
     closest = [(c, i) for c in compared for i in c.closest(plain) if i not in c.copies and not c.told(i)]
-    pictures: dict[str, list[Tensor]] = {"painted": [], "nearest": []}
+    pictures: dict[str, list[Tensor]] = {label: [], "nearest": []}
     masks, captions = [], []
     for c, index in [*copies, *closest]:
         how, position = c.copies.get(index, ("closest", int(c.found.position[index])))
         other, likeness = _picture(c.other.open(position)), ""
         if position == c.found.position[index]:
             other, likeness = dihedral(other, int(c.found.turn[index])), f" {c.found.likeness[index]:.2f}"
-        pictures["painted"].append(_picture(painted.open(index)))
+        pictures[label].append(_picture(painted.open(index)))
         pictures["nearest"].append(other)
         masks.append(torch.from_numpy(_square(painted.open_mask(index), Image.Resampling.NEAREST)))
         words = f"{'LEAK: ' if c.leaking and index in c.copies else ''}{how}{likeness}"
         captions.append(f"{words}\n{painted.ids[index]}\n{c.other.name}\n{c.other.ids[position]}")
     if not masks:  # one painted image, and nothing to compare it with
         return Image.new("RGB", (_PICTURE, _PICTURE), "white")
-    images = {label: torch.stack(column) for label, column in pictures.items()}
+    images = {row: torch.stack(column) for row, column in pictures.items()}
     return contact_sheet(images, torch.stack(masks), painted.schema, columns=_COLUMNS, captions=captions)
 
 

@@ -21,6 +21,7 @@ from terrasynth.curation.features import random_features
 from terrasynth.data.augment import dihedral
 
 __all__ = [
+    "HIGHEST_LIMIT",
     "LEAST_DETAIL",
     "LEAST_IMAGES",
     "LEAST_SIDE",
@@ -39,7 +40,7 @@ SIDE = 64
 #: with one straight shore.
 LEAST_DETAIL = 0.4
 # What real images of different ground reach, and what a copy loses at most: the limit lies between (see `limit`).
-_LOWEST_LIMIT, _HIGHEST_LIMIT, _QUANTILE = 0.6, 0.75, 0.99
+_LOWEST_LIMIT, HIGHEST_LIMIT, _QUANTILE = 0.6, 0.75, 0.99
 #: A limit is measured by as many images as this; with fewer it is the lowest.
 LEAST_IMAGES = 20
 
@@ -265,4 +266,4 @@ def limit(among_real: Tensor) -> float:
     """
     if len(among_real) < LEAST_IMAGES:
         return _LOWEST_LIMIT
-    return float(among_real.quantile(_QUANTILE).clamp(_LOWEST_LIMIT, _HIGHEST_LIMIT))
+    return float(among_real.quantile(_QUANTILE).clamp(_LOWEST_LIMIT, HIGHEST_LIMIT))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from terrasynth.errors import TerraSynthError, listed
 from terrasynth.io import IMAGE_SUFFIXES, file_digest
 from terrasynth.progress import track
 
-__all__ = ["Images", "Painted", "from_tiles", "read_folder", "read_painted"]
+__all__ = ["Images", "Labelled", "from_tiles", "joined", "read_folder", "read_painted"]
 
 _Array = NDArray[np.uint8]
 
@@ -54,14 +55,14 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
-class Painted(Images):
-    """A synthetic dataset, or the beginning of one.
+class Labelled(Images):
+    """A synthetic dataset, the beginning of one, or a split.
 
     Attributes:
         schema: its classes.
         open_mask: the mask at an index, uint8 (H, W).
         views: of its source mask, which each mask is (`data.augment.view`); None where the metadata do not say it.
-        sources: the names of the source masks.
+        sources: the names of the source masks; None where there are none.
     """
 
     schema: LabelSchema
@@ -70,7 +71,7 @@ class Painted(Images):
     sources: tuple[str | None, ...]
 
 
-def read_painted(folder: str | Path, count: int | None = None, *, name: str | None = None) -> Painted:
+def read_painted(folder: str | Path, count: int | None = None, *, name: str | None = None) -> Labelled:
     """The images of a synthetic dataset, read one after the other.
 
     Args:
@@ -93,7 +94,7 @@ def read_painted(folder: str | Path, count: int | None = None, *, name: str | No
 
         ids, thumbnails, files, pixels, sides = _described(each())
     views = [row.get("view") for row in rows]
-    return Painted(
+    return Labelled(
         name or folder.name,
         ids,
         ids,
@@ -161,14 +162,48 @@ def read_folder(folder: str | Path, name: str | None = None, without: Path | Non
     )
 
 
-def from_tiles(name: str, tiles: Tiles) -> Images:
+def from_tiles(name: str, tiles: Tiles) -> Labelled:
     """A split in memory."""
     ids, thumbnails, _, pixels, sides = _described(
         (id_, None, image.permute(1, 2, 0).numpy()) for id_, image in zip(tiles.ids, tiles.images, strict=True)
     )
     nothing = (None,) * len(ids)
-    return Images(
-        name, ids, ids, thumbnails, nothing, pixels, sides, lambda index: tiles.images[index].permute(1, 2, 0).numpy()
+    return Labelled(
+        name,
+        ids,
+        ids,
+        thumbnails,
+        nothing,
+        pixels,
+        sides,
+        lambda index: tiles.images[index].permute(1, 2, 0).numpy(),
+        tiles.schema,
+        lambda index: tiles.masks[index].numpy(),
+        nothing,
+        nothing,
+    )
+
+
+def joined(sets: Sequence[Labelled]) -> Labelled:
+    """All images of several sets of the same classes as one, each called `SET/NAME`."""
+    places = [(of, index) for of in sets for index in range(len(of))]
+
+    def one(name: str) -> tuple[Any, ...]:
+        return tuple(getattr(of, name)[index] for of, index in places)
+
+    return Labelled(
+        " and ".join(of.name for of in sets),
+        tuple(f"{of.name}/{of.ids[index]}" for of, index in places),
+        one("tiles"),
+        torch.cat([of.thumbnails for of in sets]),
+        one("files"),
+        one("pixels"),
+        one("sides"),
+        lambda index: places[index][0].open(places[index][1]),
+        sets[0].schema,
+        lambda index: places[index][0].open_mask(places[index][1]),
+        one("views"),
+        one("sources"),
     )
 
 

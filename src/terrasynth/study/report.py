@@ -148,6 +148,20 @@ class _Audit(_Part):
     findings: tuple[_Finding, ...]
 
 
+class _LearnedFrom(_Part):
+    name: str
+    images: int
+    too_plain: int
+    copies: int
+
+
+class _Splits(_Part):
+    sheet: str
+    sets: tuple[_LearnedFrom, ...]
+    held_out: _Set
+    findings: tuple[_Finding, ...]
+
+
 class _Curated(_Part):
     used: _Score
     dropped: _Score
@@ -169,6 +183,8 @@ class Results(_Part):
     synthetic: dict[str, _Painted]
     audit: tuple[_Audit, ...] = ()
     """Copies among the painted tiles, by kind and seed."""
+    audit_of_splits: _Splits | None = None
+    """Copies of validation and test tiles in what is learned from."""
     filtered: dict[str, dict[str, _Score]]
     """Of each arm with the filter: `dropped`, the share of painted pixels it dropped, and `dropped/NAME` of a class."""
     curated: dict[str, _Curated] = {}
@@ -432,6 +448,7 @@ def _context(results: Results, folder: Path) -> dict[str, Any]:
         "gallery": _gallery(folder),
         "steered": _any_steered(results),
         "audit": _audit(results, folder),
+        "splits": _splits(results, folder),
         "setup": _setup(results),
         "touched": _touched(results),
         "recipe_yaml": yaml.safe_dump(results.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -525,6 +542,26 @@ def _audit(results: Results, folder: Path) -> dict[str, Any] | None:
         "of": f"{closest.kind}, seed {closest.seed}",
         "sheet": _data_uri(folder, closest.sheet, thumbnail=None),
     }
+
+
+def _splits(results: Results, folder: Path) -> dict[str, Any] | None:
+    """What is learned from, compared with what must stay unseen."""
+    splits = results.audit_of_splits
+    if splits is None:
+        return None
+    return {
+        "copies": _learned_copies(splits),
+        "sets": splits.sets,
+        "held_out": splits.held_out,
+        "findings": splits.findings,
+        "sheet": _data_uri(folder, splits.sheet, thumbnail=None),
+    }
+
+
+def _learned_copies(splits: _Splits) -> str:
+    """How many copies there are of every kind: "2 training tiles and 1 unlabelled window"; empty if there are none."""
+    names = {"train": ("training tile", "training tiles"), "unlabelled": ("unlabelled window", "unlabelled windows")}
+    return " and ".join(f"{one.copies} {names[one.name][one.copies > 1]}" for one in splits.sets if one.copies)
 
 
 def _audit_row(name: str, group: list[_Set]) -> dict[str, Any]:
@@ -670,6 +707,11 @@ def _any_steered(results: Results) -> bool:
 def _touched(results: Results) -> list[tuple[str, str]]:
     """Which tiles did what: the statement that no test tile leaked."""
     teacher = f"“{results.recipe.study.teacher or results.arms[0].name}”"
+    compared = [
+        *(["finished painted tiles with the tiles of all splits"] if results.audit else []),
+        *(["what is learned from with validation and test tiles"] if results.audit_of_splits else []),
+    ]
+    audited = " but the audit" if compared else ""
     rows = [
         ("Training tiles", "train every segmentor"),
         (
@@ -677,9 +719,9 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             "choose the checkpoint of a segmentor"
             + (", and every arm's learning rate and steps," if results.recipe.study.search else ",")
             + " nothing else"
-            + (" but the audit" if results.audit else ""),
+            + audited,
         ),
-        ("Test tiles", "score finished segmentors, once, and nothing else: no training, no selection"),
+        ("Test tiles", f"score finished segmentors, once, and nothing else{audited}: no training, no selection"),
     ]
     if results.painted_arms:
         rows[0] = (
@@ -689,7 +731,6 @@ def _touched(results: Results) -> list[tuple[str, str]]:
         rows.insert(
             1, ("Painted tiles", "train the segmentors of the arms with synthetic data, beside the training tiles")
         )
-        audited = " but the audit" if results.audit else ""
         rows[-1] = (
             "Test tiles",
             f"score finished segmentors, once, and nothing else{audited}: no training, no painting, no steering, "
@@ -709,13 +750,8 @@ def _touched(results: Results) -> list[tuple[str, str]]:
             1 + bool(results.painted_arms),
             ("Unlabelled images", f"{results.data.unlabelled} windows of them " + "; ".join(uses)),
         )
-    if results.audit:
-        rows.append(
-            (
-                "Audit",
-                "compares finished painted tiles with the tiles of all splits, and only reports: nothing reads it",
-            )
-        )
+    if compared:
+        rows.append(("Audit", f"compares {', and '.join(compared)}, and only reports: nothing reads it"))
     if _any_steered(results):
         rows.append(
             ("Steering", f"the segmentor that steers the painting under a seed is that of {teacher}, same seed")

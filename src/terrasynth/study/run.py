@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import terrasynth
-from terrasynth.curation.audit import Layouts, audit
+from terrasynth.curation.audit import Audit, Layouts, audit, audit_splits
 from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
 from terrasynth.curation.images import from_tiles, read_painted
 from terrasynth.curation.score import curated_tiles
@@ -411,6 +411,31 @@ class Study:
         agreement: float = self._do("test", "scores", f"agreement {kind} seed {seed}", inputs, work).result
         return agreement
 
+    @property
+    def _learned(self) -> dict[str, Tiles]:
+        """All real tiles that something is trained on."""
+        used = any(arm.adds_tiles or arm.adapt for arm in self.recipe.study.arms)
+        return {"train": self.train} | ({} if self.unlabelled is None or not used else {"unlabelled": self.unlabelled})
+
+    def audited_splits(self) -> Unit:
+        """Copies of validation and test tiles in what is trained on, that were scaled or compressed again.
+
+        Equal ones are refused before anything is trained; likeness is no proof, so these are only reported. Nothing
+        depends on this unit.
+        """
+        learned, held_out = self._learned, {"validation": self.validation, "test": self.test}
+
+        def work(folder: Path) -> dict[str, Any]:
+            found = audit_splits(*([from_tiles(*split) for split in side.items()] for side in (learned, held_out)))
+            return _audited(found, folder)
+
+        inputs: dict[str, Any] = {
+            "audit": _AUDITED,
+            "learned": {name: tiles.fingerprint() for name, tiles in learned.items()},
+            "held out": {name: tiles.fingerprint() for name, tiles in held_out.items()},
+        }
+        return self._do("audit", "audits", "splits", inputs, work, products=(_AUDIT, "audit.json"))
+
     def audited(self, kind: str, seed: int) -> Unit:
         """Copies in what was painted under a seed, of training tiles, of references, and of what must stay unseen.
 
@@ -418,7 +443,7 @@ class Study:
         """
         painted, count = self.painted(kind, seed), self.count(kind)
         splits = {"validation": self.validation, "test": self.test}
-        learned = {"train": self.train} | ({} if self.unlabelled is None else {"unlabelled": self.unlabelled})
+        learned = self._learned
 
         def work(folder: Path) -> dict[str, Any]:
             with _remade(painted):
@@ -429,10 +454,7 @@ class Study:
                 [from_tiles(name, tiles) for name, tiles in splits.items()],
                 [Layouts(f"masks of {name}", tiles.ids, tiles.masks) for name, tiles in splits.items()],
             )
-            write_json(folder / "audit.json", found.report)
-            with atomic_write(folder / _AUDIT) as partial:
-                found.sheet.save(partial)
-            return {name: found.report[name] for name in ("painted", "too_plain", "sets", "findings")}
+            return _audited(found, folder)
 
         inputs = {
             "painted": painted.key,
@@ -441,6 +463,9 @@ class Study:
             **{name: tiles.fingerprint() for name, tiles in {**learned, **splits}.items()},
         }
         return self._do("audit", "audits", f"{kind} seed {seed}", inputs, work, products=(_AUDIT, "audit.json"))
+
+    def _sheet(self, audit: Unit) -> str:
+        return (audit.folder / _AUDIT).relative_to(self.out).as_posix()
 
     def _check_clock(self) -> None:
         if self.clock.left() == 0:
@@ -464,6 +489,7 @@ class Study:
         tasks += [partial(self.metrics, arm, seed, times=2) for arm in self._checked for seed in study.seeds]
         tasks += [partial(self.agreement, kind, seed) for kind in self._kinds for seed in study.seeds]
         tasks += [partial(self.audited, kind, seed) for kind in self._kinds for seed in study.seeds]
+        tasks.append(self.audited_splits)
         while tasks:
             left: list[tuple[Callable[[], object], Busy]] = []
             for task in tasks:
@@ -498,7 +524,7 @@ class Study:
         twice = {arm.name: [self.metrics(arm, seed, times=2) for seed in study.seeds] for arm in self._checked}
         agreement = {kind: [self.agreement(kind, seed) for seed in study.seeds] for kind in kinds}
         audits = {kind: [self.audited(kind, seed) for seed in study.seeds] for kind in kinds}
-        adding = any(arm.adds_tiles or arm.adapt for arm in study.arms)
+        of_splits = self.audited_splits()
         seconds: dict[str, float] = {}
         for group, unit in self._used.values():
             seconds[group] = seconds.get(group, 0.0) + unit.seconds
@@ -523,7 +549,7 @@ class Study:
                 ],
                 "data": {
                     **{name: len(split) for name, split in tiles.items()},
-                    "unlabelled": 0 if self.unlabelled is None or not adding else len(self.unlabelled),
+                    "unlabelled": len(self._learned.get("unlabelled", ())),
                     "left_out": sum(split.left_out for split in tiles.values()),
                     "image_size": self.recipe.data.image_size,
                     "source": "procedural world" if self.recipe.data.kind == "world" else "image and mask folders",
@@ -554,11 +580,11 @@ class Study:
                     for kind, values in agreement.items()
                 },
                 "audit": [
-                    {"kind": kind, "seed": seed, "sheet": (unit.folder / _AUDIT).relative_to(self.out).as_posix()}
-                    | unit.result
+                    {"kind": kind, "seed": seed, "sheet": self._sheet(unit)} | unit.result
                     for kind, units in audits.items()
                     for seed, unit in zip(study.seeds, units, strict=True)
                 ],
+                "audit_of_splits": {"sheet": self._sheet(of_splits)} | of_splits.result,
                 "filtered": {arm.name: _mean_shares(cells[arm.name]) for arm in study.arms if arm.filter},
                 "curated": {
                     arm.name: {
@@ -648,6 +674,14 @@ def _curated(
     kept = _stored(stored)
     ids = tuple(tiles.ids[index] for index in kept["used"])
     return Tiles(ids, tiles.images[kept["used"]], kept["masks"], tiles.schema, weights=tuple(kept["weights"].tolist()))
+
+
+def _audited(found: Audit, folder: Path) -> dict[str, Any]:
+    """What was found, as files and, but for the nearest of every single image, as the result of a unit."""
+    write_json(folder / "audit.json", found.report)
+    with atomic_write(folder / _AUDIT) as partial:
+        found.sheet.save(partial)
+    return {name: value for name, value in found.report.items() if name != "images"}
 
 
 def _segmentor(cell: Unit) -> Segmentor:
