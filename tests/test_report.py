@@ -186,6 +186,31 @@ def test_baseline_that_has_levelled_off_is_a_note(plateau):
     assert answer.notes[0].startswith("No sign that the baseline lacks training")
 
 
+LEAKING = "The audit found leaks: the test may reward memory."
+
+
+def test_leaks_into_painted_tiles_are_a_caution(tmp_path):
+    results = study({"real": REAL, "plain": shifted(0.02)})
+    clean = verdict(Results.model_validate({**results, "audit": audited(tmp_path, leaks=0)}))
+    assert (clean.label, clean.cautions) == ("It helps", ())
+    assert "leaks" not in clean.headline
+    answer = verdict(Results.model_validate({**results, "audit": audited(tmp_path, leaks=1)}))
+    assert answer.label == "It helps, with reservations"
+    assert answer.headline == f"{clean.headline} {LEAKING}"
+    assert answer.cautions == ("Painted tiles that show validation or test tiles or their masks, by the audit: 2.",)
+
+
+@pytest.mark.parametrize("miou", [{"real": REAL}, {"real": REAL, "plain": shifted(-0.02)}])
+def test_copies_in_what_is_learned_from_are_a_caution_whatever_the_answer(tmp_path, miou):
+    results = study(miou)
+    clean = verdict(Results.model_validate({**results, "audit_of_splits": splits(tmp_path, copies=0)}))
+    leaking = {**results, "audit_of_splits": splits(tmp_path, copies=1)}
+    answer = verdict(Results.model_validate(leaking))
+    assert answer.headline == f"{clean.headline} {LEAKING}"
+    assert answer.cautions[0].endswith("in what is learned from, by the audit: 1 unlabelled window.")
+    assert LEAKING in written(tmp_path, leaking)
+
+
 # --- the file --------------------------------------------------------------------------------------------------------
 
 FULL = {"real": REAL, "CutMix": shifted(0.01), "plain": shifted(0.015), "CRFM": shifted(0.02)}

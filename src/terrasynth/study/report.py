@@ -218,7 +218,7 @@ class Verdict:
         outcome: by the 95 % interval of the paired mIoU difference of the best synthetic arm to the baseline: above
             zero, below zero, or neither.
         reserved: it helps, but one of the cautions or a rival arm puts that in question.
-        headline: the answer in one sentence.
+        headline: the answer in one sentence, and in a second one that there are leaks, if the audit found some.
         best: name of the best synthetic arm; None without one.
         cautions: what else has to be known to read the answer rightly, a sentence or two each.
         notes: what was checked and gave no reason for caution.
@@ -276,20 +276,23 @@ def verdict(results: Results) -> Verdict:
     - Plateau: the baseline trained for twice the steps. If the interval of that change is above zero, or if the change
       is a point of mIoU or more, or more than half of the gain (three seeds can hide a change behind a wide interval),
       the comparison is not yet that of finished models, and there are reservations.
+    - Leaks: painted tiles that the audit calls copies of validation or test tiles, or painted under their masks, and
+      copies of these tiles in what is learned from. The headline tells that there are some, and there are reservations.
     """
     baseline = results.arms[0]
+    cautions = _leaks(results)
+    leaking = " The audit found leaks: the test may reward memory." if cautions else ""
     arms = [arm for arm in results.painted_arms if arm.minus(baseline).delta is not None]
     if not arms:
         headline = "No arm with synthetic data was scored, so the study can not tell whether it helps."
-        return Verdict("can not tell", False, headline, None)
+        return Verdict("can not tell", False, headline + leaking, None, tuple(cautions))
     best = max(arms, key=_rank)
     gain = best.minus(baseline)
     outcome: Literal["helps", "does not help", "can not tell"] = (
         "helps" if _above(gain) else "does not help" if _below(gain) else "can not tell"
     )
     headline = _headline(outcome, baseline.summary(), best.summary(), gain)
-    doubts: list[bool] = []
-    cautions: list[str] = []
+    doubts = [bool(cautions)]
     notes: list[str] = []
 
     if rival := max(results.rivals, key=_rank, default=None):
@@ -305,7 +308,7 @@ def verdict(results: Results) -> Verdict:
         (cautions if moving else notes).append(_plateau_sentence(plateau, gain, moving))
         doubts.append(moving)
     reserved = outcome == "helps" and any(doubts)
-    return Verdict(outcome, reserved, headline + ".", best.name, tuple(cautions), tuple(notes))
+    return Verdict(outcome, reserved, f"{headline}.{leaking}", best.name, tuple(cautions), tuple(notes))
 
 
 def write_report(folder: Path) -> Path:
@@ -408,6 +411,16 @@ def _plateau_sentence(plateau: _Plateau, gain: Difference, moving: bool) -> str:
         f"The baseline {finished} learned all it can: {facts}. Over the baseline trained that long, the synthetic "
         f"arm's difference is {beyond}."
     )
+
+
+def _leaks(results: Results) -> list[str]:
+    """A sentence for what was painted, and one for what is learned from, where the audit found leaks."""
+    told = []
+    if painted := sum(len({found.painted for found in one.findings if found.leak}) for one in results.audit):
+        told.append(f"Painted tiles that show validation or test tiles or their masks, by the audit: {painted}.")
+    if results.audit_of_splits is not None and (copies := _learned_copies(results.audit_of_splits)):
+        told.append(f"Copies of validation or test tiles in what is learned from, by the audit: {copies}.")
+    return told
 
 
 def _span(difference: Difference) -> str:
