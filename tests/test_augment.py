@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from terrasynth.data.augment import _components, augment, classmix, copy_paste, cutmix, dihedral, view
+from terrasynth.data.augment import connected, augment, classmix, copy_paste, cutmix, dihedral, view
 
 SIZE = 64
 
@@ -255,7 +255,7 @@ def spiral(size: int) -> np.ndarray:
     ],
 )
 def test_components_are_those_of_a_flood_fill(mask):
-    components, classes = _components(mask)
+    components, classes = connected(mask)
     ours = {
         (int(classes[c]), frozenset(zip(*map(np.ndarray.tolist, np.nonzero(components == c)), strict=True)))
         for c in range(len(classes))

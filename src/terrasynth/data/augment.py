@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["augment", "classmix", "copy_paste", "cutmix", "dihedral", "view"]
+__all__ = ["augment", "classmix", "connected", "copy_paste", "cutmix", "dihedral", "view"]
 
 # Distinguish the streams of one seed from each other.
 _AUGMENT, _VIEW, _CUTMIX, _CLASSMIX, _COPY_PASTE = range(5)
@@ -166,7 +166,7 @@ def copy_paste(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int =
         random = np.random.default_rng((seed, _COPY_PASTE))
         if random.random() >= _MIX_PROBABILITY:
             continue
-        components, classes = _components(labels[i - 1])
+        components, classes = connected(labels[i - 1])
         pixels = np.bincount(components.ravel())
         usable = (pixels >= _PASTED_PIXELS) & (pixels <= _PASTED_AREA * size**2) & (classes != ignore_index)
         if not usable.any():
@@ -182,7 +182,7 @@ def copy_paste(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int =
     return _pasted(images, source[:, None]), _pasted(masks, source)
 
 
-def _components(mask: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
+def connected(mask: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
     """Connected pixels of equal value (4 neighbours): a number for each pixel, (H, W), and the value of each number.
 
     Runs of equal pixels in a row are nodes, and runs that touch across two rows are edges. Every root is hooked to the
