@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from terrasynth.data.augment import connected, augment, classmix, copy_paste, cutmix, dihedral, view
+from terrasynth.data.augment import augment, classmix, connected, copy_paste, cutmix, dihedral, view
 
 SIZE = 64
 

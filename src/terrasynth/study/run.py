@@ -33,11 +33,11 @@ from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.gallery import write_gallery
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
-from terrasynth.study.units import Busy, Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.systems.todsynth import packaged_or
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
+from terrasynth.training.units import Busy, Clock, OutOfTime, Unit, do
 
 __all__ = ["Study"]
 
