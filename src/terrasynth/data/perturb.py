@@ -66,7 +66,7 @@ def perturb(
     Args:
         masks: whole numbers (B, H, W) from 0 to 255, class indices or `ignore_index`, on any device.
         seeds: int64 (B,), not negative.
-        strength: in pixels.
+        strength: in pixels; 0 changes nothing.
         ignore_index: the value of unlabelled pixels. They stay unlabelled, and no others become so.
         operations: those that may be used.
 
@@ -75,6 +75,8 @@ def perturb(
     """
     if not 0 <= strength < math.inf or not set(operations) <= set(_OPERATIONS):
         raise ValueError(f"strength {strength}, operations {operations}")
+    if strength == 0:
+        return masks.clone()
     rough, size = masks.to(torch.uint8, copy=True), masks.shape[-2:]
     numbers = seeds.tolist()
     shares = [_shares(seed, strength, operations) for seed in numbers]
