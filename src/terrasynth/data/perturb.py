@@ -75,7 +75,7 @@ def perturb(
     """
     if not 0 <= strength < math.inf or not set(operations) <= set(_OPERATIONS):
         raise ValueError(f"strength {strength}, operations {operations}")
-    rough, size = masks.to(torch.uint8, copy=True), masks.shape[-2:]
+    rough, size = masks.to(torch.uint8, copy=True), (masks.shape[-2], masks.shape[-1])
     numbers = seeds.tolist()
     shares = [_shares(seed, strength, operations) for seed in numbers]
     for operation in _OPERATIONS:
@@ -139,8 +139,8 @@ def drop(masks: Tensor, seeds: list[int], radius: float, ignore_index: int = 255
 
 
 def _surrounding(
-    regions: NDArray[np.intp], labels: NDArray[np.uint8], chosen: NDArray[np.bool_], ignore_index: int
-) -> NDArray[np.uint8]:
+    regions: NDArray[np.intp], labels: NDArray[np.integer], chosen: NDArray[np.bool_], ignore_index: int
+) -> NDArray[np.integer]:
     """The labels of all regions where the chosen ones have that of most of their border, if it has any."""
     across = regions[:, :-1], regions[:, 1:]
     down = regions[:-1], regions[1:]
