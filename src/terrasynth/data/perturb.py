@@ -60,20 +60,20 @@ def perturb(
     - `warp`: a smooth random field displaces the boundaries;
     - `coarsen`: the map goes through a raster of pixels 2 to 8 times as large.
 
-    The last three share `strength` out among them at random, with some of it left: they change no pixel that is farther
-    than that from every other class. One of them at least is used, if any is allowed.
+    Those of the last three that a map undergoes, one at least if any is allowed, share `strength` at random: they
+    change no pixel that is farther than that from every other class.
 
     Args:
         masks: whole numbers (B, H, W) from 0 to 255, class indices or `ignore_index`, on any device.
         seeds: int64 (B,), not negative.
-        strength: in pixels.
+        strength: in pixels, above 0.
         ignore_index: the value of unlabelled pixels. They stay unlabelled, and no others become so.
         operations: those that may be used.
 
     Returns:
         A new tensor of the same shape, type and device. Each map is a function of its own mask and seed.
     """
-    if not 0 <= strength < math.inf or not set(operations) <= set(_OPERATIONS):
+    if not 0 < strength < math.inf or not set(operations) <= set(_OPERATIONS):
         raise ValueError(f"strength {strength}, operations {operations}")
     rough, size = masks.to(torch.uint8, copy=True), (masks.shape[-2], masks.shape[-1])
     numbers = seeds.tolist()
@@ -107,13 +107,11 @@ def _shares(seed: int, strength: float, operations: Collection[Operation]) -> di
     random = np.random.default_rng((seed, _CHOICE))
     drawn = dict(zip(_OPERATIONS, random.random(len(_OPERATIONS)).tolist(), strict=True))
     used = [name for name in _OPERATIONS if name in operations and drawn[name] < _PROBABILITY]
-    moving = [name for name in _MOVING if name in operations]
-    if moving and not set(moving) & set(used):
-        used.append(min(moving, key=drawn.__getitem__))
-    moving = [name for name in moving if name in used]
-    # One part more than is handed out.
-    parts = random.dirichlet(np.ones(len(moving) + 1)) * strength
-    return dict.fromkeys(used, 0.0) | dict(zip(moving, parts.tolist(), strict=False))
+    moving = [name for name in _MOVING if name in used]
+    if not moving and (allowed := [name for name in _MOVING if name in operations]):
+        moving = [min(allowed, key=drawn.__getitem__)]
+    parts = random.dirichlet(np.ones(len(moving))) * strength if moving else ()
+    return dict.fromkeys(used, 0.0) | dict(zip(moving, map(float, parts), strict=True))
 
 
 # --- regions ---------------------------------------------------------------------------------------------------------
@@ -245,17 +243,17 @@ def grow(masks: Tensor, ranks: Tensor, reach: Tensor, ignore_index: int = 255) -
 
 
 def _growth(masks: Tensor, own: list[tuple[int, float]], ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Ranks and reach for `grow`: at most the share of each map, at least half of that of the label everywhere."""
+    """Ranks and reach for `grow`: up to the share of each map, for a third of the labels and at half of the places."""
     height, width = masks.shape[-2:]
     cells = math.ceil(height / _REGION) + 1, math.ceil(width / _REGION) + 1
     ranks, lengths, fields = [], [], []
     for seed, share in own:
         random = np.random.default_rng((seed, _GROW))
         ranks.append(np.insert(random.permutation(255).astype(np.uint8) + 1, ignore_index, 0))
-        lengths.append(share * np.sqrt(random.random(256)))
-        fields.append(random.uniform(0.5, 1, (1, *cells)))
+        lengths.append(share * random.uniform(0, 1.5, 256).clip(max=1))
+        fields.append(random.uniform(0.5, 1.5, (1, *cells)))
     label_reach = torch.from_numpy(np.stack(lengths)).float().to(masks.device)
-    field = _smooth(torch.from_numpy(np.stack(fields)).float().to(masks.device), (height, width))[:, 0]
+    field = _smooth(torch.from_numpy(np.stack(fields)).float().to(masks.device), (height, width))[:, 0].clamp_max(1)
     reach = label_reach.gather(1, masks.flatten(1).long()).view_as(field) * field
     return torch.from_numpy(np.stack(ranks)).to(masks.device), reach
 
