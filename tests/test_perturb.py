@@ -95,7 +95,7 @@ def test_every_operation_may_be_left_out_and_all_do_something():
     masks = scenes(30, (64, 64))
     assert torch.equal(perturb(masks, torch.arange(30), 5, operations=()), masks)
     shares = {name: (perturb(masks, torch.arange(30), 5, operations=(name,)) != masks).float().mean() for name in ALL}
-    assert min(shares.values()) > 0.002, shares
+    assert min(shares.values()) > 0.001, shares
     assert max(shares.values()) < 0.5, shares
 
 
