@@ -120,6 +120,8 @@ def _shares(seed: int, strength: float, operations: Collection[Operation]) -> di
 def drop(masks: Tensor, seeds: list[int], radius: float, ignore_index: int = 255) -> Tensor:
     """Small regions vanish, about every second one: they take the class of most of their border.
 
+    Regions are found on the CPU.
+
     Args:
         masks: uint8 (B, H, W).
         seeds: of each map.
@@ -185,8 +187,8 @@ def _discs(masks: Tensor, seeds: list[int], radius: float, ignore_index: int) ->
     """Centres, radii and labels for `stamp`: near boundaries, of the class on their other side."""
     height, width = masks.shape[-2:]
     most = max(1, height * width // _PIXELS_PER_DISC)
-    draws = np.stack([np.random.default_rng((seed, _STAMP)).random((5, most)) for seed in seeds])
-    place, angle, length, size, number = torch.from_numpy(draws).to(masks.device).unbind(1)
+    draws = np.stack([np.random.default_rng((seed, _STAMP)).random((5, most), np.float32) for seed in seeds])
+    place, turn, length, size, number = torch.from_numpy(draws).to(masks.device).unbind(1)
     # Boundaries: pixels whose right or lower neighbour has another class.
     labelled = masks != ignore_index
     right, lower = masks.roll(-1, 2), masks.roll(-1, 1)
@@ -197,11 +199,11 @@ def _discs(masks: Tensor, seeds: list[int], radius: float, ignore_index: int) ->
     # The n-th boundary pixel of each map, n drawn.
     order = (beside | below).flatten(1).cumsum(1)
     count = order[:, -1:]
-    at = torch.searchsorted(order, (place * count).long() + 1).clamp_max(height * width - 1)
+    number_of = torch.minimum((place * count).long(), count - 1)  # rounding may end at the count itself
+    at = torch.searchsorted(order, number_of + 1).clamp_max(height * width - 1)
     here, there = (labels.flatten(1).gather(1, at) for labels in (masks, torch.where(beside, right, lower)))
-    shift = (
-        torch.stack([angle.mul(2 * math.pi).sin(), angle.mul(2 * math.pi).cos()], 2) * (length * 2 * radius)[..., None]
-    )
+    direction = torch.stack([(2 * math.pi * turn).sin(), (2 * math.pi * turn).cos()], 2)
+    shift = direction * (2 * radius * length)[..., None]
     centres = torch.stack([at // width, at % width], 2) + shift.trunc().long()
     inside = centres[..., 0].clamp(0, height - 1) * width + centres[..., 1].clamp(0, width - 1)
     labels = torch.where(masks.flatten(1).gather(1, inside) == here, there, here)
