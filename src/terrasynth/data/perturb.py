@@ -60,24 +60,22 @@ def perturb(
     - `warp`: a smooth random field displaces the boundaries;
     - `coarsen`: the map goes through a raster of pixels 2 to 8 times as large.
 
-    The last three share `strength` out among them at random, with some of it left: they change no pixel that is farther
-    than that from every other class. One of them at least is used, if any is allowed.
+    Those of the last three that a map undergoes, one at least if any is allowed, share `strength` at random: they
+    change no pixel that is farther than that from every other class.
 
     Args:
         masks: whole numbers (B, H, W) from 0 to 255, class indices or `ignore_index`, on any device.
         seeds: int64 (B,), not negative.
-        strength: in pixels; 0 changes nothing.
+        strength: in pixels, above 0.
         ignore_index: the value of unlabelled pixels. They stay unlabelled, and no others become so.
         operations: those that may be used.
 
     Returns:
         A new tensor of the same shape, type and device. Each map is a function of its own mask and seed.
     """
-    if not 0 <= strength < math.inf or not set(operations) <= set(_OPERATIONS):
+    if not 0 < strength < math.inf or not set(operations) <= set(_OPERATIONS):
         raise ValueError(f"strength {strength}, operations {operations}")
-    if strength == 0:
-        return masks.clone()
-    rough, size = masks.to(torch.uint8, copy=True), masks.shape[-2:]
+    rough, size = masks.to(torch.uint8, copy=True), (masks.shape[-2], masks.shape[-1])
     numbers = seeds.tolist()
     shares = [_shares(seed, strength, operations) for seed in numbers]
     for operation in _OPERATIONS:
@@ -109,13 +107,11 @@ def _shares(seed: int, strength: float, operations: Collection[Operation]) -> di
     random = np.random.default_rng((seed, _CHOICE))
     drawn = dict(zip(_OPERATIONS, random.random(len(_OPERATIONS)).tolist(), strict=True))
     used = [name for name in _OPERATIONS if name in operations and drawn[name] < _PROBABILITY]
-    moving = [name for name in _MOVING if name in operations]
-    if moving and not set(moving) & set(used):
-        used.append(min(moving, key=drawn.__getitem__))
-    moving = [name for name in moving if name in used]
-    # One part more than is handed out.
-    parts = random.dirichlet(np.ones(len(moving) + 1)) * strength
-    return dict.fromkeys(used, 0.0) | dict(zip(moving, parts.tolist(), strict=False))
+    moving = [name for name in _MOVING if name in used]
+    if not moving and (allowed := [name for name in _MOVING if name in operations]):
+        moving = [min(allowed, key=drawn.__getitem__)]
+    parts = random.dirichlet(np.ones(len(moving))) * strength if moving else ()
+    return dict.fromkeys(used, 0.0) | dict(zip(moving, map(float, parts), strict=True))
 
 
 # --- regions ---------------------------------------------------------------------------------------------------------
@@ -123,6 +119,8 @@ def _shares(seed: int, strength: float, operations: Collection[Operation]) -> di
 
 def drop(masks: Tensor, seeds: list[int], radius: float, ignore_index: int = 255) -> Tensor:
     """Small regions vanish, about every second one: they take the class of most of their border.
+
+    Regions are found on the CPU.
 
     Args:
         masks: uint8 (B, H, W).
@@ -141,8 +139,8 @@ def drop(masks: Tensor, seeds: list[int], radius: float, ignore_index: int = 255
 
 
 def _surrounding(
-    regions: NDArray[np.intp], labels: NDArray[np.uint8], chosen: NDArray[np.bool_], ignore_index: int
-) -> NDArray[np.uint8]:
+    regions: NDArray[np.intp], labels: NDArray[np.integer], chosen: NDArray[np.bool_], ignore_index: int
+) -> NDArray[np.integer]:
     """The labels of all regions where the chosen ones have that of most of their border, if it has any."""
     across = regions[:, :-1], regions[:, 1:]
     down = regions[:-1], regions[1:]
@@ -189,8 +187,8 @@ def _discs(masks: Tensor, seeds: list[int], radius: float, ignore_index: int) ->
     """Centres, radii and labels for `stamp`: near boundaries, of the class on their other side."""
     height, width = masks.shape[-2:]
     most = max(1, height * width // _PIXELS_PER_DISC)
-    draws = np.stack([np.random.default_rng((seed, _STAMP)).random((5, most)) for seed in seeds])
-    place, angle, length, size, number = torch.from_numpy(draws).to(masks.device).unbind(1)
+    draws = np.stack([np.random.default_rng((seed, _STAMP)).random((5, most), np.float32) for seed in seeds])
+    place, turn, length, size, number = torch.from_numpy(draws).to(masks.device).unbind(1)
     # Boundaries: pixels whose right or lower neighbour has another class.
     labelled = masks != ignore_index
     right, lower = masks.roll(-1, 2), masks.roll(-1, 1)
@@ -201,11 +199,11 @@ def _discs(masks: Tensor, seeds: list[int], radius: float, ignore_index: int) ->
     # The n-th boundary pixel of each map, n drawn.
     order = (beside | below).flatten(1).cumsum(1)
     count = order[:, -1:]
-    at = torch.searchsorted(order, (place * count).long() + 1).clamp_max(height * width - 1)
+    number_of = torch.minimum((place * count).long(), count - 1)  # rounding may end at the count itself
+    at = torch.searchsorted(order, number_of + 1).clamp_max(height * width - 1)
     here, there = (labels.flatten(1).gather(1, at) for labels in (masks, torch.where(beside, right, lower)))
-    shift = (
-        torch.stack([angle.mul(2 * math.pi).sin(), angle.mul(2 * math.pi).cos()], 2) * (length * 2 * radius)[..., None]
-    )
+    direction = torch.stack([(2 * math.pi * turn).sin(), (2 * math.pi * turn).cos()], 2)
+    shift = direction * (2 * radius * length)[..., None]
     centres = torch.stack([at // width, at % width], 2) + shift.trunc().long()
     inside = centres[..., 0].clamp(0, height - 1) * width + centres[..., 1].clamp(0, width - 1)
     labels = torch.where(masks.flatten(1).gather(1, inside) == here, there, here)
@@ -247,17 +245,17 @@ def grow(masks: Tensor, ranks: Tensor, reach: Tensor, ignore_index: int = 255) -
 
 
 def _growth(masks: Tensor, own: list[tuple[int, float]], ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Ranks and reach for `grow`: at most the share of each map, at least half of that of the label everywhere."""
+    """Ranks and reach for `grow`: up to the share of each map, for a third of the labels and at half of the places."""
     height, width = masks.shape[-2:]
     cells = math.ceil(height / _REGION) + 1, math.ceil(width / _REGION) + 1
     ranks, lengths, fields = [], [], []
     for seed, share in own:
         random = np.random.default_rng((seed, _GROW))
         ranks.append(np.insert(random.permutation(255).astype(np.uint8) + 1, ignore_index, 0))
-        lengths.append(share * np.sqrt(random.random(256)))
-        fields.append(random.uniform(0.5, 1, (1, *cells)))
+        lengths.append(share * random.uniform(0, 1.5, 256).clip(max=1))
+        fields.append(random.uniform(0.5, 1.5, (1, *cells)))
     label_reach = torch.from_numpy(np.stack(lengths)).float().to(masks.device)
-    field = _smooth(torch.from_numpy(np.stack(fields)).float().to(masks.device), (height, width))[:, 0]
+    field = _smooth(torch.from_numpy(np.stack(fields)).float().to(masks.device), (height, width))[:, 0].clamp_max(1)
     reach = label_reach.gather(1, masks.flatten(1).long()).view_as(field) * field
     return torch.from_numpy(np.stack(ranks)).to(masks.device), reach
 

@@ -60,6 +60,7 @@ class RoughViews(Dataset[dict[str, Tensor]]):
         return {"image": image.contiguous(), "mask": mask.contiguous(), "rough": rough.contiguous()}
 
     def _moved(self, mask: Tensor, seed: int, share: float) -> Tensor:
-        ignore = self.tiles.schema.ignore_index
-        strength = share * self.config.noise
+        ignore, strength = self.tiles.schema.ignore_index, share * self.config.noise
+        if strength == 0:
+            return mask
         return perturb(mask[None], torch.tensor([seed]), strength, ignore_index=ignore)[0]
