@@ -1,7 +1,7 @@
 """Diffusers' conditional U-Net in two halves.
 
-One evaluation of the encoder then serves several decoders, as with and without what a guidance network adds, and a U-Net
-that only reads a condition has no decoder at all.
+One evaluation of the encoder then serves several decoders, as with and without what a guidance network adds, and a
+U-Net that only reads a condition has no decoder at all.
 """
 
 from __future__ import annotations
