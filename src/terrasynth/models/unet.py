@@ -138,7 +138,7 @@ class UNetEncoder(UNet2DConditionModel):
     Its configuration and the names of its parameters are those of diffusers' U-Net.
     """
 
-    @wraps(UNet2DConditionModel.__init__)
+    @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
