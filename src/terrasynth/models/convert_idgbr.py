@@ -1,4 +1,4 @@
-"""Import of the published IDGBR layout: the guidance network and the table of label codes.
+"""Import of the published IDGBR layout: the guidance network, the table of label codes, and what is diffusers' own.
 
 | published, in `attn_blocks_down.N.` and `attn_blocks_mid.` | here, in `blocks.N.`, the middle last |
 |---|---|
@@ -13,8 +13,7 @@
 | `attn.ln_post.X` | `attn.norm_out.X` |
 | `attn.proj.X` | `attn.proj.X` |
 
-The U-Nets of the published layout are diffusers' own. Left out: the convolutions that decode labels, in place of which
-the nearest code is taken.
+Left out: the convolutions that decode labels, in place of which the nearest code is taken.
 """
 
 from __future__ import annotations
@@ -22,15 +21,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.convert import check_fit, first, read_checkpoint
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import LabelCodes
+from terrasynth.models.unet import UNetEncoder
 
-__all__ = ["load_published_codes", "load_published_guidance"]
+__all__ = ["load_published_codes", "load_published_guidance", "load_published_parts"]
 
 #: What diffusers calls the file of a model in its folder.
 _FILE = "diffusion_pytorch_model.safetensors"
@@ -111,14 +114,15 @@ def load_published_guidance(source: str | Path | Mapping[str, Tensor]) -> Guidan
     return model
 
 
-def load_published_codes(source: str | Path | Mapping[str, Tensor]) -> LabelCodes:
+def load_published_codes(source: str | Path | Mapping[str, Tensor], num_classes: int | None = None) -> LabelCodes:
     """Load the table of a `label_embed_net` in the layout of the published code.
 
     Args:
         source: as of `load_published_guidance`.
+        num_classes: how many there are, where not all codes of the table are used; they are the first.
 
     Raises:
-        TerraSynthError: no safetensors file, or no table in it.
+        TerraSynthError: no safetensors file, no table in it, or not as many codes.
     """
     path = None if isinstance(source, Mapping) else Path(source)
     published = source if isinstance(source, Mapping) else read_checkpoint(Path(source), _FILE)
@@ -131,9 +135,32 @@ def load_published_codes(source: str | Path | Mapping[str, Tensor]) -> LabelCode
             fix="load the `label_embed_net` of the published code",
         )
     table = published[_TABLE].float()
+    if num_classes is not None and num_classes > len(table):
+        raise TerraSynthError("there are less codes than classes", path=path, found=len(table), expected=num_classes)
+    table = table[:num_classes]
     codes = LabelCodes(len(table), "learned", table.shape[1])
     codes.table.copy_(table.sigmoid() * 2 - 1)
     return codes
+
+
+def load_published_parts(
+    folder: str | Path, base: str | Path | None, label_codes: str | Path | None, num_classes: int | None
+) -> dict[str, Any]:
+    """All parts of a refiner, by the names of `systems.idgbr.IDGBRPipeline`'s arguments; see its `from_published`."""
+    folder = Path(folder)
+    source, safe = str(base or folder), {"use_safetensors": True}
+    # What reads the conditions is Stable Diffusion's U-Net, which a finished run keeps under another name.
+    reader = "unet_ori" if (folder / "unet_ori").is_dir() and base is None else "unet"
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet_gen", **safe),
+        "scheduler": DDIMScheduler.from_pretrained(source, subfolder="scheduler"),
+        "vae": AutoencoderKL.from_pretrained(source, subfolder="vae", **safe),
+        "text_encoder": CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **safe),
+        "tokenizer": AutoTokenizer.from_pretrained(source, subfolder="tokenizer"),
+        "condition_encoder": UNetEncoder.from_pretrained(source, subfolder=reader, **safe),
+        "guidance_net": load_published_guidance(folder / "interact_net"),
+        "label_codes": load_published_codes(label_codes or folder / "label_embed_net", num_classes),
+    }
 
 
 def _rename(name: str, prefixes: list[str]) -> str:

@@ -51,6 +51,11 @@ class Features(NamedTuple):
         skips = tuple(skip + residual for skip, residual in zip(self.skips, residuals.skips, strict=True))
         return Features(skips, self.middle + residuals.middle, self.time)
 
+    def rows(self, index: Tensor) -> Features:
+        """Those of some of the images, which may repeat."""
+        time = None if self.time is None else self.time[index]
+        return Features(tuple(skip[index] for skip in self.skips), self.middle[index], time)
+
     def times(self, factor: Tensor) -> Features:
         """Each image's maps times a number of its own, `factor` (B,)."""
         by_image = factor.view(-1, 1, 1, 1)
@@ -137,6 +142,8 @@ class UNetEncoder(UNet2DConditionModel):
 
     Its configuration and the names of its parameters are those of diffusers' U-Net.
     """
+
+    _keys_to_ignore_on_load_unexpected = (r"^up_blocks\.", r"^conv_norm_out\.", r"^conv_out\.")
 
     @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *arguments: Any, **settings: Any) -> None:
