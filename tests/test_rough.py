@@ -10,7 +10,7 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.perturb import perturb
 from terrasynth.data.schema import LabelSchema
 from terrasynth.recipe import RoughConfig
-from terrasynth.systems.rough import RoughViews
+from terrasynth.systems.rough import OneClass, RoughViews
 
 SCHEMA = LabelSchema(("a", "b", "c"), ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
 STILL = RoughConfig(invented=0, noise=0)
@@ -83,3 +83,23 @@ def test_a_share_of_the_rough_maps_is_the_true_one_with_moved_boundaries(tiles, 
 def test_rough_maps_of_other_tiles_are_refused(tiles):
     with pytest.raises(ValueError, match="rough maps"):
         RoughViews(tiles, rough_of(tiles)[:2], STILL)
+
+
+def test_one_class_against_the_rest_is_drawn_of_those_there(tiles):
+    views = RoughViews(tiles, rough_of(tiles), STILL, crop=24)
+    one = OneClass(views)
+    drawn = set()
+    for seed in range(40):
+        plain, item = views[0, seed], one[0, seed]
+        unlabelled = plain["mask"] == 255
+        assert torch.equal(item["mask"] == 255, unlabelled)
+        fits = [
+            k
+            for k in range(3)
+            if torch.equal(item["rough"], (plain["rough"] == k).long())
+            and torch.equal(item["mask"][~unlabelled], (plain["mask"] == k).long()[~unlabelled])
+        ]
+        assert fits and item["image"].equal(plain["image"])
+        drawn.update(fits)
+        assert (item["rough"] == 1).any() or (item["mask"] == 1).any()
+    assert drawn == {0, 1, 2}

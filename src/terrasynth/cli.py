@@ -369,18 +369,28 @@ def train(
     out: Out = None,
     max_minutes: MaxMinutes = None,
     skip_bad: SkipBad = False,
+    what: Annotated[
+        Literal["generator", "refiner"],
+        typer.Option(help="What paints tiles; or what sharpens class maps, for `terrasynth refine`."),
+    ] = "generator",
     overrides: Overrides = None,
 ) -> None:
-    """Train the generator of RECIPE, and nothing that it does not need.
+    """Train the generator of RECIPE, or its refiner, and nothing that it does not need.
 
     Stopped or killed, the same command goes on from the last checkpoint. Started by `torchrun` or `accelerate launch`,
     its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
     """
     with _every_process() as speaks:
-        unit = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad)).generator
+        study = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad))
+        unit = study.generator if what == "generator" else study.refiner
     model = unit.folder / "model"
     if speaks:
-        typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
+        name = shlex.quote(str(model))
+        use = {
+            "generator": f"Paint with it: terrasynth generate {name} --masks DIR",
+            "refiner": f"Refine with it: terrasynth refine IMAGE MAP --model {name} --out FILE",
+        }
+        typer.echo(f"{model}\n{use[what]}")
 
 
 @app.command(

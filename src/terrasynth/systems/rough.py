@@ -13,10 +13,10 @@ from terrasynth.data.perturb import perturb
 from terrasynth.recipe import RoughConfig
 from terrasynth.training.keys import Key
 
-__all__ = ["RoughViews"]
+__all__ = ["OneClass", "RoughViews"]
 
-#: Stream of a sample's seed, apart from those of `data.augment` and `data.perturb`.
-_CROP = 13
+#: Streams of a sample's seed, apart from those of `data.augment` and `data.perturb`.
+_CROP, _CLASS = 13, 14
 #: How often, and by how much of the strength, a map that a segmentor read is moved too.
 _MOVED, _SHARE = 0.5, 0.25
 
@@ -64,3 +64,25 @@ class RoughViews(Dataset[dict[str, Tensor]]):
         if strength == 0:
             return mask
         return perturb(mask[None], torch.tensor([seed]), strength, ignore_index=ignore)[0]
+
+
+class OneClass(Dataset[dict[str, Tensor]]):
+    """The same views as one class against the rest, drawn among those of the view: 1 where a map has it, 0 elsewhere.
+
+    What learns from them refines maps of any classes, one after the other. Unlabelled pixels stay so.
+    """
+
+    def __init__(self, views: RoughViews) -> None:
+        self.views, self.ignore_index = views, views.tiles.schema.ignore_index
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        item = self.views[key]
+        # Of either map: what is missing, or should not be there, is to be mended too.
+        there = [k for k in torch.cat([item["mask"], item["rough"]]).unique().tolist() if k != self.ignore_index]
+        chosen = there[int(np.random.default_rng((key[1], _CLASS)).integers(len(there)))] if there else 0
+        for name in ("mask", "rough"):
+            item[name] = torch.where(item[name] == self.ignore_index, item[name], (item[name] == chosen).long())
+        return item
