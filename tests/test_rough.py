@@ -34,7 +34,8 @@ def test_image_mask_and_rough_map_move_as_one_and_are_cut_alike(tiles):
     views = RoughViews(tiles, rough_of(tiles), STILL, crop=20)
     for seed in range(20):
         item = views[1, seed]
-        assert item["image"].shape == (3, 20, 20) and item["mask"].dtype == item["rough"].dtype == torch.int64
+        assert item["image"].shape == (3, 20, 20)
+        assert item["mask"].dtype == item["rough"].dtype == torch.int64
         assert torch.equal(item["rough"], (item["mask"] + 1) % 3)
         whole, mask = augment(tiles.images[1], tiles.masks[1], seed)
         places = [
@@ -99,7 +100,8 @@ def test_one_class_against_the_rest_is_drawn_of_those_there(tiles):
             if torch.equal(item["rough"], (plain["rough"] == k).long())
             and torch.equal(item["mask"][~unlabelled], (plain["mask"] == k).long()[~unlabelled])
         ]
-        assert fits and item["image"].equal(plain["image"])
+        assert fits
+        assert item["image"].equal(plain["image"])
         drawn.update(fits)
         assert (item["rough"] == 1).any() or (item["mask"] == 1).any()
     assert drawn == {0, 1, 2}

@@ -157,7 +157,7 @@ class Study:
 
     @cached_property
     def refiner(self) -> Unit:
-        """What sharpens the boundaries of class maps, trained on what segmentors read in tiles that they did not see."""
+        """What sharpens class maps, trained on what segmentors read in tiles that they did not see."""
         config = self.recipe.refiner
         rough = out_of_fold(
             self.train,
