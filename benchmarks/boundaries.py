@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rivals import GRIDS
 from torch import Tensor
 
+from rivals import GRIDS
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.io import write_json
 from terrasynth.progress import say, track

@@ -38,13 +38,9 @@ def dense_crf(
 ) -> Map:
     """Krähenbühl and Koltun 2011: fully connected, with a smoothness and an appearance kernel, by mean field.
 
-    Args:
-        image, rough, classes: as all.
-        shares: of the classes, (K, H, W), instead of the map.
-        confidence: how probable the class of the map is.
-        space, color, weight: deviations of the appearance kernel in pixels and grey values, and its weight; smoothness
-            has 3 pixels and 3, as published.
-        iterations: of the mean field.
+    `confidence` is how probable the class of the map is; with `shares`, (K, H, W), these count instead of the map.
+    `space` and `color` are the deviations of the appearance kernel in pixels and grey values, `weight` its weight;
+    smoothness has 3 pixels and 3, as published.
     """
     height, width = rough.shape
     if shares is None:
