@@ -61,15 +61,22 @@ def test_interrupted_and_gone_on_it_is_the_same_refiner(tiles, tmp_path):
     assert [path.name for path in (tmp_path / "whole" / "previews").iterdir()] == ["step-00000004.png"]
 
 
-@pytest.mark.parametrize("each_class", [False, True])
-def test_it_learns_to_move_boundaries_to_where_the_image_has_them(tiles, tmp_path, each_class):
+def test_it_learns_to_move_boundaries_to_where_the_image_has_them(tiles, tmp_path):
     rough = tiles.masks.roll(2, -1)
-    assert fit_refiner(tiles, rough, config(150, each_class=each_class, learning_rate=5e-3), tmp_path).finished
+    assert fit_refiner(tiles, rough, config(100, learning_rate=5e-3), tmp_path).finished
     pipeline = IDGBRPipeline.from_pretrained(tmp_path / "model")
-    assert (pipeline.schema is None) == each_class
-    refined = pipeline.refine(tiles.images.float() / 255, rough, seeds=range(8), num_steps=2, each_class=each_class)
+    refined = pipeline.refine(tiles.images.float() / 255, rough, seeds=range(8), num_steps=1)
     before, after = (rough != tiles.masks).float().mean(), (refined != tiles.masks).float().mean()
-    assert after < before * 0.6, (before, after)
+    assert after < before * 0.7, (before, after)
+
+
+def test_a_refiner_of_one_class_refines_maps_of_several(tiles, tmp_path):
+    assert fit_refiner(tiles, tiles.masks, config(each_class=True), tmp_path).finished
+    pipeline = IDGBRPipeline.from_pretrained(tmp_path / "model")
+    assert pipeline.schema is None
+    rough = torch.randint(0, 5, (1, 32, 32), dtype=torch.uint8)
+    scores = pipeline.scores(tiles.images[:1].float() / 255, rough, seeds=[0], num_steps=1, each_class=True)
+    assert scores.shape == (1, 5, 32, 32)
 
 
 def test_settings_reach_the_pipeline(tiles):
@@ -78,5 +85,3 @@ def test_settings_reach_the_pipeline(tiles):
     assert (pipeline.condition_dropout, pipeline.rough_start, pipeline.timesteps) == (0.3, 0.2, "cubic")
     assert (pipeline.config.codes, pipeline.config.image_size, pipeline.factor) == ("onehot", 24, 4)
     assert not build_refiner(config(sees_rough=False), SCHEMA, 24).config.sees_rough
-    aligned = build_refiner(config(alignment="resnet10t"), SCHEMA, 24)
-    assert aligned.alignment is not None
