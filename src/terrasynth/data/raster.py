@@ -80,6 +80,10 @@ class Grid:
         """Whether the file says anything about where it lies."""
         return self.crs is not None or self.transform is not None
 
+    def completed(self, other: Grid) -> Grid:
+        """With the CRS and transform of the same pixels in another file, where this one names none."""
+        return Grid(self.width, self.height, self.crs or other.crs, self.transform or other.transform)
+
     def part(self, window: Window) -> Grid:
         """The grid of a window."""
         moved = None if self.transform is None else window_transform(window, self.transform)

@@ -20,20 +20,23 @@ from typing import Any
 import numpy as np
 import rasterio.shutil
 from numpy.typing import DTypeLike, NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rasterio.windows import Window
 
 from terrasynth.data.raster import Grid
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import (
     LOCK,
+    TIFF_SUFFIXES,
     alone,
     atomic_write,
     full_disk,
     gdal_environment,
     new_tiff,
+    output_is_there,
     read_json,
     remove_incomplete,
-    tiff_is_there,
     write_json,
 )
 from terrasynth.progress import say, track
@@ -73,7 +76,7 @@ def is_finished(target: Path, identity: str, sources: Mapping[str, Path]) -> boo
     Raises:
         TerraSynthError: it was made of something else, or is older than one of them.
     """
-    if not tiff_is_there(target, identity):
+    if not output_is_there(target, identity):
         return False
     for name, source in sources.items():
         if target.stat().st_mtime < source.stat().st_mtime:
@@ -191,10 +194,10 @@ def append_rows(
 
 
 def write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, tags: Mapping[str, str]) -> None:
-    """Turn the finished rows into a cloud-optimised GeoTIFF.
+    """Turn the finished rows into a cloud-optimised GeoTIFF, or a PNG.
 
     Args:
-        target: the map.
+        target: the map. A PNG says nothing of place, unlabelled pixels and names.
         work: from `alone_at`.
         rows: all of them.
         grid: size and place.
@@ -214,6 +217,14 @@ def write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, 
             expected=f"{expected:,} bytes, {dtype.itemsize} for each of {grid.width} x {grid.height} pixels",
             fix=f"see that nothing else writes there, delete {work} and run again",
         )
+    if target.suffix.lower() in TIFF_SUFFIXES:
+        _write_tiff(target, work, rows, grid, legend, tags)
+    else:
+        _write_png(target, rows, grid, legend, tags)
+
+
+def _write_tiff(target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, tags: Mapping[str, str]) -> None:
+    dtype = np.dtype(legend.dtype)
     profile = {
         "dtype": dtype.name,
         "count": 1,
@@ -244,3 +255,15 @@ def write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, 
     with atomic_write(target) as partial, gdal_environment():
         # Overviews by majority: a mean of class indices is another class.
         rasterio.shutil.copy(whole, partial, driver="COG", compress="deflate", overview_resampling="mode")
+
+
+def _write_png(target: Path, rows: Path, grid: Grid, legend: Legend, tags: Mapping[str, str]) -> None:
+    image = Image.fromarray(np.fromfile(rows, dtype=legend.dtype).reshape(grid.height, grid.width))
+    if legend.palette is not None:
+        # All 256 colours, or Pillow would store fewer bits, whatever the values are.
+        image.putpalette(np.pad(legend.palette, ((0, 256 - len(legend.palette)), (0, 0))).tobytes())
+    text = PngInfo()
+    for name, value in tags.items():
+        text.add_text(name, value)
+    with atomic_write(target) as partial:
+        image.save(partial, pnginfo=text)
