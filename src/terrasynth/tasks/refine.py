@@ -28,7 +28,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest
 from terrasynth.progress import say
-from terrasynth.tasks.bands import LEFT_OUT, Tolerance, as_labels, dilate, disc, mixed, planes
+from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
 from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.rough_map import UNLABELLED, RoughMap, read_rough_map
 from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width
@@ -213,16 +213,19 @@ def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
 # --- what changes ----------------------------------------------------------------------------------------------------
 
 
-def _may_change(rough: RoughMap, reach: float | None, top: int, height: int) -> NDArray[np.bool_]:
-    """The labelled pixels of some rows, whole width, that have one of another class within `reach`, (height, W)."""
+def _may_change(
+    rough: RoughMap, reach: float | None, top: int, height: int
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The classes of some rows, whole width, and which labelled pixels have another class within `reach` of them."""
     margin = 0 if reach is None else len(disc(reach)) - 1
     first, end = max(0, top - margin), min(rough.raster.grid.height, top + height + margin)
     classes = rough.classes(Window(0, first, rough.raster.grid.width, end - first))
-    labels = as_labels(classes, rough.num_classes, classes == UNLABELLED)
-    labelled: NDArray[np.bool_] = labels != LEFT_OUT
+    may = classes != UNLABELLED
     if reach is not None:
-        labelled &= mixed(dilate(planes(labels, rough.num_classes), disc(reach)))
-    return labelled[top - first :][:height]
+        labels = as_labels(classes, rough.num_classes, ~may)
+        may &= mixed(dilate(planes(labels, rough.num_classes), disc(reach)))
+    rows = slice(top - first, top - first + height)
+    return classes[rows], may[rows]
 
 
 def _stripes(
@@ -255,7 +258,7 @@ def _parts(
 ) -> Iterator[Part]:
     """The scores in the windows of a row; one in which no pixel may change is not computed."""
     top, height, width = windows[0].row_off, windows[0].height, windows[0].width
-    wanted = _may_change(rough, reach, top, height)
+    classes, wanted = _may_change(rough, reach, top, height)
     columns = {window.col_off: slice(window.col_off, window.col_off + width) for window in windows}
     todo = []
     for window in windows:
@@ -266,7 +269,7 @@ def _parts(
     for batch in batches(todo, settings.batch_size):
         shown = [settings.stretch.rgb(image, window) for window in batch]
         images = np.stack([_padded(rgb, settings.size) for rgb, _ in shown])
-        maps = np.stack([_padded(rough.classes(window), settings.size) for window in batch])
+        maps = np.stack([_padded(classes[:, columns[window.col_off]], settings.size) for window in batch])
         scores = refiner.scores(
             torch.from_numpy(images).movedim(-1, 1).float().div_(255),
             torch.from_numpy(maps).long(),
@@ -290,4 +293,6 @@ def _parts(
 def _padded(values: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Mirrored to the right and below, where the raster is smaller than a window."""
     height, width = values.shape[:2]
+    if height == width == size:
+        return values
     return np.pad(values, ((0, size - height), (0, size - width), *[(0, 0)] * (values.ndim - 2)), mode="reflect")
