@@ -33,7 +33,7 @@ class Part:
 
     Attributes:
         left: its first column.
-        valid: bool (h, w): the pixels that the scores are about. Windows must agree where they overlap.
+        valid: bool (h, w): the pixels that the scores are about, the same in all windows that they are in.
         scores: float32 (K, h, w), on the CPU; None for a window without such pixels.
     """
 
@@ -84,7 +84,6 @@ def blend(
         kept = down.size - done
         total[:, :kept] = total[:, done:].clone()
         total[:, kept:] = 0
-        valid[:kept] = valid[done:].clone()
 
 
 def borders(grid: Grid, size: int, overlap: int) -> list[int]:
