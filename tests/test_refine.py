@@ -39,6 +39,7 @@ class Blurred:
 
     identity: str = "blurred"
     num_classes: int | None = None
+    schema: LabelSchema | None = None
     batches: list = field(default_factory=list)
 
     def scores(self, images, rough, *, num_classes, seeds):
@@ -455,9 +456,8 @@ def test_label_schemas_say_what_is_unlabelled_and_what_the_classes_are(image, tm
         else:
             meanings = {k: bands[classes == k][0] for k in (0, 1, 2, 255)}
             np.testing.assert_array_equal(values, np.vectorize(meanings.get)(expected))
-    # A refiner for these classes gets their indices, and as many scores are asked of it.
-    refiner = Blurred("three", 3)
-    refine(image, rough, tmp_path / "three.tif", refiner, SETTINGS, schema=stored)
+    # A refiner that was made for these classes.
+    refine(image, rough, tmp_path / "three.tif", Blurred("three", 3, stored), SETTINGS)
     np.testing.assert_array_equal(read(tmp_path / "three.tif"), values)
 
 

@@ -47,6 +47,10 @@ class Refiner(Protocol):
     def num_classes(self) -> int | None:
         """How many classes it was made for; None if it refines any."""
 
+    @property
+    def schema(self) -> LabelSchema | None:
+        """The classes it was made for; None if it refines any, or does not know them by name."""
+
     def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
         """Scores of the classes; the highest wins. Those of a window depend on its own image, map and seed alone.
 
@@ -116,7 +120,8 @@ def refine(
         out: a TIFF; or a PNG, if the map is one.
         refiner: says what lies where.
         settings: how.
-        schema: the classes of the map; without one, every value or colour that occurs is a class.
+        schema: the classes of the map; by default those that the refiner was made for, and without such, every value or
+            colour that occurs is a class.
 
     Returns:
         The file: a cloud-optimised GeoTIFF with the CRS, transform, values, nodata value, colours and class names of
@@ -145,7 +150,7 @@ def refine(
         grid = _common_grid(picture, raster)
         reach = None if settings.band is None else _pixels(settings.band, grid, rough)
         settings.stretch.chosen(picture)
-        mapped = read_rough_map(raster, schema, refiner.num_classes)
+        mapped = read_rough_map(raster, schema or refiner.schema, refiner.num_classes)
         check_width(rough, grid, settings.size, mapped.num_classes)
         say(f"read as: {mapped.shares()}")
         with alone_at(out) as work:
