@@ -915,7 +915,9 @@ def refine(
 
     reach = None if everywhere else Tolerance(*(band or (8, "px")))
     settings = RefineSettings(size, size // 4 if overlap is None else overlap, batch_size, shown, reach, seed)
-    typer.echo(refine_map(image, class_map, out, load_refiner(model, steps=steps), settings, schema=schema))
+    refiner = load_refiner(model, steps=steps)
+    _silence_libraries()
+    typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema))
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))
