@@ -26,6 +26,7 @@ COMMANDS = [
     "curate",
     "audit",
     "study",
+    "refine",
     "report",
     "recipe",
     "doctor",

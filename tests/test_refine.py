@@ -16,13 +16,16 @@ import torch.nn.functional as F
 from affine import Affine
 from PIL import Image
 from scipy import ndimage
+from torch import nn
+from typer.testing import CliRunner
 
+from terrasynth.cli import app
 from terrasynth.data.raster import Stretch
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.tasks import refine as module
 from terrasynth.tasks.bands import Tolerance
-from terrasynth.tasks.refine import RefineSettings, refine
+from terrasynth.tasks.refine import RefineSettings, load_refiner, refine
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((60, 16, 152), (110, 193, 228), (226, 169, 41)), 255, ((0, 0, 0),))
 PLACE = {"crs": "EPSG:32640", "transform": Affine(0.5, 0, 300_000, 0, -0.5, 2_800_000)}
@@ -657,3 +660,77 @@ def test_a_raster_too_wide_for_the_memory_is_told_from_its_header(tmp_path, monk
     image = tiff(tmp_path / "image.tif", picture(), **PLACE)
     rough = tiff(tmp_path / "rough.tif", areas().astype(np.uint8), nodata=255, **PLACE)
     assert "101 columns, 3 classes, windows of 32" in refused(image, rough, tmp_path / "out.tif")
+
+
+# --- refiners from files, and the command ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A refiner of random weights for one class against the rest, which sees image and map."""
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+    path = tmp_path_factory.mktemp("model") / "refiner"
+    pipeline = IDGBRPipeline.from_scratch(widths=(8, 8), patch_size=4, image_size=32, guidance_width=8)
+    torch.manual_seed(0)
+    for parameter in pipeline.guidance_net.parameters():  # of which the last begin at zero
+        nn.init.normal_(parameter, std=0.3)
+    pipeline.save_pretrained(path)
+    return path
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["refine", *map(str, arguments)])
+
+
+def test_the_command_refines_as_the_pipeline_does(tmp_path, folder):
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+    bands, classes = picture(32, 32), areas(32, 32, side=8)
+    image = tiff(tmp_path / "image.tif", bands, **PLACE)
+    rough = tiff(tmp_path / "rough.tif", classes.astype(np.uint8), nodata=255, **PLACE)
+    options = ["--model", folder, "--size", 32, "--steps", 2, "--band", "1.5m", "--seed", 3]
+    result = command(image, rough, "--out", tmp_path / "out.tif", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'out.tif'}\n"
+    refined = (
+        IDGBRPipeline.from_pretrained(folder)
+        .refine(
+            torch.from_numpy(bands)[None].float() / 255,
+            torch.from_numpy(classes)[None],
+            band=torch.from_numpy((classes != 255) & (distance_to_another(classes) <= 3))[None],
+            seeds=[int(module.digest(3, 0, 0), 16) >> 1],
+            num_steps=2,
+            each_class=True,
+        )[0]
+        .numpy()
+    )
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), refined)
+    assert (refined != classes).any()
+    again = command(image, rough, "--out", tmp_path / "out.tif", *options[:-1], 4)
+    assert (again.exit_code, "was made of something else" in again.stderr) == (2, True)
+    other = command(image, rough, "--out", tmp_path / "other.tif", *options[:-3], "1.5", "--everywhere")
+    assert other.exit_code == 2
+    assert command(image, rough, "--out", tmp_path / "other.tif", *options[:6], "--band", "0").exit_code == 2
+
+
+def test_a_refiner_knows_its_classes(tmp_path, folder):
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+    one = load_refiner(folder)
+    assert (one.num_classes, one.schema) == (None, None)
+    IDGBRPipeline.from_scratch(SCHEMA, widths=(8, 8), patch_size=4, image_size=32).save_pretrained(tmp_path / "three")
+    three = load_refiner(tmp_path / "three", steps=1)
+    assert (three.num_classes, three.schema) == (3, SCHEMA)
+    assert len({one.identity, three.identity, load_refiner(folder, steps=1).identity}) == 3
+    with pytest.raises(TerraSynthError, match="not the folder of a model"):
+        load_refiner(tmp_path)
+
+
+def test_what_is_wrong_with_the_files_shows_before_the_refiner_is_loaded(image, rough, tmp_path, folder, monkeypatch):
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+    monkeypatch.setattr(IDGBRPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    moved = tiff(tmp_path / "moved.tif", areas().astype(np.uint8), crs="EPSG:32639", transform=PLACE["transform"])
+    result = command(image, moved, "--out", tmp_path / "out.tif", "--model", folder)
+    assert (result.exit_code, "different CRSs" in result.stderr) == (2, True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,14 +26,19 @@ from terrasynth.data.raster import Grid, Raster, Stretch, crs_name, open_raster
 from terrasynth.data.scenes import check_aligned
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest
+from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, weights_digest
 from terrasynth.progress import say
 from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
 from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.rough_map import UNLABELLED, RoughMap, read_rough_map
 from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width
 
-__all__ = ["RefineSettings", "Refiner", "refine"]
+if TYPE_CHECKING:
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+__all__ = ["RefineSettings", "Refiner", "load_refiner", "refine"]
+
+_WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 class Refiner(Protocol):
@@ -63,6 +68,64 @@ class Refiner(Protocol):
         Returns:
             float (B, K, H, W), on any device. Where windows overlap their mean counts, so probabilities are best.
         """
+
+
+@dataclass(frozen=True)
+class _IDGBR:
+    """A refiner of `systems.idgbr`, which is loaded when something is asked of it."""
+
+    folder: Path
+    steps: int
+
+    @cached_property
+    def identity(self) -> str:
+        return digest(weights_digest(self.folder), self.steps)
+
+    @cached_property
+    def pipeline(self) -> IDGBRPipeline:
+        # The libraries of the networks take longer to load than all that is done before.
+        from terrasynth.systems.idgbr import IDGBRPipeline
+
+        return IDGBRPipeline.from_pretrained(self.folder).place("cuda" if torch.cuda.is_available() else "cpu", "fp32")
+
+    @property
+    def num_classes(self) -> int | None:
+        # Of one class against the rest, without names: of every class in turn.
+        count = self.pipeline.num_classes
+        return None if self.schema is None and count == 2 else count
+
+    @property
+    def schema(self) -> LabelSchema | None:
+        return self.pipeline.schema
+
+    def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
+        each_class = self.num_classes is None
+        return self.pipeline.scores(
+            images, rough, seeds=seeds, num_steps=self.steps, each_class=each_class, num_classes=num_classes
+        )
+
+
+def load_refiner(model: str | Path, *, steps: int = 4) -> Refiner:
+    """An IDGBR refiner that TerraSynth saved, or one that comes with the package, by its name.
+
+    Args:
+        model: a folder or a name.
+        steps: evaluations of the network for every window.
+
+    Raises:
+        TerraSynthError: the folder is no model's. What is wrong with its parts shows when it is used.
+    """
+    packaged = _WEIGHTS / str(model)
+    folder = packaged if packaged.is_dir() else Path(model)
+    if not (folder / "model_index.json").is_file():
+        raise TerraSynthError(
+            "not the folder of a model",
+            path=folder,
+            found="no model_index.json",
+            expected="a refiner that IDGBRPipeline.save_pretrained wrote",
+            fix="correct --model",
+        )
+    return _IDGBR(folder, steps)
 
 
 @dataclass(frozen=True)
