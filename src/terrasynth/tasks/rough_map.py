@@ -137,12 +137,12 @@ def _by_schema(raster: Raster, found: Survey, schema: LabelSchema) -> RoughMap:
 
 def _by_value(raster: Raster, found: Survey) -> RoughMap:
     _check_number(raster, found)
-    names = tuple(raster.class_names.get(value, str(value)) for value in found.keys.tolist())
+    names = tuple(raster.class_names.get(value, f"value {value}") for value in found.keys.tolist())
     return _as_it_is(raster, found, np.arange(len(names), dtype=np.uint8), names, Legend(None, {}, None))
 
 
 def _by_index(raster: Raster, found: Survey, num_classes: int) -> RoughMap:
-    names = tuple(raster.class_names.get(index, str(index)) for index in range(num_classes))
+    names = tuple(raster.class_names.get(index, f"value {index}") for index in range(num_classes))
     return _as_it_is(raster, found, found.keys.astype(np.uint8), names, Legend(None, {}, None))
 
 
