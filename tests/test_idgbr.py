@@ -1,16 +1,12 @@
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from safetensors.torch import save_file
-from test_convert_idgbr import published
 from torch.utils.flop_counter import FlopCounterMode
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.models.autoencoder import encode_images
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import LabelCodes
 from terrasynth.models.unet import Features, decode, encode
