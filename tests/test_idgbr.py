@@ -1,3 +1,4 @@
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from terrasynth.training.loop import train
 from test_convert_idgbr import published
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((200, 150, 90), (90, 90, 90), (20, 60, 160)))
-SMALL = {"widths": (8, 16), "guidance_width": 8, "image_size": 16, "patch_size": 2}
+SMALL = {"widths": (8,), "guidance_width": 8, "image_size": 16, "patch_size": 2}
 LAYOUTS = pytest.mark.parametrize("conditions", ["joint", "separate"])
 
 
@@ -138,7 +139,7 @@ def test_what_is_computed_once_changes_nothing(conditions, images, rough):
 
 
 @torch.no_grad()
-def test_refinement_needs_a_third_of_the_operations_of_the_released_code():
+def test_refinement_needs_a_third_of_the_operations_of_the_released_code(monkeypatch):
     """Counted at the published size, where the released guidance has attention that adds nothing."""
 
     def operations(run):
@@ -146,14 +147,14 @@ def test_refinement_needs_a_third_of_the_operations_of_the_released_code():
             found = run()
         return found, counter.get_total_flops()
 
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, *_, **__: tensor)  # slow, and of no use here
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         x, t, text = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
         features, encoder = operations(lambda: encode(unet, x, t, text))
         _, decoder = operations(lambda: decode(unet, features, text))
-        guidance = [
-            operations(lambda net=GuidanceNet(max_grid=side): net(features, [features] * 2))[1] for side in (64, 0)
-        ]
+        nets = [GuidanceNet(max_grid=side) for side in (64, 0)]
+        guidance = [operations(partial(net, features, [features] * 2))[1] for net in nets]
     released = 25 * (2 * encoder + encoder + guidance[0] + 2 * (encoder + decoder))
     for scale, decoders, least in (("without", 1, 3.1), ("with", 2, 1.9)):
         ours = 2 * encoder + 25 * (encoder + guidance[1] + decoders * decoder)
@@ -338,7 +339,7 @@ def test_alignment_is_added_to_the_loss_and_trains_a_projector(images, rough):
     pipeline.alignment.register_forward_hook(lambda module, given, output: seen.append((given, output)))
     total = pipeline.training_loss(given)
     (features, shown), losses = seen[0]
-    assert features.shape == (3, 16, 4, 4)
+    assert features.shape == (3, 8, 8, 8)
     assert torch.equal(shown, images)
     torch.testing.assert_close(total, plain + 0.25 * losses.mean())
     total.backward()
@@ -399,7 +400,7 @@ def squares(count, generator):
 
 def test_it_learns_to_mend_boundaries_and_from_the_rough_map_as_well_as_from_noise():
     pipeline = IDGBRPipeline.from_scratch(widths=(32,), guidance_width=16, image_size=24)
-    generator, rate, steps = torch.Generator().manual_seed(0), 3e-3, 100
+    generator, rate, steps = torch.Generator().manual_seed(0), 4e-3, 70
     optimizer = torch.optim.AdamW(pipeline.network.parameters(), lr=rate, fused=True)
     for step in range(steps):
         images, rough, mask = squares(16, generator)
@@ -499,9 +500,9 @@ def test_on_sd15_conditions_add_nothing_at_first_and_only_a_joint_encoder_trains
         assert pipeline.config.prediction_type == "epsilon"
         predict = pipeline.denoiser(images, pipeline.label_codes.encode(rough))
         torch.testing.assert_close(predict(x, t), base.unet(x, t, text).sample, atol=1e-5, rtol=0)
-        trains = {name for name, part in pipeline.components.items() if part is not None and _trains(part)}
-        assert ("condition_encoder" in trains) == ("condition_encoder" in pipeline.network) == (conditions == "joint")
-        assert {"unet", "guidance_net"} < trains | {""}
+        trains = {name for name, part in pipeline.components.items() if trains_at_all(part)}
+        assert trains == {"unet", "guidance_net"} | ({"condition_encoder"} if conditions == "joint" else set())
+        assert trains == set(pipeline.network)
         read = pipeline.read(images, pipeline.label_codes.encode(rough))
         assert len(read) == (2 if conditions == "separate" else 1)
         # The copy sees the image as the base's U-Net does; of a joint one, the rough map weighs nothing yet.
@@ -510,7 +511,7 @@ def test_on_sd15_conditions_add_nothing_at_first_and_only_a_joint_encoder_trains
         torch.testing.assert_close(read[0].middle, expected.middle, atol=1e-5, rtol=0)
 
 
-def _trains(part):
+def trains_at_all(part):
     return isinstance(part, torch.nn.Module) and any(p.requires_grad for p in part.parameters())
 
 
@@ -634,13 +635,9 @@ def test_a_refiner_of_two_classes_says_how_it_refines_more(images, rough):
         ({"conditions": "both"}, "joint, separate"),
         ({"prediction_type": "flow"}, "sample, epsilon, v_prediction"),
         ({"codes": "grey"}, "bits, onehot, learned"),
-        ({"conditions": "separate", "codes": "onehot", "schema": None}, None),
     ],
 )
 def test_unknown_choices_are_refused(given, message):
-    if message is None:
-        small_pipeline(**given)
-        return
     with pytest.raises(TerraSynthError, match=message):
         small_pipeline(**given)
 
