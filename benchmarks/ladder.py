@@ -28,10 +28,10 @@ import torch
 from terrasynth.data.folder import Tiles, check_splits, load_synthetic, load_tiles
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
-from terrasynth.study.units import Clock, Unit, do
 from terrasynth.systems.generate import Job, load_pipeline, model_digest, paint, plan
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.segmentation import Segmentor, fit
+from terrasynth.training.units import Clock, Unit, do
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -48,11 +48,11 @@ from terrasynth.study.quality import (
     thumbnails,
     whitening,
 )
-from terrasynth.study.units import Clock, Unit, do
 from terrasynth.systems.generate import Job, load_pipeline, model_digest, paint, steering_for
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.tasks.confusion import Confusion
 from terrasynth.tasks.segmentation import Segmentor, fit
+from terrasynth.training.units import Clock, Unit, do
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAST = 8  # tiles: with fewer, the distances have no error to speak of

@@ -28,10 +28,10 @@ def killed():
         if child == 0:
             original, calls = getattr(owner, name), itertools.count()
 
-            def counted(*arguments):
+            def counted(*arguments, **named):
                 if next(calls) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments)
+                return original(*arguments, **named)
 
             setattr(owner, name, counted)
             try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from terrasynth.data.augment import _components, augment, classmix, copy_paste, cutmix, dihedral, view
+from terrasynth.data.augment import augment, classmix, connected, copy_paste, cutmix, dihedral, view
 
 SIZE = 64
 
@@ -105,6 +105,28 @@ def test_a_sample_is_a_function_of_its_seed(function):
     assert not torch.equal(function(image, mask, 8)[0], function(image, mask, 8 + 2**32)[0])
     assert torch.equal(image, before[0])
     assert torch.equal(mask, before[1])
+
+
+@pytest.mark.parametrize("function", [augment, view])
+def test_several_maps_move_as_one(function):
+    image, mask = random_tile()
+    maps = torch.stack([mask, mask.roll(3, 1), random_tile(1)[1], torch.arange(SIZE * SIZE).view(SIZE, SIZE).byte()])
+    for seed in (*range(40), 2**62):
+        moved, together = function(image, maps, seed)
+        alone = [function(image, one, seed) for one in maps]
+        assert together.dtype == alone[0][1].dtype
+        assert torch.equal(together, torch.stack([followed for _, followed in alone]))
+        assert all(torch.equal(moved, pixels) for pixels, _ in alone)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_several_maps_turn_and_flip_as_torch_does(index):
+    image, _ = random_tile()
+    maps = torch.stack([random_tile(seed)[1] for seed in range(3)])
+    turned, followed = view(image, maps, index)
+    for before, after in ((image, turned), (maps, followed)):
+        expected = torch.rot90(before, index % 4, dims=(1, 2))
+        assert torch.equal(after, torch.flip(expected, dims=(2,)) if index >= 4 else expected)
 
 
 def test_augmented_images_stay_in_range_and_keep_their_look():
@@ -255,7 +277,7 @@ def spiral(size: int) -> np.ndarray:
     ],
 )
 def test_components_are_those_of_a_flood_fill(mask):
-    components, classes = _components(mask)
+    components, classes = connected(mask)
     ours = {
         (int(classes[c]), frozenset(zip(*map(np.ndarray.tolist, np.nonzero(components == c)), strict=True)))
         for c in range(len(classes))

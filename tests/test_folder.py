@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -560,3 +561,21 @@ def test_a_split_may_lie_apart(root, tmp_path_factory):
     source = {"images": "there/images/train/*", "windows": 1, "scale": None}
     with pytest.raises(TerraSynthError, match="validation or test tiles"):
         unlabelled_windows(config(parent, test=split, unlabelled=[source]), SCHEMA)
+
+
+def test_tiles_are_taken_with_everything_that_is_theirs(root):
+    tiles = replace(load_tiles(config(root), "train"), caption=("1 {classes}", "2", "3"), weights=(1.0, 2.0, 3.0))
+    taken = tiles.take([2, 0, 2])
+    assert (taken.ids, taken.caption, taken.weights) == (("c", "a", "c"), ("3", "1 {classes}", "3"), (3.0, 1.0, 3.0))
+    for position, index in enumerate([2, 0, 2]):
+        ours, theirs = taken.sample(position), tiles.sample(index)
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours["mask"], theirs["mask"])
+        assert ours["caption"] == theirs["caption"]
+    assert tiles.take(range(3)).fingerprint() == tiles.fingerprint()
+    plain = load_tiles(config(root), "train")
+    assert (
+        plain.take([1]).fingerprint()
+        == replace(plain, ids=("b",), images=plain.images[1:2], masks=plain.masks[1:2]).fingerprint()
+    )
+    assert len(plain.take([])) == 0

@@ -138,6 +138,7 @@ def test_gain_that_does_not_beat_the_other_augmentation_is_reserved():
 def test_other_augmentation_that_is_better_is_named():
     answer = judge({"real": REAL, "CutMix": shifted(0.03, 2 * CLEARLY), "plain": shifted(0.02)})
     assert answer.reserved
+    assert answer.headline.startswith("The best arm with synthetic data raised test mIoU from 42.0 to 44.1")
     assert answer.headline.endswith(", but CutMix, which needs none, is better by +1.1 (+0.9 to +1.3).")
 
 

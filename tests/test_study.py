@@ -20,8 +20,8 @@ from terrasynth.io import open_image
 from terrasynth.recipe import ArmConfig, Recipe, SearchConfig
 from terrasynth.study.report import read_results, verdict
 from terrasynth.study.run import Study
-from terrasynth.study.units import Clock, OutOfTime, do
 from terrasynth.study.workers import workers
+from terrasynth.training.units import Clock, OutOfTime, do
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from torch import nn
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import read_json, write_json
-from terrasynth.study.units import Clock, OutOfTime, Unit, do
 from terrasynth.training import checkpoint
+from terrasynth.training.units import Clock, OutOfTime, Unit, do
 
 STEPS = 3
 CHANGES = ("open", "os.rename", "os.mkdir", "os.link", "os.symlink", "os.remove", "os.rmdir")
@@ -116,7 +116,7 @@ def test_scratch_stays_until_the_unit_is_finished(tmp_path):
 WORKER = """
 import sys, time
 from pathlib import Path
-from terrasynth.study.units import Clock, do
+from terrasynth.training.units import Clock, do
 
 def work(folder):
     print("at work", flush=True)

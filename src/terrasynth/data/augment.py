@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["augment", "classmix", "copy_paste", "cutmix", "dihedral", "view"]
+__all__ = ["augment", "classmix", "connected", "copy_paste", "cutmix", "dihedral", "view"]
 
 # Distinguish the streams of one seed from each other.
 _AUGMENT, _VIEW, _CUTMIX, _CLASSMIX, _COPY_PASTE = range(5)
@@ -40,11 +40,11 @@ def augment(image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
     Args:
         image: uint8 (3, S, S).
-        mask: uint8 (S, S).
+        mask: uint8 (S, S); or several maps of the tile, uint8 (M, S, S), which move as one.
         seed: decides all draws, not negative.
 
     Returns:
-        Image float32 (3, S, S) in [0, 1] and mask int64 (S, S).
+        Image float32 (3, S, S) in [0, 1] and mask int64, of its own shape.
     """
     random = np.random.default_rng((seed, _AUGMENT))
     element = int(random.integers(8))
@@ -61,11 +61,11 @@ def view(image: Tensor, mask: Tensor, index: int) -> tuple[Tensor, Tensor]:
 
     Args:
         image: uint8 (3, S, S).
-        mask: uint8 (S, S).
+        mask: uint8 (S, S); or several maps of the tile, uint8 (M, S, S), which move as one.
         index: which view, not negative.
 
     Returns:
-        Image uint8 (3, S, S) and mask uint8 (S, S).
+        Image uint8 (3, S, S) and mask uint8, of its own shape.
     """
     if index < 8:
         return dihedral(image, index).contiguous(), dihedral(mask, index).contiguous()
@@ -166,7 +166,7 @@ def copy_paste(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int =
         random = np.random.default_rng((seed, _COPY_PASTE))
         if random.random() >= _MIX_PROBABILITY:
             continue
-        components, classes = _components(labels[i - 1])
+        components, classes = connected(labels[i - 1])
         pixels = np.bincount(components.ravel())
         usable = (pixels >= _PASTED_PIXELS) & (pixels <= _PASTED_AREA * size**2) & (classes != ignore_index)
         if not usable.any():
@@ -182,7 +182,7 @@ def copy_paste(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int =
     return _pasted(images, source[:, None]), _pasted(masks, source)
 
 
-def _components(mask: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
+def connected(mask: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.integer]]:
     """Connected pixels of equal value (4 neighbours): a number for each pixel, (H, W), and the value of each number.
 
     Runs of equal pixels in a row are nodes, and runs that touch across two rows are edges. Every root is hooked to the
@@ -256,12 +256,13 @@ def _zoom(image: Tensor, mask: Tensor, random: np.random.Generator) -> tuple[Ten
     height, width = min(size, round(side / stretch)), min(size, round(side * stretch))
     top, left = int(random.integers(size - height + 1)), int(random.integers(size - width + 1))
     box = (slice(top, top + height), slice(left, left + width))
-    image, mask = image[:, *box], mask[box]
+    image, mask = image[:, *box], mask[..., *box]
     if (height, width) == (size, size):
         return image, mask
     magnified = functional.interpolate(image[None], size=(size, size), mode="bilinear", align_corners=False)
-    followed = functional.interpolate(mask[None, None], size=(size, size), mode="nearest-exact")
-    return magnified[0], followed[0, 0]
+    maps = mask.reshape(1, -1, height, width)
+    followed = functional.interpolate(maps, size=(size, size), mode="nearest-exact")
+    return magnified[0], followed.reshape(*mask.shape[:-2], size, size)
 
 
 def _jitter(image: Tensor, random: np.random.Generator) -> Tensor:

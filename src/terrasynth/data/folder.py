@@ -111,6 +111,14 @@ class Tiles:
         weights = None if self.weights is None else self.weights[:count]
         return Tiles(self.ids[:count], self.images[:count], self.masks[:count], self.schema, caption, weights=weights)
 
+    def take(self, indices: Sequence[int]) -> Tiles:
+        """The tiles at `indices`, in that order."""
+        rows = list(indices)
+        ids = tuple(self.ids[row] for row in rows)
+        caption = self.caption if isinstance(self.caption, str) else tuple(self.caption[row] for row in rows)
+        weights = None if self.weights is None else tuple(self.weights[row] for row in rows)
+        return Tiles(ids, self.images[rows], self.masks[rows], self.schema, caption, weights=weights)
+
     @property
     def unlabelled(self) -> int:
         """How many tiles have no labelled pixel."""

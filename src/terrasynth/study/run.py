@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import terrasynth
@@ -33,11 +31,11 @@ from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.gallery import write_gallery
 from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
-from terrasynth.study.units import Busy, Clock, OutOfTime, Unit, do
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.systems.todsynth import packaged_or
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
+from terrasynth.training.units import Busy, Clock, OutOfTime, Unit, do, store_tensors, stored_tensors
 
 __all__ = ["Study"]
 
@@ -173,14 +171,16 @@ class Study:
         }
 
         def work(folder: Path) -> None:
-            _store(folder / _MASKS, masks=label([_segmentor(teacher) for teacher in teachers], windows, confidence))
+            store_tensors(
+                folder / _MASKS, masks=label([_segmentor(teacher) for teacher in teachers], windows, confidence)
+            )
 
         group, name = "read unlabelled images", f"at least {confidence:g}"
         return self._do(group, "readings", name, inputs, work, products=(_MASKS,))
 
     def read(self, confidence: float) -> Tiles:
         """The unlabelled images under what the teachers read in them."""
-        masks = _stored(self.reading(confidence).folder / _MASKS)["masks"]
+        masks = stored_tensors(self.reading(confidence).folder / _MASKS)["masks"]
         return replace(self._windows, masks=masks, caption=self.train.caption)
 
     @property
@@ -658,8 +658,8 @@ def _filtered(painted: Tiles, real: Tiles, judge: Unit, stored: Path) -> Tiles:
     # Kept for the next sittings: where the rounding is another, a pixel near the limit may fall on its other side, and
     # the work would no longer be the one that began.
     if not stored.is_file():
-        _store(stored, masks=masks())
-    return replace(painted, masks=_stored(stored)["masks"])
+        store_tensors(stored, masks=masks())
+    return replace(painted, masks=stored_tensors(stored)["masks"])
 
 
 def _curated(
@@ -670,8 +670,8 @@ def _curated(
         rows = islice(read_manifest(painted.folder / "dataset")[1], len(tiles))
         sources = [row["source_mask"] for row in rows]
         used, masks, weights = curated_tiles(tiles, sources, real, _segmentor(judge), config, seed)
-        _store(stored, masks=masks, used=used, weights=weights)
-    kept = _stored(stored)
+        store_tensors(stored, masks=masks, used=used, weights=weights)
+    kept = stored_tensors(stored)
     ids = tuple(tiles.ids[index] for index in kept["used"])
     return Tiles(ids, tiles.images[kept["used"]], kept["masks"], tiles.schema, weights=tuple(kept["weights"].tolist()))
 
@@ -698,23 +698,6 @@ def _remade(unit: Unit) -> Iterator[None]:
     except TerraSynthError as error:
         again = f"delete {unit.folder / 'unit.json'} and what is damaged, then run the same command: it is made again"
         raise TerraSynthError(error.problem, path=error.path, found=error.found, fix=again) from error
-
-
-def _store(path: Path, **tensors: Tensor) -> None:
-    with atomic_write(path) as partial:
-        save_file(tensors, partial)
-
-
-def _stored(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TerraSynthError(
-            "the masks that segmentors read can not be loaded",
-            path=path,
-            found=str(error),
-            fix="delete this file and run the same command: it is made again",
-        ) from error
 
 
 def _mean_shares(units: list[Unit]) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ import torch
 
 from terrasynth.recipe import Recipe
 from terrasynth.study.run import Study
-from terrasynth.study.units import OutOfTime
+from terrasynth.training.units import OutOfTime
 
 __all__ = ["workers"]
 

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from terrasynth.errors import OutOfTime, TerraSynthError
-from terrasynth.io import alone, digest, read_json, remove_incomplete, write_json
+from terrasynth.io import alone, atomic_write, digest, read_json, remove_incomplete, write_json
 from terrasynth.training.processes import agreed, process_state
 
-__all__ = ["Busy", "Clock", "OutOfTime", "Unit", "do"]
+__all__ = ["Busy", "Clock", "OutOfTime", "Unit", "do", "store_tensors", "stored_tensors"]
 
 #: To be raised with every change of the code that gives other results for the same inputs: no finished unit may pass
 #: for one of today's.
@@ -135,6 +139,29 @@ def do(
         for part in scratch:
             shutil.rmtree(folder / part, ignore_errors=True)
     return unit
+
+
+def store_tensors(path: Path, **tensors: Tensor) -> None:
+    """Write tensors that a unit made: a safetensors file, whole or not at all."""
+    with atomic_write(path) as partial:
+        save_file(tensors, partial)
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what `store_tensors` wrote.
+
+    Raises:
+        TerraSynthError: the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TerraSynthError(
+            "what a unit of work made can not be loaded",
+            path=path,
+            found=str(error),
+            fix="delete this file and run the same command: it is made again",
+        ) from error
 
 
 def _finish(folder: Path, stamp: Path, about: Mapping[str, Any], work: Callable[[Path], Any]) -> None:
