@@ -1,12 +1,15 @@
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
+from terrasynth.models.autoencoder import encode_images
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import LabelCodes
 from terrasynth.models.unet import Features, decode, encode
@@ -14,9 +17,10 @@ from terrasynth.recipe import TrainConfig
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.systems.idgbr import IDGBRPipeline, decide
 from terrasynth.training.loop import train
+from test_convert_idgbr import published
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((200, 150, 90), (90, 90, 90), (20, 60, 160)))
-SMALL = {"widths": (8, 16), "guidance_width": 8, "image_size": 16, "patch_size": 2}
+SMALL = {"widths": (8,), "guidance_width": 8, "image_size": 16, "patch_size": 2}
 LAYOUTS = pytest.mark.parametrize("conditions", ["joint", "separate"])
 
 
@@ -135,7 +139,7 @@ def test_what_is_computed_once_changes_nothing(conditions, images, rough):
 
 
 @torch.no_grad()
-def test_refinement_needs_a_third_of_the_operations_of_the_released_code():
+def test_refinement_needs_a_third_of_the_operations_of_the_released_code(monkeypatch):
     """Counted at the published size, where the released guidance has attention that adds nothing."""
 
     def operations(run):
@@ -143,14 +147,14 @@ def test_refinement_needs_a_third_of_the_operations_of_the_released_code():
             found = run()
         return found, counter.get_total_flops()
 
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, *_, **__: tensor)  # slow, and of no use here
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         x, t, text = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
         features, encoder = operations(lambda: encode(unet, x, t, text))
         _, decoder = operations(lambda: decode(unet, features, text))
-        guidance = [
-            operations(lambda net=GuidanceNet(max_grid=side): net(features, [features] * 2))[1] for side in (64, 0)
-        ]
+        nets = [GuidanceNet(max_grid=side) for side in (64, 0)]
+        guidance = [operations(partial(net, features, [features] * 2))[1] for net in nets]
     released = 25 * (2 * encoder + encoder + guidance[0] + 2 * (encoder + decoder))
     for scale, decoders, least in (("without", 1, 3.1), ("with", 2, 1.9)):
         ours = 2 * encoder + 25 * (encoder + guidance[1] + decoders * decoder)
@@ -335,7 +339,7 @@ def test_alignment_is_added_to_the_loss_and_trains_a_projector(images, rough):
     pipeline.alignment.register_forward_hook(lambda module, given, output: seen.append((given, output)))
     total = pipeline.training_loss(given)
     (features, shown), losses = seen[0]
-    assert features.shape == (3, 16, 4, 4)
+    assert features.shape == (3, 8, 8, 8)
     assert torch.equal(shown, images)
     torch.testing.assert_close(total, plain + 0.25 * losses.mean())
     total.backward()
@@ -377,3 +381,269 @@ def test_the_training_loop_trains_every_parameter_and_goes_on_after_an_interrupt
     before, after = dict(untrained().network.named_parameters()), dict(resumed.network.named_parameters())
     assert [name for name, tensor in after.items() if torch.equal(before[name], tensor)] == []
     assert all(torch.equal(tensor, after[name]) for name, tensor in whole.network.named_parameters())
+
+
+def squares(count, generator):
+    """Bright squares on dark ground, under noise; their masks, and rough maps in which they are moved by up to 2 px."""
+    size = torch.randint(6, 12, (count, 1, 1), generator=generator)
+    place = torch.randint(3, 10, (2, count, 1, 1), generator=generator)
+    move = torch.randint(-2, 3, (2, count, 1, 1), generator=generator)
+    y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+
+    def draw(top, left):
+        return ((y >= top) & (y < top + size) & (x >= left) & (x < left + size)).long()
+
+    mask, rough = draw(*place), draw(*(place + move))
+    images = 0.3 + 0.4 * mask.unsqueeze(1) + 0.1 * torch.randn(count, 3, 24, 24, generator=generator)
+    return images.clamp(0, 1), rough, mask
+
+
+def test_it_learns_to_mend_boundaries_and_from_the_rough_map_as_well_as_from_noise():
+    pipeline = IDGBRPipeline.from_scratch(widths=(32,), guidance_width=16, image_size=24)
+    generator, rate, steps = torch.Generator().manual_seed(0), 4e-3, 70
+    optimizer = torch.optim.AdamW(pipeline.network.parameters(), lr=rate, fused=True)
+    for step in range(steps):
+        images, rough, mask = squares(16, generator)
+        seeds = torch.arange(16) + 16 * step
+        optimizer.zero_grad()
+        pipeline.training_loss({"image": images, "rough": rough, "mask": mask, "seed": seeds}).backward()
+        torch.nn.utils.clip_grad_norm_(pipeline.network.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.step()
+    pipeline.network.eval()
+    images, rough, mask = squares(48, torch.Generator().manual_seed(1))
+    before = (rough != mask).double().mean()
+
+    def error(**sampling):
+        return (pipeline.refine(images, rough, seeds=range(48), **sampling) != mask).double().mean()
+
+    from_noise = error(num_steps=2)
+    print(f"wrong pixels: rough {before:.2%}, refined {from_noise:.2%}")
+    assert from_noise < before / 3
+    # Without training on rough starts it is worse by a third from little noise.
+    for num_steps, strength in ((1, 0.15), (1, 0.5), (2, 0.5), (4, 0.5)):
+        found = error(num_steps=num_steps, strength=strength)
+        print(f"  {num_steps} steps at strength {strength}: {found:.2%}")
+        assert found < 1.15 * from_noise
+
+
+# As files
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"conditions": "separate", "codes": "onehot"}, {"schema": None, "codes": "learned", "sees_rough": False}],
+)
+def test_a_saved_pipeline_refines_the_same(changes, images, rough, tmp_path):
+    pipeline = small_pipeline(**changes)
+    pipeline.save_pretrained(tmp_path)
+    weights = [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    assert weights == []
+    loaded = IDGBRPipeline.from_pretrained(tmp_path)
+    assert loaded.config.image_size == 16
+    assert loaded.rough_start == pipeline.rough_start
+    assert set(loaded.network) == set(pipeline.network) == {"unet", "guidance_net", "condition_encoder"}
+    given = rough.clamp(max=1)
+    scores = (each.scores(images, given, seeds=[1, 2, 3], num_steps=2) for each in (loaded, pipeline))
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
+
+
+def test_other_classes_than_the_models_are_refused(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    two = LabelSchema(("a", "b"), ((1, 1, 1), (2, 2, 2))).to_dict()
+    with pytest.raises(TerraSynthError, match="classes do not fit"):
+        IDGBRPipeline.from_pretrained(tmp_path, label_schema=two)
+
+
+@pytest.mark.parametrize("codes", ["bits", "onehot", "learned"])
+@pytest.mark.parametrize("patch_size", [1, 4])
+def test_pixels_lose_nothing_on_the_way_to_codes_and_back(codes, patch_size, rough):
+    pipeline = IDGBRPipeline.from_scratch(SCHEMA, **SMALL | {"codes": codes, "patch_size": patch_size})
+    known = rough.clamp(max=2)
+    assert torch.equal(pipeline.round_trip(known), known.byte())
+
+
+def test_a_refiner_from_scratch_has_five_million_parameters_and_costs_15_gflop_a_training_step():
+    pipeline = IDGBRPipeline.from_scratch()
+    count = sum(parameter.numel() for parameter in pipeline.network.parameters())
+    for part in pipeline.network.values():
+        part.to("meta")
+    x, condition, t = (torch.empty(1, *shape, device="meta") for shape in ((16, 64, 64), (64, 64, 64), ()))
+    with FlopCounterMode(display=False) as counter:
+        found = encode(pipeline.unet, x, t)
+        decode(pipeline.unet, found.plus(pipeline.guidance_net(found, [pipeline.condition_encoder(condition, t)])))
+    operations = 3 * counter.get_total_flops()  # a backward pass is two forward passes
+    print(f"{count / 1e6:.2f} million parameters, {operations / 1e9:.1f} · 10⁹ operations")
+    assert 4.5e6 < count < 5.5e6
+    assert operations < 15e9
+
+
+# On Stable Diffusion 1.5
+
+
+@pytest.fixture
+def sd15_maps():
+    rough = torch.randint(0, 3, (2, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return torch.rand(2, 3, 32, 32), rough
+
+
+@torch.no_grad()
+def test_on_sd15_conditions_add_nothing_at_first_and_only_a_joint_encoder_trains(sd15, sd15_maps):
+    folder, base = sd15
+    images, rough = sd15_maps
+    text = base.encode_prompt([""] * 2, "cpu", 1, False)[0]
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([900, 20])
+    for conditions in ("separate", "joint"):
+        pipeline = IDGBRPipeline.from_pretrained(
+            folder, label_schema=SCHEMA.to_dict(), conditions=conditions, image_size=32
+        )
+        assert pipeline.config.prediction_type == "epsilon"
+        predict = pipeline.denoiser(images, pipeline.label_codes.encode(rough))
+        torch.testing.assert_close(predict(x, t), base.unet(x, t, text).sample, atol=1e-5, rtol=0)
+        trains = {name for name, part in pipeline.components.items() if trains_at_all(part)}
+        assert trains == {"unet", "guidance_net"} | ({"condition_encoder"} if conditions == "joint" else set())
+        assert trains == set(pipeline.network)
+        read = pipeline.read(images, pipeline.label_codes.encode(rough))
+        assert len(read) == (2 if conditions == "separate" else 1)
+        # The copy sees the image as the base's U-Net does; of a joint one, the rough map weighs nothing yet.
+        latents = encode_images(base.vae, images)
+        expected = encode(base.unet, latents, torch.ones(2), text)
+        torch.testing.assert_close(read[0].middle, expected.middle, atol=1e-5, rtol=0)
+
+
+def trains_at_all(part):
+    return isinstance(part, torch.nn.Module) and any(p.requires_grad for p in part.parameters())
+
+
+def test_on_sd15_it_trains_saves_and_refines_in_latents(sd15, sd15_maps, tmp_path):
+    images, rough = sd15_maps
+    pipeline = IDGBRPipeline.from_pretrained(
+        sd15[0], label_schema=SCHEMA.to_dict(), prediction_type="sample", image_size=32
+    )
+    shaken(pipeline)
+    mask = rough.clone()
+    mask[:, :9, :9] = 255
+    given = {"image": images, "rough": rough, "mask": mask, "seed": torch.tensor([1, 2])}
+    pipeline.condition_dropout = 0.0
+    pipeline.training_loss(given).backward()
+    gradients = [name for name, p in pipeline.network.named_parameters() if p.grad is not None and p.grad.any()]
+    assert {name.split(".")[0] for name in gradients} == {"unet", "guidance_net"}
+    # Of the latents, those that see a pixel without a label carry no loss.
+    weight = pipeline._weight(mask < 3, torch.zeros(2, 4, 8, 8))
+    assert weight[0, 0].tolist() == [[0.0] * 3 + [1.0] * 5] * 3 + [[1.0] * 8] * 5
+
+    assert pipeline.round_trip(rough).shape == rough.shape
+    options = {"seeds": [1, 2], "num_steps": 2, "strength": 0.5, "guidance_scale": 2.0}
+    found = pipeline.scores(images, rough, **options)
+    released = pipeline.scores(images, rough, **options, cache=False)
+    torch.testing.assert_close(found, released, atol=1e-4, rtol=0)
+    pipeline.save_pretrained(tmp_path)
+    loaded = IDGBRPipeline.from_pretrained(tmp_path)
+    assert loaded.config.trains_conditions is False
+    torch.testing.assert_close(loaded.scores(images, rough, **options), found, atol=1e-4, rtol=0)
+
+
+# The released layout
+
+
+def released_run(sd15, folder, finished):
+    """A run of the released code on a small Stable Diffusion, with random weights."""
+    _, base = sd15
+    unet = UNet2DConditionModel.from_config(base.unet.config)
+    unet.save_pretrained(folder / "unet_gen")
+    (folder / "interact_net").mkdir()
+    (folder / "label_embed_net").mkdir()
+    channels, grids = (16, 16, 16, 32, 32), (4, 4, 2, 2, 2)
+    weights = published(channels, grids)
+    save_file(weights, folder / "interact_net" / "diffusion_pytorch_model.safetensors")
+    table = {"embedding_table.weight": torch.randn(4, 3), "embedding_conv.0.bias": torch.zeros(128)}
+    save_file(table, folder / "label_embed_net" / "diffusion_pytorch_model.safetensors")
+    if finished:
+        base.save_pretrained(folder)
+        (folder / "unet").rename(folder / "unet_ori")
+    return unet, weights, table["embedding_table.weight"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_released_run_is_computed_as_released(sd15, sd15_maps, tmp_path, finished):
+    """From the images on: ImageNet's statistics, Stable Diffusion's encoder at timestep 1, the guidance, the U-Net."""
+    folder, base = sd15
+    images, rough = sd15_maps
+    unet, weights, table = released_run(sd15, tmp_path, finished)
+    pipeline = IDGBRPipeline.from_published(tmp_path, None if finished else folder, label_schema=SCHEMA.to_dict())
+    torch.testing.assert_close(pipeline.label_codes.table, 2 / (1 + torch.exp(-table[:3])) - 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    text = base.encode_prompt([""] * 2, "cpu", 1, False)[0]
+
+    def latents(pixels):
+        return base.vae.encode(pixels).latent_dist.mode() * base.vae.config.scaling_factor
+
+    codes = pipeline.label_codes.encode(rough)
+    read = [encode(base.unet, latents(p), torch.ones(2), text) for p in ((images - mean) / std, codes)]
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
+    found = encode(unet, x, t, text)
+    residuals = pipeline.guidance_net(found, read)
+    assert torch.equal(pipeline.guidance_net.blocks[1].conv.weight, weights["attn_blocks_down.1.conv.weight"])
+    seen = unet(
+        x,
+        t,
+        text,
+        down_block_additional_residuals=residuals.skips,
+        mid_block_additional_residual=residuals.middle,
+    ).sample
+    unseen = unet(x, t, text).sample
+    predicted = pipeline.denoiser(images, codes, 3.0)(x, t)
+    torch.testing.assert_close(predicted, unseen + 3 * (seen - unseen), atol=1e-3, rtol=1e-4)
+    assert pipeline.network.keys() == {"unet", "guidance_net"}
+
+
+def test_a_checkpoint_without_its_base_is_one_message(sd15, tmp_path):
+    released_run(sd15, tmp_path, finished=False)
+    with pytest.raises(TerraSynthError, match="can not be loaded"):
+        IDGBRPipeline.from_published(tmp_path)
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"images": torch.rand(3, 3, 8, 16)}, "not RGB images"),
+        ({"images": torch.zeros(3, 3, 16, 16, dtype=torch.uint8)}, "divide bytes by 255"),
+        ({"images": torch.rand(3, 3, 15, 16), "rough": torch.zeros(3, 15, 16)}, "multiples of 2"),
+        ({"seeds": [1]}, "differ in number"),
+        ({"rough": torch.full((3, 16, 16), 3)}, "does not know"),
+        ({"band": torch.ones(3, 8, 8) > 0}, "band does not fit"),
+        ({"each_class": True}, "refiner of two classes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(pipeline, images, rough, given, message):
+    with pytest.raises(TerraSynthError, match=message):
+        pipeline.refine(**{"images": images, "rough": rough, "seeds": [1, 2, 3]} | given)
+
+
+def test_a_refiner_of_two_classes_says_how_it_refines_more(images, rough):
+    with pytest.raises(TerraSynthError, match="set `each_class`"):
+        small_pipeline(None).refine(images, rough, seeds=[1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"conditions": "both"}, "joint, separate"),
+        ({"prediction_type": "flow"}, "sample, epsilon, v_prediction"),
+        ({"codes": "grey"}, "bits, onehot, learned"),
+    ],
+)
+def test_unknown_choices_are_refused(given, message):
+    with pytest.raises(TerraSynthError, match=message):
+        small_pipeline(**given)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_a_model_that_can_not_be_loaded_is_one_message(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TerraSynthError, match="can not be loaded"):
+        IDGBRPipeline.from_pretrained(tmp_path / name)

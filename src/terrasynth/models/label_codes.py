@@ -79,7 +79,8 @@ class LabelCodes(ModelMixin, ConfigMixin):
     def scores(self, codes: Tensor) -> Tensor:
         """Codes (B, C, H, W) to the score of every class, float32 (B, K, H, W); 0 to 1 for codes within ±1."""
         table = self.table.float()
-        products = torch.einsum("kc,bchw->bkhw", 2 * table, codes.float())
+        with torch.autocast(codes.device.type, enabled=False):  # in bfloat16, near scores would be equal
+            products = torch.einsum("kc,bchw->bkhw", 2 * table, codes.float())
         return 0.75 + (products - table.square().sum(1).view(-1, 1, 1)) / (4 * self.channels)
 
     def decode(self, codes: Tensor) -> Tensor:

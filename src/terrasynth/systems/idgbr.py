@@ -58,8 +58,6 @@ _CONDITION_TIMESTEP = 1
 _MAX_GRID = 16
 _IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-#: In maps; every other value is a class.
-_UNLABELLED = 255
 
 
 class IDGBRPipeline(DiffusionPipeline):
@@ -72,6 +70,8 @@ class IDGBRPipeline(DiffusionPipeline):
 
     Attributes:
         network: what is trained.
+        ignore_index: the value of unlabelled pixels in maps, 255 unless the classes have another.
+        factor: pixels, along one side, of what the networks see as one.
         condition_dropout: probability that training leaves the guidance out, so that `guidance_scale` has something to
             move away from.
         rough_start: probability that training noises the rough map in place of the true one, while the true one is
@@ -137,6 +137,10 @@ class IDGBRPipeline(DiffusionPipeline):
         self.schema = None if label_schema is None else LabelSchema.from_dict(label_schema)
         num_classes = 2 if label_codes is None else label_codes.config.num_classes
         num_classes = num_classes if self.schema is None else self.schema.num_classes
+        self.ignore_index = 255 if self.schema is None else self.schema.ignore_index
+        for part in (vae, text_encoder):
+            if part is not None:
+                part.requires_grad_(False)
         self.factor = patch_size if vae is None else spatial_factor(vae)
         image_channels = 3 * patch_size**2 if vae is None else vae.config.latent_channels
         if label_codes is None:
@@ -155,9 +159,9 @@ class IDGBRPipeline(DiffusionPipeline):
             condition_encoder = UNetEncoder.from_unet(unet, in_channels=channels)
         if guidance_net is None:
             count = 1 if conditions == "joint" else 2
-            guidance_net = GuidanceNet.for_unet(
-                unet, image_size // self.factor, conditions=count, max_grid=_MAX_GRID
-            ).to(unet.device, unet.dtype)
+            guidance_net = GuidanceNet.for_unet(unet, image_size // self.factor, conditions=count, max_grid=_MAX_GRID)
+            # Not diffusers' own `to`, which warns about an empty list of layers to keep in float32.
+            guidance_net = nn.Module.to(guidance_net, unet.device, unet.dtype)
         if trains_conditions is None:
             trains_conditions = conditions == "joint"
         settings = dict(_SAMPLING) | ({} if prediction_type is None else {"prediction_type": prediction_type})
@@ -283,7 +287,7 @@ class IDGBRPipeline(DiffusionPipeline):
         """Diffusion loss: mean squared error of what is predicted, over the labelled pixels of each sample.
 
         Args:
-            batch: `image` (B, 3, H, W) in [0, 1]; `rough` and `mask` (B, H, W), class indices, whose other values (255)
+            batch: `image` (B, 3, H, W) in [0, 1]; `rough` and `mask` (B, H, W), class indices, whose other values
                 are unlabelled: in `rough` they are coded as zero, in `mask` they carry no loss; `seed` (B,), from which
                 each sample's timestep, noise and what is dropped derive.
 
@@ -338,7 +342,7 @@ class IDGBRPipeline(DiffusionPipeline):
 
         Args:
             images: (B, 3, H, W) in [0, 1]; H and W divisible by `factor`.
-            rough: class maps (B, H, W) of any integer type; 255 is unlabelled.
+            rough: class maps (B, H, W) of any integer type; `ignore_index` is unlabelled.
             band: which pixels may change, boolean (B, H, W); None for all. All others keep their class exactly.
             sampling: see `scores`.
 
@@ -417,13 +421,13 @@ class IDGBRPipeline(DiffusionPipeline):
             image_features = self._encode_condition(self.encode_images(images)) if share else None
             if not each_class:
                 return of_rows(torch.arange(len(images), device=device), rough)
-            known = rough != _UNLABELLED
+            known = rough != self.ignore_index
             count = num_classes or int(rough.where(known, 0).max().item()) + 1
             found = torch.zeros(len(images), count, *rough.shape[1:], device=device)
             for k in range(count):
                 rows = (rough == k).flatten(1).any(1).nonzero().squeeze(1)
                 if len(rows):
-                    binary = torch.where(known[rows], (rough[rows] == k).long(), _UNLABELLED)
+                    binary = torch.where(known[rows], (rough[rows] == k).long(), self.ignore_index)
                     found[rows, k] = of_rows(rows, binary)[:, 1]
             return found
 
@@ -505,12 +509,12 @@ class IDGBRPipeline(DiffusionPipeline):
                 found=f"a refiner of {self.num_classes} classes",
                 fix="leave out `each_class`",
             )
-        classes = [value for value in rough.unique().tolist() if value != _UNLABELLED]
+        classes = [value for value in rough.unique().tolist() if value != self.ignore_index]
         if not each_class and any(value >= self.num_classes for value in classes):
             raise TerraSynthError(
                 "the map has classes that the refiner does not know",
                 found=f"class {max(classes)}",
-                expected=f"0 to {self.num_classes - 1}, or {_UNLABELLED} where unlabelled",
+                expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} where unlabelled",
                 fix="set `each_class` to refine them one after the other" if self.num_classes == 2 else None,
             )
 
@@ -644,7 +648,7 @@ def decide(scores: Tensor, rough: Tensor, band: Tensor | None = None) -> Tensor:
 
     Args:
         scores: (B, K, H, W).
-        rough: class maps (B, H, W) of any integer type; 255 is unlabelled.
+        rough: class maps (B, H, W) of any integer type; what is no class is unlabelled.
         band: which pixels may change, boolean (B, H, W); None for all.
 
     Returns:
