@@ -151,3 +151,58 @@ def sd3_folder(tmp_path_factory):
         tokenizer_3=tokenizer,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory):
+    """A small Stable Diffusion 1.5 with the parts and the scheduler that the hub's has."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from terrasynth.models.text import word_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(["a satellite image of land road water"])
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("sd15")
+    pipeline.save_pretrained(folder)
+    return folder, pipeline

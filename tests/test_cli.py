@@ -1,6 +1,5 @@
 import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ COMMANDS = [
     "curate",
     "audit",
     "study",
+    "refine",
     "report",
     "recipe",
     "doctor",
@@ -37,15 +37,13 @@ def invoke(*arguments):
 
 
 def test_help_is_there_at_once():
-    command = [sys.executable, "-c", "from terrasynth.cli import main; main()", "--help"]
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        subprocess.run(command, check=True, capture_output=True)
-        after = os.times()
-        # Processor time: another program's load on this machine is not our doing.
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) <= 0.5
+    # What takes seconds to load is loaded when something is done; `benchmarks/speed.py` measures what is left.
+    asked = "from terrasynth.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{asked}", "--help"], capture_output=True, text=True)
+    assert "Usage" in done.stdout
+    slow = {"torch", "numpy", "diffusers", "transformers", "rasterio", "scipy", "matplotlib", "pydantic", "PIL"}
+    assert not slow & set(done.stderr.split())
+    assert "typer" in done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -335,7 +335,7 @@ def test_a_full_disk_is_not_the_fault_of_the_scene(folder, tmp_path, monkeypatch
 
     assert on_a_full_disk() == str(out)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_map", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "write_map", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             predict(folder, [scene], out, windows)
     assert (tmp_path / "out.unfinished" / "rows.raw").stat().st_size == 300 * 301

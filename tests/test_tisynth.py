@@ -3,22 +3,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from terrasynth.data.reference import reference_view
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.convert_ldm import load_published_tisynth
-from terrasynth.models.text import word_tokenizer
 from terrasynth.recipe import TrainConfig
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.systems.tisynth import TISynthPipeline
@@ -274,56 +265,6 @@ def test_a_saved_pipeline_paints_the_same(pipeline, masks, references, tmp_path)
 
 
 # On Stable Diffusion 1.5
-
-
-@pytest.fixture(scope="module")
-def sd15(tmp_path_factory):
-    """A small Stable Diffusion 1.5 with the parts and the scheduler that the hub's has."""
-    torch.manual_seed(0)
-    tokenizer = word_tokenizer(["a satellite image of land road water"])
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        scaling_factor=0.18215,
-    )
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("sd15")
-    pipeline.save_pretrained(folder)
-    return folder, pipeline
 
 
 def test_an_untrained_pipeline_on_sd15_paints_as_sd15_does(sd15, masks, references):

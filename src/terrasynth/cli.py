@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -127,6 +127,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
+
+
+def _distance(text: str) -> tuple[float, str]:
+    return float(text.removesuffix("m")), "m" if text.endswith("m") else "px"
 
 
 Bands = Annotated[
@@ -369,18 +373,28 @@ def train(
     out: Out = None,
     max_minutes: MaxMinutes = None,
     skip_bad: SkipBad = False,
+    what: Annotated[
+        Literal["generator", "refiner"],
+        typer.Option(help="What paints tiles; or what sharpens class maps, for `terrasynth refine`."),
+    ] = "generator",
     overrides: Overrides = None,
 ) -> None:
-    """Train the generator of RECIPE, and nothing that it does not need.
+    """Train the generator of RECIPE, or its refiner, and nothing that it does not need.
 
     Stopped or killed, the same command goes on from the last checkpoint. Started by `torchrun` or `accelerate launch`,
     its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
     """
     with _every_process() as speaks:
-        unit = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad)).generator
+        study = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad))
+        unit = study.generator if what == "generator" else study.refiner
     model = unit.folder / "model"
     if speaks:
-        typer.echo(f"{model}\nPaint with it: terrasynth generate {shlex.quote(str(model))} --masks DIR")
+        name = shlex.quote(str(model))
+        use = {
+            "generator": f"Paint with it: terrasynth generate {name} --masks DIR",
+            "refiner": f"Refine with it: terrasynth refine IMAGE MAP --model {name} --out FILE",
+        }
+        typer.echo(f"{model}\n{use[what]}")
 
 
 @app.command(
@@ -825,6 +839,85 @@ def predict(
     settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown)
     for path in map_classes(segmentor, scenes, out, settings, schema=schema):
         typer.echo(path)
+
+
+@app.command(epilog=_example("terrasynth refine scene.tif classes.tif --out refined.tif --model refiner --band 4m"))
+def refine(
+    image: Annotated[
+        Path,
+        typer.Argument(metavar="IMAGE", exists=True, dir_okay=False, help="GeoTIFF of any size, PNG or JPEG."),
+    ],
+    class_map: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MAP",
+            exists=True,
+            dir_okay=False,
+            help="Class map of the same pixels, of any model: values in one band, with a palette or without, or RGB "
+            "colours.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The refined map (.tif; .png, if MAP is one).")],
+    model: Annotated[
+        str, typer.Option(metavar="DIR|NAME", help="Folder of a refiner, or the name of one in the package.")
+    ],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Label schema of the map. (default: that of the refiner, or every value or colour that occurs is a "
+            "class)",
+        ),
+    ] = None,
+    band: Annotated[
+        Any,
+        typer.Option(
+            metavar="PIXELS|METRESm",
+            parser=_distance,
+            help="Pixels may change that have one of another class this near, as 8 or 4m. (default: 8)",
+        ),
+    ] = None,
+    everywhere: Annotated[
+        bool, typer.Option("--everywhere", help="Instead of --band: all pixels may change, far from boundaries too.")
+    ] = False,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations of the network for every window.")] = 4,
+    size: Annotated[int, typer.Option(metavar="PIXELS", min=32, help="Side of the windows.")] = 256,
+    overlap: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=0,
+            help="What neighbouring windows share, where their scores are blended. (default: --size / 4)",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
+    bands: Bands = None,
+    stretch: StretchRange = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; that of a window derives from its place.")] = 0,
+) -> None:
+    """Sharpen the boundaries in a class map of any model: a GeoTIFF with its CRS, values, colours and class names.
+
+    Pixels far from a boundary keep their values, and unlabelled ones stay unlabelled. --bands and --stretch must be
+    those of the refiner's training. Stopped or killed, the same command goes on.
+    """
+    from terrasynth.data.raster import Stretch
+    from terrasynth.data.schema import LabelSchema
+
+    if everywhere and band is not None:
+        raise typer.BadParameter("with --everywhere there is no band", param_hint="--band, --everywhere")
+    # What is wrong with the options shows before torch is loaded.
+    shown = Stretch(bands, _pairs(stretch))
+    schema = None if labels is None else LabelSchema.load(labels)
+
+    from terrasynth.tasks.bands import Tolerance
+    from terrasynth.tasks.refine import RefineSettings, load_refiner
+    from terrasynth.tasks.refine import refine as refine_map
+
+    reach = None if everywhere else Tolerance(*(band or (8, "px")))
+    settings = RefineSettings(size, size // 4 if overlap is None else overlap, batch_size, shown, reach, seed)
+    refiner = load_refiner(model, steps=steps)
+    _silence_libraries()
+    typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema))
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))

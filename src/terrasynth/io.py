@@ -53,10 +53,10 @@ __all__ = [
     "new_tiff",
     "open_image",
     "open_tiff",
+    "output_is_there",
     "read_json",
     "remove_incomplete",
     "tiff_class_names",
-    "tiff_is_there",
     "tiff_palette",
     "weights_digest",
     "write_json",
@@ -77,7 +77,7 @@ _GDAL_DRIVER = "GTiff"
 _CACHE_MIB = 256
 _COPY_AGAIN = "copy it again from its source, or leave it out"
 _INCOMPLETE = ".incomplete"
-#: Tag of a TIFF that says what it was made of.
+#: Tag of a TIFF, or text of a PNG, that says what it was made of.
 IDENTITY_TAG = "terrasynth_identity"
 #: Of the file by which a process keeps others out of a folder.
 LOCK = ".lock"
@@ -278,17 +278,15 @@ def new_tiff(path: str | Path, **profile: Any) -> Iterator[DatasetWriter]:
             yield target
 
 
-def tiff_is_there(path: Path, identity: str) -> bool:
-    """Whether a TIFF exists; it has to carry this identity (`IDENTITY_TAG`).
+def output_is_there(path: Path, identity: str) -> bool:
+    """Whether a TIFF or PNG exists; it has to carry this identity, as a tag or text `IDENTITY_TAG`.
 
     Raises:
         TerraSynthError: it exists and was made of something else.
     """
     if not path.exists():
         return False
-    with open_tiff(path) as source:
-        was = source.tags().get(IDENTITY_TAG)
-    if was != identity:
+    if _identity(path) != identity:
         raise TerraSynthError(
             "the output exists, and was made of something else",
             path=path,
@@ -296,6 +294,19 @@ def tiff_is_there(path: Path, identity: str) -> bool:
             fix="choose another --out, or delete it",
         )
     return True
+
+
+def _identity(path: Path) -> str | None:
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        with open_tiff(path) as source:
+            return source.tags().get(IDENTITY_TAG)
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return image.info.get(IDENTITY_TAG)
+    except (OSError, SyntaxError, ValueError):  # no PNG, or a damaged one
+        return None
 
 
 def tiff_palette(source: DatasetReader) -> np.ndarray | None:

@@ -18,6 +18,8 @@ __all__ = [
     "DataConfig",
     "GeneratorConfig",
     "Recipe",
+    "RefinerConfig",
+    "RoughConfig",
     "SamplingConfig",
     "SearchConfig",
     "SegmentorConfig",
@@ -402,6 +404,61 @@ class SegmentorConfig(_Config):
     """The training run of one cell."""
 
 
+class RoughConfig(_Config):
+    """The rough maps that a refiner learns to mend."""
+
+    folds: Annotated[int, Field(ge=2)] = 4
+    """The training tiles are divided into so many parts; what `segmentor` reads in each, trained on the others, are
+    the rough maps. On tiles that it learned from it would be too good."""
+    invented: Fraction = 0.25
+    """How often the rough map is instead the true one with moved boundaries."""
+    noise: Annotated[float, Field(ge=0)] = 6.0
+    """How far these are moved at most, in pixels; and every other one that a segmentor read, by a quarter of it."""
+
+
+class RefinerConfig(_Config):
+    """What sharpens the boundaries of class maps by diffusion (IDGBR, Wang et al. 2026), and its training."""
+
+    base: str | None = None
+    """Start from this: Stable Diffusion 1.5 as a hub name or folder, or a refiner that TerraSynth saved. Null trains
+    from scratch, in pixels, with the sizes below."""
+    widths: Annotated[tuple[Positive, ...], Field(min_length=2)] = (48, 96, 128)
+    """Channels of every level of the U-Net, from the outermost inwards (from scratch)."""
+    patch_size: Positive = 4
+    """Side of the squares of pixels that make one of the network's (from scratch)."""
+    codes: Literal["bits", "onehot", "learned"] = "bits"
+    """How a class map is written in numbers: `bits` of the class index, one channel a class, or three learned numbers
+    as published."""
+    each_class: bool = False
+    """Learn one class against the rest, drawn anew for every tile: the refiner then works on maps of any classes, at
+    the cost of one evaluation for each."""
+    conditions: Literal["joint", "separate"] = "joint"
+    """Image and rough map enter one encoder together, or one after the other, as published."""
+    sees_rough: bool = True
+    """Whether the rough map is a condition; without, the image alone is (an ablation of the paper)."""
+    alignment: str | None = None
+    """A backbone of timm that features are aligned to (any `vit_*_dinov2*` as published; needs a hub); null does
+    without."""
+    timesteps: Literal["uniform", "cubic"] = "uniform"
+    """How noise levels are drawn in training: alike, or most of them high, as published."""
+    condition_dropout: Fraction = 0.1
+    """How often image and rough map are left out, so that guidance works."""
+    rough_start: Fraction = 0.5
+    """How often the noisy map is made of the rough one, so that sampling may begin there (`strength` below 1)."""
+    crop: Positive | None = 128
+    """Side of the squares cut from each tile; null takes all of it."""
+    rough: RoughConfig = RoughConfig()
+    """What it learns to mend."""
+    seed: NonNegative = 0
+    """Seed of initialisation, data order, rough maps and noise."""
+    train: TrainConfig = TrainConfig(steps=2000, batch_size=8, learning_rate=1e-3, ema_decay=0.999)
+    """The training run."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on, JSON-able."""
+        return self.model_dump(mode="json", exclude={"train": HARMLESS})
+
+
 class CurationConfig(_Config):
     """What of the painted tiles is used, and how often: rules on the scores that a segmentor gave them."""
 
@@ -559,6 +616,8 @@ class Recipe(_Config):
     """How the segmentor steers it."""
     segmentor: SegmentorConfig = SegmentorConfig()
     """The downstream task."""
+    refiner: RefinerConfig = RefinerConfig()
+    """What sharpens the boundaries of class maps."""
     study: StudyConfig = StudyConfig()
     """What is compared."""
 
@@ -568,6 +627,7 @@ class Recipe(_Config):
             "generator": self.generator.train,
             "generator.autoencoder": self.generator.autoencoder.train,
             "segmentor": self.segmentor.train,
+            "refiner": self.refiner.train,
         }
         faults = [
             f"{section}.train.warmup_steps ({train.warmup_steps}) must be less than {section}.train.steps "

@@ -80,6 +80,12 @@ class Grid:
         """Whether the file says anything about where it lies."""
         return self.crs is not None or self.transform is not None
 
+    def completed(self, other: Grid) -> Grid:
+        """With the CRS and transform of another file as large as this one, where this one names none."""
+        if (self.width, self.height) != (other.width, other.height):
+            return self
+        return Grid(self.width, self.height, self.crs or other.crs, self.transform or other.transform)
+
     def part(self, window: Window) -> Grid:
         """The grid of a window."""
         moved = None if self.transform is None else window_transform(window, self.transform)

@@ -28,6 +28,7 @@ __all__ = [
     "read_prediction",
     "refuse_bad_files",
     "refuse_jpeg",
+    "without_alpha",
     "without_recipe",
 ]
 
@@ -56,7 +57,7 @@ def read_image(path: Path) -> _Array:
         )
     if pixels.palette is not None:
         return _palette(pixels, path)[values]
-    values = _without_alpha(values, path)
+    values = without_alpha(values, path)
     if values.ndim == 2:
         return np.repeat(values[..., None], 3, axis=2)
     if values.shape[2] != 3:
@@ -70,8 +71,12 @@ def read_image(path: Path) -> _Array:
     return values
 
 
-def _without_alpha(values: NDArray[Any], path: Path) -> NDArray[Any]:
-    """Drop the opaque alpha band of (H, W, 2) or (H, W, 4)."""
+def without_alpha(values: NDArray[Any], path: Path) -> NDArray[Any]:
+    """Drop the opaque alpha band of (H, W, 2) or (H, W, 4).
+
+    Raises:
+        TerraSynthError: it is not opaque everywhere.
+    """
     if values.ndim == 2 or values.shape[2] not in (2, 4):
         return values
     if (values[..., -1] != 255).any():
@@ -203,7 +208,7 @@ def mask_readings(
 def _readings(
     pixels: Pixels, schema: LabelSchema, coding: str, path: Path, counts: _Counts | None
 ) -> dict[str, _Array]:
-    values = _without_alpha(pixels.values, path)
+    values = without_alpha(pixels.values, path)
     if values.dtype.kind not in "iu":
         raise TerraSynthError(
             "the mask is not of whole numbers",

@@ -19,7 +19,7 @@ from terrasynth.errors import TerraSynthError, listed
 from terrasynth.io import IMAGE_SUFFIXES, TIFF_SUFFIXES
 from terrasynth.progress import say, track
 
-__all__ = ["Checked", "PolygonFile", "Scene", "check_scenes", "find_scenes"]
+__all__ = ["Checked", "PolygonFile", "Scene", "check_aligned", "check_scenes", "find_scenes"]
 
 
 @dataclass(frozen=True)
@@ -250,42 +250,69 @@ def _check_mask(scene: Scene, image: Raster, polygons: PolygonFile) -> tuple[Gri
 
 def _common_grid(scene: Scene, image: Grid, mask: Grid) -> Grid:
     """Where both lie. A PNG or JPEG can not say it, so it is taken to lie on its partner; a TIFF is not."""
-    if (image.width, image.height) != (mask.width, mask.height):
-        raise TerraSynthError(
-            "the mask is not as large as its image",
-            path=scene.mask,
-            found=f"{mask.width} x {mask.height}, and {image.width} x {image.height} in {scene.image}",
-            fix="export both from the same window",
-        )
-    silent = [
-        not grid.is_georeferenced and path.suffix.lower() not in TIFF_SUFFIXES
-        for grid, path in ((image, scene.image), (mask, scene.mask))
-    ]
+    files = ((image, scene.image), (mask, scene.mask))
+    silent = [not grid.is_georeferenced and path.suffix.lower() not in TIFF_SUFFIXES for grid, path in files]
     if any(silent):
-        return mask if silent[0] else image
-    if (image.crs is None) != (mask.crs is None):
-        without, other = (scene.image, mask) if image.crs is None else (scene.mask, image)
+        image, mask = image.completed(mask), mask.completed(image)
+    check_aligned(scene.image, image, scene.mask, mask)
+    return image
+
+
+def check_aligned(image: Path, its_grid: Grid, mask: Path, grid: Grid, *, name: str = "mask") -> None:
+    """Refuse an image and a mask that do not have the same pixels.
+
+    Args:
+        image: its file, named in messages.
+        its_grid: where it lies.
+        mask: its file.
+        grid: where it lies.
+        name: what messages call it.
+
+    Raises:
+        TerraSynthError: they differ in size, CRS, or by more than a hundredth of a pixel in place.
+    """
+    placed = its_grid.is_georeferenced and grid.is_georeferenced
+    if (its_grid.width, its_grid.height) != (grid.width, grid.height):
         raise TerraSynthError(
-            "one of image and mask has a CRS, the other has none",
+            f"the {name} is not as large as its image",
+            path=mask,
+            found=f"{grid.width} x {grid.height}, and {its_grid.width} x {its_grid.height} in {image}",
+            fix="export both from the same window" + (f"; or {_warp(mask, its_grid, name)}" if placed else ""),
+        )
+    if (its_grid.crs is None) != (grid.crs is None):
+        without, other, its_file = (image, grid, mask) if its_grid.crs is None else (mask, its_grid, image)
+        raise TerraSynthError(
+            f"one of image and {name} has a CRS, the other has none",
             path=without,
-            found=f"no CRS, and {other.crs} in {scene.mask if without == scene.image else scene.image}",
+            found=f"no CRS, and {other.crs} in {its_file}",
             fix="if they lie on the same pixels: `gdal_edit.py -a_srs EPSG:… -a_ullr LEFT TOP RIGHT BOTTOM FILE`",
         )
-    if image.crs != mask.crs:
+    if its_grid.crs != grid.crs:
         raise TerraSynthError(
-            "image and mask have different CRSs",
-            path=scene.mask,
-            found=f"{mask.crs}, and {image.crs} in {scene.image}",
-            fix="warp the mask to the image: `gdalwarp -t_srs … -te … -tr … -r near`",
+            f"image and {name} have different CRSs",
+            path=mask,
+            found=f"{grid.crs}, and {its_grid.crs} in {image}",
+            fix=_warp(mask, its_grid, name),
         )
-    if not image.coincides(mask):
+    if not its_grid.coincides(grid):
         # Where the first pixel begins: of a mask stored in another order, the box on the ground is the same.
-        (left, top), (its_left, its_top) = ((grid.transform or Affine.identity()) * (0, 0) for grid in (image, mask))
+        (left, top), (its_left, its_top) = ((g.transform or Affine.identity()) * (0, 0) for g in (its_grid, grid))
         raise TerraSynthError(
-            "image and mask do not lie on the same pixels",
-            path=scene.mask,
-            found=f"upper left {its_left:.10g}, {its_top:.10g}, and {left:.10g}, {top:.10g} in {scene.image}",
+            f"image and {name} do not lie on the same pixels",
+            path=mask,
+            found=f"upper left {its_left:.10g}, {its_top:.10g}, and {left:.10g}, {top:.10g} in {image}",
             expected="the same transform, to a hundredth of a pixel",
-            fix="warp the mask to the image: `gdalwarp -te … -tr … -r near`",
+            fix=_warp(mask, its_grid, name),
         )
-    return image
+
+
+def _warp(mask: Path, grid: Grid, name: str) -> str:
+    """The command that brings a mask to the pixels of an image."""
+    crs, box = "…", "…"
+    transform = grid.transform or Affine.identity()
+    if grid.crs is not None and grid.crs.to_authority() is not None:
+        crs = grid.crs.to_string()
+    if transform.b == transform.d == 0 and transform.a > 0 > transform.e:  # as gdalwarp writes every raster
+        box = " ".join(f"{value:.12g}" for value in grid.bounds())
+    size = f"-ts {grid.width} {grid.height}"
+    return f"warp the {name} to the image: `gdalwarp -t_srs {crs} -te {box} {size} -r near {mask} OUT`"

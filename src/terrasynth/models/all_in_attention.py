@@ -31,6 +31,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from terrasynth.errors import TerraSynthError
+from terrasynth.models.unet import Features, decode, descend
 
 __all__ = ["AllInAttentionBlock", "AllInAttentionUNet", "Branches"]
 
@@ -240,21 +241,12 @@ class AllInAttentionUNet(UNet2DConditionModel):
         reference_features: Sequence[Tensor],
     ) -> Tensor:
         """Predict the noise from what `features` found in mask and reference; else as `forward`."""
-        text = {"encoder_hidden_states": encoder_hidden_states}
-        conditions = {**text, "cross_attention_kwargs": {"mask": mask_features, "reference": reference_features}}
-        temb = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep))
-        x = self.conv_in(sample)
-        skips = (x,)
-        for block in self.down_blocks:
-            x, outputs = block(x, temb, **(text if hasattr(block, "attentions") else {}))
-            skips += outputs
-        x = self.mid_block(x, temb, **conditions)
-        for block in self.up_blocks:
-            beside = skips[-len(block.resnets) :]
-            skips = skips[: -len(block.resnets)]
-            size = skips[-1].shape[2:] if skips else None  # where a side is odd, twice the half is another size
-            x = block(x, beside, temb, upsample_size=size, **(conditions if hasattr(block, "attentions") else {}))
-        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        conditions = {"mask": mask_features, "reference": reference_features}
+        skips, time = descend(self, sample, timestep, encoder_hidden_states)
+        x = self.mid_block(
+            skips[-1], time, encoder_hidden_states=encoder_hidden_states, cross_attention_kwargs=conditions
+        )
+        return decode(self, Features(skips, x, time), encoder_hidden_states, conditions)
 
     @classmethod
     def from_unet(

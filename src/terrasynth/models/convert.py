@@ -180,13 +180,13 @@ def check_fit(
             )
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of the `model.safetensors` in a folder.
+def read_checkpoint(path: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of the one called `name` in a folder.
 
     Raises:
         TerraSynthError: it is of another kind, not there, or damaged.
     """
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = path / name if path.is_dir() else path
     if file.suffix != ".safetensors":
         raise TerraSynthError(
             "only safetensors checkpoints are read",

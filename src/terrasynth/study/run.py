@@ -33,7 +33,9 @@ from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
+from terrasynth.systems.refine import fit_refiner
 from terrasynth.systems.todsynth import packaged_or
+from terrasynth.tasks.folds import out_of_fold
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
 from terrasynth.training.units import Busy, Clock, OutOfTime, Unit, do, store_tensors, stored_tensors
 
@@ -152,6 +154,33 @@ class Study:
 
         made = {"products": ("model",), "scratch": ("checkpoints", "cache", "autoencoder/checkpoints")}
         return self._do("train the generator", "", "generator", inputs, work, together=True, **made)
+
+    @cached_property
+    def refiner(self) -> Unit:
+        """What sharpens class maps, trained on what segmentors read in tiles that they did not see."""
+        config = self.recipe.refiner
+        rough = out_of_fold(
+            self.train,
+            self.validation,
+            self.recipe.segmentor,
+            self.out / "folds",
+            folds=config.rough.folds,
+            seed=config.seed,
+            clock=self.clock,
+        )
+        inputs = {
+            "refiner": config.identity(),
+            "base": None if config.base is None else model_digest(config.base),
+            "train": self.train.fingerprint(),
+            "rough": [fold.key for fold in rough.units],
+        }
+
+        def work(folder: Path) -> None:
+            if not fit_refiner(self.train, rough.classes, config, folder, max_minutes=self.clock.left()).finished:
+                raise OutOfTime
+
+        made = {"products": ("model",), "scratch": ("checkpoints",)}
+        return self._do("train the refiner", "", "refiner", inputs, work, together=True, **made)
 
     @property
     def teachers(self) -> list[Unit]:

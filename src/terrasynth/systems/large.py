@@ -24,8 +24,8 @@ from terrasynth.io import (
     digest,
     file_digest,
     new_tiff,
+    output_is_there,
     remove_incomplete,
-    tiff_is_there,
 )
 from terrasynth.progress import Tracker, say, track
 from terrasynth.recipe import SamplingConfig
@@ -63,7 +63,7 @@ def paint_like(model: Path, mask: Path, out: Path, *, sampling: SamplingConfig, 
         raise TerraSynthError("a painted scene is a TIFF", path=out, expected="a name that ends in .tif")
     identity = digest(model_digest(model), file_digest(mask), mask.name, sampling.model_dump(mode="json"), seed)
     remove_incomplete(out.parent, out.stem)
-    if tiff_is_there(out, identity):
+    if output_is_there(out, identity):
         say(f"{out} is there already")
         return out
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,102 @@
+"""From labelled tiles and rough maps of them to a trained refiner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from terrasynth.data.folder import Tiles
+from terrasynth.data.schema import LabelSchema
+from terrasynth.data.sheet import contact_sheet
+from terrasynth.io import atomic_dir, atomic_write
+from terrasynth.recipe import RefinerConfig
+from terrasynth.systems.idgbr import IDGBRPipeline
+from terrasynth.systems.rough import OneClass, RoughViews
+from terrasynth.training.loop import Outcome, train
+from terrasynth.training.processes import process_state
+
+__all__ = ["build_refiner", "fit_refiner"]
+
+_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+#: What a preview shows of a refiner of one class.
+_ONE_CLASS = LabelSchema(("rest", "class"), ((60, 60, 60), (240, 200, 40)))
+
+
+def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -> IDGBRPipeline:
+    """An untrained refiner of the classes of `schema`, or of any with `each_class`."""
+    classes = None if config.each_class else schema
+    if config.base is None:
+        pipeline = IDGBRPipeline.from_scratch(
+            classes,
+            codes=config.codes,
+            conditions=config.conditions,
+            sees_rough=config.sees_rough,
+            patch_size=config.patch_size,
+            widths=config.widths,
+            image_size=image_size,
+            seed=config.seed,
+        )
+    else:
+        pipeline = IDGBRPipeline.from_pretrained(
+            config.base,
+            label_schema=None if classes is None else classes.to_dict(),
+            codes=config.codes,
+            conditions=config.conditions,
+            sees_rough=config.sees_rough,
+        )
+    pipeline.condition_dropout, pipeline.timesteps = config.condition_dropout, config.timesteps
+    pipeline.rough_start = config.rough_start
+    return pipeline if config.alignment is None else pipeline.align(config.alignment)
+
+
+def fit_refiner(
+    tiles: Tiles,
+    rough: Tensor,
+    config: RefinerConfig,
+    folder: Path,
+    *,
+    max_minutes: float | None = None,
+) -> Outcome:
+    """Train a refiner on labelled tiles and rough maps of them, uint8 (N, H, W); `folder/model` is the result.
+
+    Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
+    """
+    pipeline = build_refiner(config, tiles.schema, min(config.crop or tiles.images.shape[-1], tiles.images.shape[-1]))
+    pipeline.place(_DEVICE, config.train.precision)
+    views = RoughViews(tiles, rough, config.rough, config.crop)
+    dataset: RoughViews | OneClass = OneClass(views) if config.each_class else views
+    schema = pipeline.schema or _ONE_CLASS
+
+    def preview(step: int) -> dict[str, float]:
+        items = [dataset[index, index] for index in range(min(4, len(tiles)))]  # the same views in every preview
+        images, before, masks = (torch.stack([item[name] for item in items]) for name in ("image", "rough", "mask"))
+        after = pipeline.refine(images, before, seeds=range(len(items))).cpu()
+        rows = {"image": images, "rough": _colored(before, schema), "refined": _colored(after, schema)}
+        with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
+            contact_sheet(rows, masks, schema).save(partial)
+        return {}
+
+    outcome = train(
+        pipeline.network,
+        pipeline.training_loss,
+        dataset,
+        config.train,
+        folder,
+        seed=config.seed,
+        identity={"refiner": config.identity(), "data": tiles.fingerprint()},
+        evaluate=preview,
+        max_minutes=max_minutes,
+        label="training the refiner",
+    )
+    if outcome.finished and process_state().is_main_process and not (folder / "model").is_dir():
+        nn.Module.to(pipeline.network, "cpu", torch.float32)
+        with atomic_dir(folder / "model") as partial:
+            pipeline.save_pretrained(partial)
+    return outcome
+
+
+def _colored(maps: Tensor, schema: LabelSchema) -> Tensor:
+    """Class maps (N, H, W) as pictures, uint8 (N, 3, H, W)."""
+    return torch.from_numpy(schema.to_color(maps)).movedim(-1, 1)

@@ -1,0 +1,366 @@
+"""Sharper boundaries in a class map of any size and any model: `terrasynth refine`.
+
+A refiner sees image and rough map in overlapping windows, and its scores are blended. They count near the boundaries
+between classes; every other pixel keeps its value to the bit. Rows that are finished are kept beside the output until
+all are, so a run that was killed goes on, and ends with the same file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from torch import Tensor
+
+from terrasynth.data.blending import cover
+from terrasynth.data.raster import Grid, Raster, Stretch, crs_name, open_raster
+from terrasynth.data.scenes import check_aligned
+from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, weights_digest
+from terrasynth.progress import say
+from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
+from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
+from terrasynth.tasks.rough_map import UNLABELLED, RoughMap, read_rough_map
+from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width
+
+if TYPE_CHECKING:
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+__all__ = ["RefineSettings", "Refiner", "load_refiner", "refine"]
+
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+class Refiner(Protocol):
+    """What sharpens the boundaries in windows of a class map."""
+
+    @property
+    def identity(self) -> str:
+        """Of its weights and settings: two of the same identity give the same scores."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes it was made for; None if it refines any."""
+
+    @property
+    def schema(self) -> LabelSchema | None:
+        """The classes it was made for; None if it refines any, or does not know them by name."""
+
+    def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
+        """Scores of the classes; the highest wins. Those of a window depend on its own image, map and seed alone.
+
+        Args:
+            images: float32 (B, 3, H, W) in [0, 1], on the CPU.
+            rough: int64 (B, H, W), class indices or `UNLABELLED`.
+            num_classes: K.
+            seeds: of each window.
+
+        Returns:
+            float (B, K, H, W), on any device. Where windows overlap their mean counts, so probabilities are best.
+        """
+
+
+@dataclass(frozen=True)
+class _IDGBR:
+    """A refiner of `systems.idgbr`, which is loaded when something is asked of it."""
+
+    folder: Path
+    steps: int
+
+    @cached_property
+    def identity(self) -> str:
+        return digest(weights_digest(self.folder), self.steps)
+
+    @cached_property
+    def pipeline(self) -> IDGBRPipeline:
+        # The libraries of the networks take longer to load than all that is done before.
+        from terrasynth.systems.idgbr import IDGBRPipeline
+
+        return IDGBRPipeline.from_pretrained(self.folder).place("cuda" if torch.cuda.is_available() else "cpu", "fp32")
+
+    @property
+    def num_classes(self) -> int | None:
+        # Of one class against the rest, without names: of every class in turn.
+        count = self.pipeline.num_classes
+        return None if self.schema is None and count == 2 else count
+
+    @property
+    def schema(self) -> LabelSchema | None:
+        return self.pipeline.schema
+
+    def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
+        each_class = self.num_classes is None
+        return self.pipeline.scores(
+            images, rough, seeds=seeds, num_steps=self.steps, each_class=each_class, num_classes=num_classes
+        )
+
+
+def load_refiner(model: str | Path, *, steps: int = 4) -> Refiner:
+    """An IDGBR refiner that TerraSynth saved, or one that comes with the package, by its name.
+
+    Args:
+        model: a folder or a name.
+        steps: evaluations of the network for every window.
+
+    Raises:
+        TerraSynthError: the folder is no model's. What is wrong with its parts shows when it is used.
+    """
+    packaged = _WEIGHTS / str(model)
+    folder = packaged if packaged.is_dir() else Path(model)
+    if not (folder / "model_index.json").is_file():
+        raise TerraSynthError(
+            "not the folder of a model",
+            path=folder,
+            found="no model_index.json",
+            expected="a refiner that IDGBRPipeline.save_pretrained wrote",
+            fix="correct --model",
+        )
+    return _IDGBR(folder, steps)
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """How a class map is refined.
+
+    Attributes:
+        size: side of the windows in pixels.
+        overlap: pixels that neighbours share.
+        batch_size: windows computed together.
+        stretch: how the bands of the image become RGB; as in the refiner's training.
+        band: pixels may change that have one of another class this near; None for all pixels, everywhere.
+        seed: of the run; that of a window derives from it and the window's place.
+
+    Raises:
+        TerraSynthError: they do not fit together.
+    """
+
+    size: int = 256
+    overlap: int = 64
+    batch_size: int = 8
+    stretch: Stretch = field(default_factory=Stretch)
+    band: Tolerance | None = field(default=Tolerance(8))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise TerraSynthError("--batch-size is the number of windows computed together", found=self.batch_size)
+        cover(self.size, self.size, self.overlap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the result depends on, JSON-able."""
+        return {
+            "windows": [self.size, self.overlap, self.batch_size],
+            "stretch": [self.stretch.bands, self.stretch.ranges],
+            "band": None if self.band is None else [self.band.value, self.band.unit],
+            "seed": self.seed,
+        }
+
+
+def refine(
+    image: Path,
+    rough: Path,
+    out: Path,
+    refiner: Refiner,
+    settings: RefineSettings | None = None,
+    *,
+    schema: LabelSchema | None = None,
+) -> Path:
+    """Refine the boundaries of a class map.
+
+    Args:
+        image: raster of the same pixels as the map.
+        rough: class map of any model: values in one band, with a palette or without, or RGB colours.
+        out: a TIFF; or a PNG, if the map is one.
+        refiner: says what lies where.
+        settings: how.
+        schema: the classes of the map; by default those that the refiner was made for, and without such, every value or
+            colour that occurs is a class.
+
+    Returns:
+        The file: a cloud-optimised GeoTIFF with the CRS, transform, values, nodata value, colours and class names of
+        the map (of RGB colours, the palette); or a PNG of its values and colours. Unlabelled pixels stay unlabelled,
+        no pixel gets a class that the map does not have, and pixels that change nothing keep their values.
+
+    Raises:
+        TerraSynthError: the map can not be read, or image and map do not have the same pixels; the output is one of
+            them, or exists and was made of something else; or another process is at it.
+    """
+    settings = settings or RefineSettings()
+    _check_output(image, rough, out)
+    made_of = {
+        "refiner": refiner.identity,
+        "schema": None if schema is None else schema.to_dict(),
+        **settings.to_dict(),
+        "files": [[path.name, path.stat().st_size] for path in (image, rough) if path.exists()],
+    }
+    identity = digest(made_of)
+    finished = partial(is_finished, out, identity, {"image": image, "class map": rough})
+    if finished():
+        say(f"{out} is there already")
+        tidy(out)
+        return out
+    with open_raster(image) as picture, open_raster(rough) as raster:
+        grid = _common_grid(picture, raster)
+        reach = None if settings.band is None else _pixels(settings.band, grid, rough)
+        settings.stretch.chosen(picture)
+        mapped = read_rough_map(raster, schema or refiner.schema, refiner.num_classes)
+        check_width(rough, grid, settings.size, mapped.num_classes)
+        say(f"read as: {mapped.shares()}")
+        with alone_at(out) as work:
+            # Another process may have finished it since.
+            if finished():
+                return out
+            rows = open_rows(work, {**made_of, "times": [path.stat().st_mtime_ns for path in (image, rough)]})
+            stripes = partial(_stripes, refiner, picture, mapped, settings, reach)
+            edges = borders(grid, settings.size, settings.overlap)
+            append_rows(rows, grid, mapped.legend, edges, lambda top: stripes(top=top), rough.name)
+            tags = {
+                IDENTITY_TAG: identity,
+                "software": f"TerraSynth {version('terrasynth')}",
+                "source": rough.name,
+                "image": image.name,
+                "refiner": refiner.identity,
+            }
+            write_map(out, work, rows, grid, mapped.legend, tags)
+    return out
+
+
+# --- what is given ---------------------------------------------------------------------------------------------------
+
+
+def _check_output(image: Path, rough: Path, out: Path) -> None:
+    for what, path in (("image", image), ("class map", rough)):
+        if out.resolve() == path.resolve():
+            raise TerraSynthError(f"the output would replace the {what}", path=path, fix="choose another --out")
+    suffixes = (*TIFF_SUFFIXES, ".png") if rough.suffix.lower() == ".png" else TIFF_SUFFIXES
+    if out.suffix.lower() not in suffixes:
+        raise TerraSynthError(
+            "a refined map is a TIFF, or a PNG if the class map is one",
+            path=out,
+            expected=f"a name that ends in {' or '.join(suffixes)}",
+            fix="choose another --out",
+        )
+
+
+def _common_grid(image: Raster, rough: Raster) -> Grid:
+    """Where both lie. What one of them does not say about its place is taken from the other."""
+    grid = rough.grid.completed(image.grid)
+    check_aligned(image.path, image.grid.completed(rough.grid), rough.path, grid, name="class map")
+    for raster, other in ((image, rough), (rough, image)):
+        if other.grid.is_georeferenced and not raster.grid.is_georeferenced:
+            say(f"{raster.path} does not say where it lies, and is taken to lie on {other.path}")
+    return grid
+
+
+def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
+    """How far a band reaches, in pixels; of pixels that are not square, by their area."""
+    gsd = None
+    if grid.crs is not None and grid.crs.is_projected and grid.transform is not None:
+        gsd = math.sqrt(abs(grid.transform.determinant)) * grid.crs.linear_units_factor[1]
+    if band.unit == "m" and gsd is None:
+        raise TerraSynthError(
+            "the band is in metres, and the size of the pixels is not known in metres",
+            path=path,
+            found=f"{crs_name(grid.crs)}{'' if grid.transform is not None else ', no transform'}",
+            expected="a projected CRS",
+            fix=f"give --band in pixels, as --band {max(1, round(band.value))}",
+        )
+    return band.pixels((grid.height, grid.width), gsd)
+
+
+# --- what changes ----------------------------------------------------------------------------------------------------
+
+
+def _may_change(
+    rough: RoughMap, reach: float | None, top: int, height: int
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The classes of some rows, whole width, and which labelled pixels have another class within `reach` of them."""
+    margin = 0 if reach is None else len(disc(reach)) - 1
+    first, end = max(0, top - margin), min(rough.raster.grid.height, top + height + margin)
+    classes = rough.classes(Window(0, first, rough.raster.grid.width, end - first))
+    may = classes != UNLABELLED
+    if reach is not None:
+        labels = as_labels(classes, rough.num_classes, ~may)
+        may &= mixed(dilate(planes(labels, rough.num_classes), disc(reach)))
+    rows = slice(top - first, top - first + height)
+    return classes[rows], may[rows]
+
+
+def _stripes(
+    refiner: Refiner, image: Raster, rough: RoughMap, settings: RefineSettings, reach: float | None, *, top: int
+) -> Iterator[NDArray[Any]]:
+    """The rows of the refined map, as stored."""
+    grid = rough.raster.grid
+    absent = torch.from_numpy(rough.counts == 0)
+    compute = partial(_parts, refiner, image, rough, settings, reach)
+    for first, scores, valid in blend(grid, settings.size, settings.overlap, rough.num_classes, compute, top=top):
+        window = Window(0, first, grid.width, valid.shape[0])
+        classes = rough.classes(window)
+        stored = rough.stored(window, classes)
+        scores[absent] = -math.inf
+        highest, best = scores.movedim(0, -1).contiguous().max(-1)
+        own = torch.from_numpy(classes).long().clamp_(max=rough.num_classes - 1)
+        # Of equals, what is there already.
+        better = valid & (scores.gather(0, own[None])[0] < highest)
+        yield np.where(better.numpy(), rough.written[best.numpy()], stored)
+
+
+@torch.inference_mode()
+def _parts(
+    refiner: Refiner,
+    image: Raster,
+    rough: RoughMap,
+    settings: RefineSettings,
+    reach: float | None,
+    windows: Sequence[Window],
+) -> Iterator[Part]:
+    """The scores in the windows of a row; one in which no pixel may change is not computed."""
+    top, height, width = windows[0].row_off, windows[0].height, windows[0].width
+    classes, wanted = _may_change(rough, reach, top, height)
+    columns = {window.col_off: slice(window.col_off, window.col_off + width) for window in windows}
+    todo = []
+    for window in windows:
+        if (inside := wanted[:, columns[window.col_off]]).any():
+            todo.append(window)
+        else:
+            yield Part(window.col_off, inside, None)
+    for batch in batches(todo, settings.batch_size):
+        shown = [settings.stretch.rgb(image, window) for window in batch]
+        images = np.stack([_padded(rgb, settings.size) for rgb, _ in shown])
+        maps = np.stack([_padded(classes[:, columns[window.col_off]], settings.size) for window in batch])
+        scores = refiner.scores(
+            torch.from_numpy(images).movedim(-1, 1).float().div_(255),
+            torch.from_numpy(maps).long(),
+            num_classes=rough.num_classes,
+            # Of the place alone, so that it is the same whatever else is computed.
+            seeds=[int(digest(settings.seed, window.row_off, window.col_off), 16) >> 1 for window in batch],
+        )
+        expected = (len(batch), rough.num_classes, settings.size, settings.size)
+        if scores.shape != expected or not scores.isfinite().all():
+            raise TerraSynthError(
+                "the refiner gives no scores",
+                found=f"shape {tuple(scores.shape)}" if scores.shape != expected else "NaN or infinity",
+                expected=f"numbers of shape {expected}",
+                fix="train it again, or take another",
+            )
+        for window, (_, has_data), score in zip(batch, shown, scores, strict=True):
+            valid = wanted[:, columns[window.col_off]] & has_data
+            yield Part(window.col_off, valid, score[:, :height, :width].float().cpu())
+
+
+def _padded(values: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Mirrored to the right and below, where the raster is smaller than a window."""
+    height, width = values.shape[:2]
+    if height == width == size:
+        return values
+    return np.pad(values, ((0, size - height), (0, size - width), *[(0, 0)] * (values.ndim - 2)), mode="reflect")

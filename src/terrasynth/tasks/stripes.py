@@ -1,0 +1,113 @@
+"""Scores of classes over a raster of any size: its windows overlap, and where they do, what they say is blended.
+
+The raster is worked through from top to bottom, one row of windows after the other, so that memory grows with its width
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rasterio.windows import Window
+from torch import Tensor
+
+from terrasynth.data.blending import cover
+from terrasynth.data.raster import Grid
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import MAX_BYTES
+
+__all__ = ["Part", "batches", "blend", "borders", "check_width"]
+
+#: Most bytes that the scores of a stripe as wide as the raster may take.
+_MAX_STRIPE = 8 * MAX_BYTES
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was computed for one window.
+
+    Attributes:
+        left: its first column.
+        valid: bool (h, w): the pixels that the scores are about, the same in all windows that they are in.
+        scores: float32 (K, h, w), on the CPU; None for a window without such pixels.
+    """
+
+    left: int
+    valid: NDArray[np.bool_]
+    scores: Tensor | None
+
+
+def blend(
+    grid: Grid,
+    size: int,
+    overlap: int,
+    num_classes: int,
+    compute: Callable[[Sequence[Window]], Iterable[Part]],
+    *,
+    top: int = 0,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Scores of the classes, from top to bottom.
+
+    Args:
+        grid: of the raster.
+        size: side of the windows; they are as large as the raster where that is smaller.
+        overlap: pixels that neighbours share, at least.
+        num_classes: K.
+        compute: gives the part of every window of a row; gets them from left to right.
+        top: the first row that is wanted; one of `borders`.
+
+    Yields:
+        The first row; float32 (K, rows, W), the mean of what the windows say by their weights (`data.blending`); and
+        bool (rows, W), the pixels that it is about. Both are overwritten in the next step.
+    """
+    down, across = cover(grid.height, size, overlap), cover(grid.width, size, overlap)
+    total = torch.zeros(num_classes, down.size, grid.width)
+    valid = torch.zeros(down.size, grid.width, dtype=torch.bool)
+    weights = dict(zip(across.starts, across.weights, strict=True))
+    ends = [*down.starts[1:], grid.height]
+    for start, end, weight in zip(down.starts, ends, down.weights, strict=True):
+        if start + down.size <= top:
+            continue
+        for part in compute([Window(left, start, across.size, down.size) for left in across.starts]):
+            columns = slice(part.left, part.left + across.size)
+            valid[:, columns] = torch.from_numpy(part.valid)
+            if part.scores is not None:
+                total[:, :, columns].addcmul_(part.scores, torch.from_numpy(np.outer(weight, weights[part.left])))
+        done = end - start
+        if end > top:
+            yield start, total[:, :done], valid[:done]
+        kept = down.size - done
+        total[:, :kept] = total[:, done:].clone()
+        total[:, kept:] = 0
+
+
+def borders(grid: Grid, size: int, overlap: int) -> list[int]:
+    """The rows where `blend` yields a stripe, and the end of the last."""
+    return [0, *cover(grid.height, size, overlap).starts[1:], grid.height]
+
+
+def batches(windows: Sequence[Window], size: int) -> list[Sequence[Window]]:
+    """Neighbours that are computed together."""
+    return [windows[first : first + size] for first in range(0, len(windows), size)]
+
+
+def check_width(path: Path, grid: Grid, size: int, num_classes: int) -> None:
+    """Refuse a raster that is too wide for memory.
+
+    Raises:
+        TerraSynthError: the scores of a row of windows would take more than 8 GiB.
+    """
+    needed = 4 * num_classes * min(size, grid.height) * grid.width
+    if needed > _MAX_STRIPE:
+        raise TerraSynthError(
+            "the scene is too wide: the probabilities of a row of windows do not fit in memory",
+            path=path,
+            found=f"{grid.width} columns, {num_classes} classes, windows of {size}: {needed / 2**30:.1f} GiB",
+            expected=f"at most {_MAX_STRIPE / 2**30:.1f} GiB",
+            fix="lower --size, or cut the scene, for example with `gdal_translate -srcwin`",
+        )

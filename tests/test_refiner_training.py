@@ -1,0 +1,87 @@
+"""A refiner is trained, stopped and trained on, and learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from terrasynth.data.folder import Tiles
+from terrasynth.data.schema import LabelSchema
+from terrasynth.recipe import RefinerConfig, RoughConfig, TrainConfig
+from terrasynth.systems.idgbr import IDGBRPipeline
+from terrasynth.systems.refine import build_refiner, fit_refiner
+
+SCHEMA = LabelSchema(("ground", "house"), ((200, 200, 200), (200, 40, 40)))
+
+
+@pytest.fixture
+def tiles():
+    """Houses that are seen in the image."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(8, 32, 32, dtype=torch.uint8)
+    for mask in masks:
+        top, left = torch.randint(4, 14, (2,), generator=generator).tolist()
+        mask[top : top + 12, left : left + 14] = 1
+    images = (60 + 140 * masks)[:, None].expand(-1, 3, -1, -1).clone()
+    return Tiles(tuple("abcdefgh"), images, masks, SCHEMA)
+
+
+def config(steps=4, learning_rate=2e-3, **changes):
+    train = TrainConfig(
+        steps=steps, batch_size=4, learning_rate=learning_rate, warmup_steps=2, checkpoint_every=2, evaluate_every=steps
+    )
+    values = {"widths": (16, 16), "patch_size": 4, "crop": 24, "train": train} | changes
+    return RefinerConfig(rough=RoughConfig(noise=3, invented=0.5), **values)
+
+
+def weights(folder):
+    pipeline = IDGBRPipeline.from_pretrained(folder / "model")
+    return torch.cat([value.flatten() for value in pipeline.network.state_dict().values()])
+
+
+def test_interrupted_and_gone_on_it_is_the_same_refiner(tiles, tmp_path):
+    rough = tiles.masks.roll(2, -1)
+    assert fit_refiner(tiles, rough, config(), tmp_path / "whole").finished
+    with pytest.MonkeyPatch.context() as patch:
+        real = IDGBRPipeline.training_loss
+        calls = []
+
+        def loss(self, batch):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return real(self, batch)
+
+        patch.setattr(IDGBRPipeline, "training_loss", loss)
+        with pytest.raises(KeyboardInterrupt):
+            fit_refiner(tiles, rough, config(), tmp_path / "parts")
+    assert not (tmp_path / "parts" / "model").exists()
+    assert fit_refiner(tiles, rough, config(), tmp_path / "parts").finished
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert [path.name for path in (tmp_path / "whole" / "previews").iterdir()] == ["step-00000004.png"]
+
+
+def test_it_learns_to_move_boundaries_to_where_the_image_has_them(tiles, tmp_path):
+    rough = tiles.masks.roll(2, -1)
+    assert fit_refiner(tiles, rough, config(100, learning_rate=5e-3), tmp_path).finished
+    pipeline = IDGBRPipeline.from_pretrained(tmp_path / "model")
+    refined = pipeline.refine(tiles.images.float() / 255, rough, seeds=range(8), num_steps=1)
+    before, after = (rough != tiles.masks).float().mean(), (refined != tiles.masks).float().mean()
+    assert after < before * 0.7, (before, after)
+
+
+def test_a_refiner_of_one_class_refines_maps_of_several(tiles, tmp_path):
+    assert fit_refiner(tiles, tiles.masks, config(each_class=True), tmp_path).finished
+    pipeline = IDGBRPipeline.from_pretrained(tmp_path / "model")
+    assert pipeline.schema is None
+    rough = torch.randint(0, 5, (1, 32, 32), dtype=torch.uint8)
+    scores = pipeline.scores(tiles.images[:1].float() / 255, rough, seeds=[0], num_steps=1, each_class=True)
+    assert scores.shape == (1, 5, 32, 32)
+
+
+def test_settings_reach_the_pipeline(tiles):
+    changes = {"condition_dropout": 0.3, "rough_start": 0.2, "timesteps": "cubic", "codes": "onehot"}
+    pipeline = build_refiner(config(**changes), SCHEMA, 24)
+    assert (pipeline.condition_dropout, pipeline.rough_start, pipeline.timesteps) == (0.3, 0.2, "cubic")
+    assert (pipeline.config.codes, pipeline.config.image_size, pipeline.factor) == ("onehot", 24, 4)
+    assert not build_refiner(config(sees_rough=False), SCHEMA, 24).config.sees_rough
