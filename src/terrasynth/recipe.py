@@ -602,7 +602,7 @@ class StudyConfig(_Config):
 
 
 class Recipe(_Config):
-    """A whole run: data, generator, sampling, steering, segmentor, study."""
+    """A whole run: data, generator, sampling, steering, segmentor, refiner, study."""
 
     name: str
     """Shown in reports and cards."""
