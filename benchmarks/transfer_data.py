@@ -1,7 +1,7 @@
 """The folders of a transfer study: labels in one place, the map wanted in another.
 
     python benchmarks/transfer_data.py dubai OUT --source DUBAI --target DRONEDEPLOY
-    python benchmarks/transfer_data.py world OUT
+    python benchmarks/transfer_data.py world OUT [--seed 100]
     python benchmarks/transfer_data.py ruler OUT
 
 `dubai`: satellite tiles of Dubai (MBRSC) to drone tiles of DroneDeploy's benchmark, in the four classes that both have;
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--source", type=Path, help="folder of the Dubai tiles")
     parser.add_argument("--target", type=Path, help="folder of the DroneDeploy tiles")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives other scenes of the same regions")
     options = parser.parse_args()
     if options.what == "dubai":
         if options.source is None or options.target is None:
@@ -116,7 +117,7 @@ def main() -> None:
         CLASSES.to_yaml(options.out / "classes.yaml")
         return
     for region, count, seed, folder, labelled in SCENES[options.what]:
-        tiles = scenes(region, count, seed)
+        tiles = scenes(region, count, options.seed + seed)
         prefix = f"{region}-" if options.what == "ruler" else ""  # both regions in one folder
         for name, image, mask in zip(tiles.ids, tiles.images.movedim(1, -1), tiles.masks, strict=True):
             save(options.out / "images" / folder / f"{prefix}{name}.png", image.numpy())
