@@ -9,7 +9,7 @@ diffusion loss, refinement. What conditions add to the U-Net is `models.guidance
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -309,17 +309,19 @@ class IDGBRPipeline(DiffusionPipeline):
         # One stream of random numbers a sample: what is dropped and where it starts, then its timestep and noise.
         generators = [seeded_generator(seed) for seed in batch["seed"].tolist()]
         u = torch.stack([torch.rand(2, generator=generator) for generator in generators])
-        keep, starts_rough = (u[:, 0] >= self.condition_dropout).to(truth), (u[:, 1] < self.rough_start)
+        dropped, starts_rough = (
+            (u < torch.tensor([self.condition_dropout, self.rough_start])).to(truth.device).unbind(1)
+        )
         start = None
         if self.rough_start:
-            start = condition_or_null(starts_rough.to(truth.device), self.encode_labels(rough_codes), truth)
+            start = condition_or_null(starts_rough, self.encode_labels(rough_codes), truth)
         noisy, target, timestep = diffusion_batch(
             truth, generators, self.noising, timesteps=self.timesteps, start=start
         )
         text = self._text(len(images))
         encoded = encode(self.unet, noisy.to(self.unet.dtype), timestep, text)
         residuals = self.guidance_net(encoded, self.read(images, rough_codes))
-        predicted = decode(self.unet, encoded.plus(residuals.times(keep.to(self.unet.dtype))), text)
+        predicted = decode(self.unet, encoded.plus(residuals.times((~dropped).to(self.unet.dtype))), text)
         weight = self._weight(labelled, target)
         error = weight * (predicted.float() - target).square()
         losses = error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
@@ -372,7 +374,6 @@ class IDGBRPipeline(DiffusionPipeline):
         num_classes: int | None = None,
         cache: bool = True,
         precision: Precision | None = None,
-        callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """How much each class is the one of a pixel; `decide` makes class maps of it, also of averages over windows.
 
@@ -389,7 +390,6 @@ class IDGBRPipeline(DiffusionPipeline):
             num_classes: K of the map, with `each_class`; None for the highest in it, plus one.
             cache: False computes everything in every step as released, to compare with.
             precision: `bf16` or `auto` evaluate float32 weights in bfloat16. By default that of `place`, or `fp32`.
-            callback: told each step's index and its estimate of the clean latents.
 
         Returns:
             float32 (B, K, H, W) in [0, 1].
@@ -412,9 +412,7 @@ class IDGBRPipeline(DiffusionPipeline):
                 predict = self._released_denoiser(images[rows], codes, guidance_scale)
             start = self.encode_labels(codes)
             noise = seeded_noise([seeds[row] for row in rows.tolist()], start.shape[1:], device)
-            latents = sample_ddim(
-                predict, noise, self.scheduler, num_steps, start=start, strength=strength, callback=callback
-            )
+            latents = sample_ddim(predict, noise, self.scheduler, num_steps, start=start, strength=strength)
             return self.label_codes.scores(self.decode_labels(latents))
 
         with autocast(device, precision or self._precision):
@@ -431,6 +429,7 @@ class IDGBRPipeline(DiffusionPipeline):
                     found[rows, k] = of_rows(rows, binary)[:, 1]
             return found
 
+    @torch.no_grad()
     def denoiser(
         self, images: Tensor, rough: Tensor, guidance_scale: float = 1.0, of_image: Features | None = None
     ) -> Epsilon:
