@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
@@ -32,7 +31,8 @@ from terrasynth.models.unet import Features, UNetEncoder, check_halves, decode, 
 from terrasynth.sampling.diffusion import Epsilon, Timesteps, diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import condition_or_null
-from terrasynth.systems.loading import cast, loading
+from terrasynth.systems.loading import loading
+from terrasynth.systems.pipeline import SavedPipeline
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ _IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-class IDGBRPipeline(DiffusionPipeline):
+class IDGBRPipeline(SavedPipeline):
     """Refines rough class maps; loads and saves in the diffusers folder layout.
 
     `IDGBRPipeline.from_pretrained(FOLDER)` loads what TerraSynth saved. A Stable Diffusion 1.5 folder or hub name loads
@@ -518,21 +518,6 @@ class IDGBRPipeline(DiffusionPipeline):
             )
 
     # Construction
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read.
-
-        Everything is float32 unless a precision is asked for, however it is stored.
-
-        Raises:
-            TerraSynthError: there is no such model, or a part of it is missing or damaged.
-        """
-        with loading(pretrained_model_name_or_path, cls.EXPECTED):
-            pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
-            if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
-                cast(pipeline, torch.float32)  # text encoders come in the precision of their files
-            return pipeline
 
     @classmethod
     def from_scratch(

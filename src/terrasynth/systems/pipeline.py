@@ -1,18 +1,21 @@
-"""What every system that paints under masks has in common."""
+"""What systems have in common: how those that are stored whole are loaded, and what paints under masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import decode_latents, encode_images
+from terrasynth.systems.loading import cast, loading
 
-__all__ = ["MaskPipeline"]
+__all__ = ["MaskPipeline", "SavedPipeline"]
 
 
 class MaskPipeline(DiffusionPipeline):
@@ -47,3 +50,24 @@ class MaskPipeline(DiffusionPipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; differentiable in the latents."""
         return decode_latents(self.vae, latents)
+
+
+class SavedPipeline(DiffusionPipeline):
+    """A diffusers pipeline that loads in float32, and says in one message why not; `EXPECTED` is what it loads."""
+
+    EXPECTED: str
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read.
+
+        Everything is float32 unless a precision is asked for, however it is stored.
+
+        Raises:
+            TerraSynthError: there is no such model, a part of it is missing or damaged, or does not fit the arguments.
+        """
+        with loading(pretrained_model_name_or_path, cls.EXPECTED):
+            pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
+            if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
+                cast(pipeline, torch.float32)  # text encoders come in the precision of their files
+            return pipeline

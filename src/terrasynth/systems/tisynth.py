@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -26,8 +25,7 @@ from terrasynth.models.text import PromptCache, encode_prompts_sd1, word_encoder
 from terrasynth.sampling.diffusion import Epsilon, diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import Guided, condition_or_null, guidance_chain
-from terrasynth.systems.loading import cast, loading
-from terrasynth.systems.pipeline import MaskPipeline
+from terrasynth.systems.pipeline import MaskPipeline, SavedPipeline
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ _SCHEDULE = {
 _HINT_CHANNELS = (16, 32, 96, 256)
 
 
-class TISynthPipeline(MaskPipeline):
+class TISynthPipeline(SavedPipeline, MaskPipeline):
     """Paints images under masks in the look of reference images; loads and saves in the diffusers folder layout.
 
     `TISynthPipeline.from_pretrained(FOLDER)` loads what TerraSynth saved. A Stable Diffusion 1.5 folder or hub name
@@ -371,21 +369,6 @@ class TISynthPipeline(MaskPipeline):
             )
 
     # Construction
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a folder or hub name; see `DiffusionPipeline.from_pretrained`. Only safetensors are read.
-
-        Everything is float32 unless a precision is asked for, however it is stored.
-
-        Raises:
-            TerraSynthError: there is no such model, a part of it is missing or damaged, or it knows no classes.
-        """
-        with loading(pretrained_model_name_or_path, cls.EXPECTED):
-            pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
-            if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
-                cast(pipeline, torch.float32)  # text encoders come in the precision of their files
-            return pipeline
 
     @classmethod
     def from_scratch(
