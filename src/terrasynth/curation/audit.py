@@ -100,7 +100,7 @@ class Audit:
             for first, *others in lines
         ]
         if any(entry["limit_measured"] is False for entry in self.report["sets"]):
-            rows += ["", f"* not measured, for want of {LEAST_IMAGES} images with enough detail: the lowest limit"]
+            rows += ["", f"* not measured, for want of {LEAST_IMAGES} images with enough detail: the highest limit"]
         found = [_sentence(finding) for finding in self.report["findings"]]
         plain = (
             f"{self.report['painted']} painted images, {self.report['too_plain']} of them too plain to tell a copy by"
@@ -205,7 +205,7 @@ class _Compared:
     too_plain: int
     limit: float
     measured: bool | None
-    """Whether real images gave the limit; it is the lowest one where there are too few. None: they were not asked."""
+    """Whether real images gave the limit; it is the highest one where there are too few. None: they were not asked."""
     own_mask: frozenset[int] = frozenset()
     """The copies that were painted under the mask of what they are a copy of: they share its layout by design."""
     measures: Mapping[str, Any] = field(default_factory=dict)

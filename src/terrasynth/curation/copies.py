@@ -41,7 +41,7 @@ SIDE = 64
 LEAST_DETAIL = 0.4
 # What real images of different ground reach, and what a copy loses at most: the limit lies between (see `limit`).
 _LOWEST_LIMIT, HIGHEST_LIMIT, _QUANTILE = 0.6, 0.75, 0.99
-#: A limit is measured by as many images as this; with fewer it is the lowest.
+#: A limit is measured by as many images as this; with fewer it is the highest: chance must not pass for a leak.
 LEAST_IMAGES = 20
 
 _TURNS = 8
@@ -262,8 +262,9 @@ def limit(among_real: Tensor) -> float:
     do: real images that overlap on the ground must not make copies pass.
 
     Args:
-        among_real: float (N,), of one set against itself; plain images are left out. With fewer than 20, 0.6 it is.
+        among_real: float (N,), of one set against itself; plain images are left out. With fewer than 20
+            nothing is measured and it is 0.75.
     """
     if len(among_real) < LEAST_IMAGES:
-        return _LOWEST_LIMIT
+        return HIGHEST_LIMIT
     return float(among_real.quantile(_QUANTILE).clamp(_LOWEST_LIMIT, HIGHEST_LIMIT))
