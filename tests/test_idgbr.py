@@ -1,10 +1,12 @@
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from terrasynth.data.schema import LabelSchema
@@ -330,6 +332,18 @@ def test_rough_starts_need_a_network_that_predicts_the_clean_code(images, rough)
     pipeline.rough_start = 0.5
     with pytest.raises(TerraSynthError, match="clean code"):
         pipeline.training_loss(batch(images, rough))
+
+
+def test_a_backbone_of_a_folder_aligns_and_one_that_is_not_there_is_one_message(tmp_path):
+    backbone = timm.create_model("test_resnet")
+    save_for_hf(backbone, tmp_path / "backbone", safe_serialization=True)
+    pipeline = IDGBRPipeline.from_scratch(SCHEMA, **SMALL).align(f"local-dir:{tmp_path / 'backbone'}", width=8)
+    teacher = pipeline.alignment.teacher.state_dict()
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in backbone.state_dict().items() if name in teacher)
+    assert "conv1.0.weight" in teacher
+    for missing in ("no_such_backbone", f"local-dir:{tmp_path / 'nowhere'}"):
+        with pytest.raises(TerraSynthError, match=f"(?s){missing}: the model can not be loaded.*of timm"):
+            pipeline.align(missing)
 
 
 def test_alignment_is_added_to_the_loss_and_trains_a_projector(images, rough):

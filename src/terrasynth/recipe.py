@@ -437,8 +437,8 @@ class RefinerConfig(_Config):
     sees_rough: bool = True
     """Whether the rough map is a condition; without, the image alone is (an ablation of the paper)."""
     alignment: str | None = None
-    """A backbone of timm that features are aligned to (any `vit_*_dinov2*` as published; needs a hub); null does
-    without."""
+    """A backbone of timm that features are aligned to: a name (any `vit_*_dinov2*` as published; needs a hub) or
+    `local-dir:FOLDER`; null does without."""
     timesteps: Literal["uniform", "cubic"] = "uniform"
     """How noise levels are drawn in training: alike, or most of them high, as published."""
     condition_dropout: Fraction = 0.1

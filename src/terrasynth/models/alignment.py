@@ -27,7 +27,8 @@ class Alignment(nn.Module):
 
     Args:
         channels: C, of the student's features.
-        teacher: a name of `timm.list_models()`; published is `vit_giant_patch14_dinov2`.
+        teacher: a name of `timm.list_models()`, `hf-hub:NAME`, or `local-dir:FOLDER` as written by
+            `timm.models.save_for_hf`; published is `vit_giant_patch14_dinov2`.
         pretrained: load its published weights, which may mean a download.
         width: of the projector's hidden layers.
         settings: other arguments of `timm.create_model`, such as the `checkpoint_path` of weights that are at hand.

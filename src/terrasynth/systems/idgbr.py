@@ -276,9 +276,13 @@ class IDGBRPipeline(SavedPipeline):
             teacher: of `timm`, see `Alignment`.
             weight: of the loss.
             settings: other arguments of `Alignment`.
+
+        Raises:
+            TerraSynthError: there is no such backbone, or its weights can not be had.
         """
         channels = self.guidance_net.config.channels[-2]
-        self.alignment = Alignment(channels, teacher, **settings).to(self.unet.device)
+        with loading(teacher, "a backbone of timm: one of timm.list_models(), hf-hub:NAME or local-dir:FOLDER"):
+            self.alignment = Alignment(channels, teacher, **settings).to(self.unet.device)
         self.alignment_weight = weight
         self.network["projector"] = self.alignment.projector
         return self
