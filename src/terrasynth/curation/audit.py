@@ -163,8 +163,7 @@ def audit(
 def audit_splits(learned: Sequence[Labelled], held_out: Sequence[Labelled]) -> Audit:
     """Compare real images that are learned from with those that must stay unseen: a copy of one of these is a leak.
 
-    All are compared in one search, which describes each set once. The limit is the highest one: by a percentile of
-    what real tiles do among themselves, as for paintings, one real tile in a hundred would pass for a copy.
+    All are compared in one search, which describes each set once. The limit is the highest one, as for paintings.
 
     Args:
         learned: training tiles, unlabelled images.
@@ -205,7 +204,7 @@ class _Compared:
     too_plain: int
     limit: float
     measured: bool | None
-    """Whether real images gave the limit; it is the highest one where there are too few. None: they were not asked."""
+    """Whether real images gave the limit; where there are too few, it is the highest one. None: they were not asked."""
     own_mask: frozenset[int] = frozenset()
     """The copies that were painted under the mask of what they are a copy of: they share its layout by design."""
     measures: Mapping[str, Any] = field(default_factory=dict)
@@ -282,15 +281,17 @@ def _with_real(painted: Labelled, plain: Tensor, other: Images, kind: str) -> _C
         if len(other) == 1
         else float((found.distance < among.distance.quantile(_NEAR)).float().mean()),
     }
-    copies = _copies(painted, plain, other, plain_other, found, limit(real))
+    # A leak is an accusation: by a percentile, one painting in a hundred would be one by chance.
+    bound, measured = (HIGHEST_LIMIT, None) if kind == HELD_OUT else (limit(real), len(real) >= LEAST_IMAGES)
+    copies = _copies(painted, plain, other, plain_other, found, bound)
     own = frozenset(i for i, (_, position) in copies.items() if painted.sources[i] == other.tiles[position])
-    measured = len(real) >= LEAST_IMAGES
-    return _Compared(other, kind, found, copies, int(plain_other.sum()), limit(real), measured, own, measures)
+    return _Compared(other, kind, found, copies, int(plain_other.sum()), bound, measured, own, measures)
 
 
 def _among_painted(painted: Labelled, plain: Tensor, real: Sequence[_Compared]) -> _Compared:
-    """The painted images with each other, at the highest of the limits of real ones."""
-    bound, measured = max((c.limit for c in real), default=limit(torch.empty(0))), any(c.measured for c in real)
+    """The painted images with each other, at the highest of the limits that were measured."""
+    bounds = [c.limit for c in real if c.measured]
+    bound, measured = max(bounds, default=HIGHEST_LIMIT), bool(bounds)
     itself = torch.arange(len(painted))
     with track(2 * len(painted), "comparing the painted images", unit="images") as progress:
         found = nearest_images(painted.thumbnails, painted.thumbnails, itself=itself, between=progress.advance)

@@ -43,8 +43,8 @@ __all__ = ["Study"]
 
 _MASKS = "masks.safetensors"
 _AUDIT = "audit.png"
-#: To be raised when audits tell more: these are made again, which takes seconds, and no training is.
-_AUDITED = 2
+#: To be raised when audits tell otherwise: these are made again, which takes seconds, and no training is.
+_AUDITED = 3
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
