@@ -217,10 +217,10 @@ def normal(count, generator, mu=MU, root=_ROOT):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_least_simple_loss_is_that_of_the_closed_form(kind, schedule):
-    """Of Cov(x_0 | x_t), whose eigenvalues are λ (1 − ᾱ) / (ᾱ λ + 1 − ᾱ): tr / d times 1, ᾱ / (1 − ᾱ) or 1 / (1 − ᾱ)."""
+    """Cov(x_0 | x_t) has the eigenvalues λ (1 − ᾱ) / (ᾱ λ + 1 − ᾱ); those of ε and v follow from their definitions."""
     alpha_bars = alpha_bars_of(schedule)
-    latents = normal(6000, np.random.default_rng(0))
-    batch = diffusion_batch(latents, range(6000), DDPMScheduler(beta_schedule=schedule, prediction_type=kind))
+    latents = normal(3000, np.random.default_rng(0))
+    batch = diffusion_batch(latents, range(3000), DDPMScheduler(beta_schedule=schedule, prediction_type=kind))
     predicted = best(kind, alpha_bars)(batch.noisy, batch.timestep)
     losses = (predicted - batch.target).square().flatten(1).mean(1)
     eigenvalues, a = np.linalg.eigvalsh(SIGMA), alpha_bars[:, None]
@@ -228,8 +228,8 @@ def test_the_least_simple_loss_is_that_of_the_closed_form(kind, schedule):
     by_timestep = (weight * eigenvalues * (1 - a) / (a * eigenvalues + 1 - a)).mean(1)
     # Timestep by timestep, so that the error is that of the noise alone.
     excess = losses.numpy() - by_timestep[batch.timestep.numpy()]
-    error = excess.std() / 6000**0.5
-    assert error < 0.03 * by_timestep.mean()
+    error = excess.std() / 3000**0.5
+    assert error < 0.04 * by_timestep.mean()
     assert abs(excess.mean()) < 4 * error
 
 
@@ -270,9 +270,10 @@ def spied(predict, seen):
 
 
 SHORT = {"first": 0.02, "last": 0.5, "T": 8}
+STANDARD = np.zeros(3), np.eye(3)
 
 
-def ancestral_moments(kind, variance, steps, mu, sigma, start=(np.zeros(3), np.eye(3)), zero_snr=False):
+def ancestral_moments(kind, variance, steps, mu, sigma, start=STANDARD, zero_snr=False):
     """Those of `sample_ancestral` on a chain of 8 timesteps, and ᾱ after each step."""
     alpha_bars = alpha_bars_of("linear", zero_snr=zero_snr, **SHORT)
     scheduler = DDPMScheduler(
@@ -349,8 +350,7 @@ def test_the_variances_are_those_of_a_point_and_of_standard_normal_data(alpha_ba
     torch.testing.assert_close(of_noise + beta_tilde(alpha_bar, before), torch.full_like(x_0, 1 - before))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "schedule"), zip(KINDS, SCHEDULES, strict=True))
 def test_ddim_converges_to_the_probability_flow_in_first_order(kind, schedule):
     """Which carries quantiles of q(x_T) to quantiles of the data: x_0 = μ + Σ^½ (ᾱ Σ + 1 − ᾱ)^−½ (x_T − √ᾱ μ)."""
     alpha_bars = alpha_bars_of(schedule)
@@ -366,10 +366,9 @@ def test_ddim_converges_to_the_probability_flow_in_first_order(kind, schedule):
     for steps in (50, 100, 200):
         found = sample_ddim(best(kind, alpha_bars), latents, scheduler, steps).flatten(1).double().numpy()
         errors.append(np.abs(found - exact).max())
-    print(schedule, kind, errors)
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
-    assert 0.9 < orders[-1] < 1.1
-    assert errors[-1] < 0.02
+    assert orders == pytest.approx([1, 1], abs=0.02)
+    assert errors[-1] < 0.011
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -393,8 +392,7 @@ def test_what_is_left_of_the_data_in_the_end(zero_snr):
 # Against diffusers
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "schedule"), zip(KINDS, SCHEDULES, strict=True))
 def test_noising_equals_diffusers_bit_for_bit_and_is_undone(kind, schedule):
     scheduler = DDPMScheduler(beta_schedule=schedule, prediction_type=kind, clip_sample=False)
     latents, seeds = torch.randn(3000, 2, 1, 1, generator=torch.Generator().manual_seed(0)), range(3000)
@@ -410,8 +408,8 @@ def test_noising_equals_diffusers_bit_for_bit_and_is_undone(kind, schedule):
         torch.testing.assert_close(found, latents[row], rtol=0, atol=5e-7 / alpha_bar.item() ** 0.5)
 
 
-def assert_close_together(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * max(1.0, expected.abs().max().item()))
+def assert_close_together(found, expected, close=2e-5):
+    torch.testing.assert_close(found, expected, rtol=0, atol=close * max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -455,11 +453,13 @@ def test_ddim_steps_are_those_of_diffusers_with_the_same_noise(kind, schedule, e
     found = sample_ddim(spied(predict, seen), noise, scheduler, 5, eta=eta, seeds=[3, 8] if eta else None)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 8)]
     x = randn_tensor((2, 3, 1, 1), generator=generators)
+    # From almost no signal all is fresh noise, and diffusers takes the root of a 1 − ᾱ − σ² that is float32's rounding.
+    close = 3e-4 if (schedule, spacing, eta) == ("squaredcos_cap_v2", "trailing", 1) else 2e-5
     for t, ours in zip(scheduler.timesteps, seen, strict=True):
-        assert_close_together(ours, x)
+        assert_close_together(ours, x, close)
         predicted = predict(x, t.expand(2)).float()
         x = scheduler.step(predicted, t, x, eta, use_clipped_model_output=True, generator=generators).prev_sample
-    assert_close_together(found, x)
+    assert_close_together(found, x, close)
 
 
 # The two samplers
@@ -522,7 +522,7 @@ def test_what_can_not_be_sampled_is_refused():
         sample_ancestral(bounded, x, ddpm, 2, seeds=[0])
     with pytest.raises(ValueError, match="0 seeds for the noise of 2"):
         sample_ddim(bounded, x, DDIMScheduler(**DDIM), 2, eta=0.5)
-    with pytest.raises(ValueError, match="`eta` is 1.5"):
+    with pytest.raises(ValueError, match="from 0 to 1"):
         sample_ddim(bounded, x, DDIMScheduler(**DDIM), 2, eta=1.5, seeds=[0, 1])
     with pytest.raises(ValueError, match="no signal is left"):
         sample_ancestral(
