@@ -184,7 +184,7 @@ def copy_paste(
     labels, unlabelled = _labels(masks, ignore_index)
     height, width = labels.shape[-2:]
     frequency = np.bincount(labels.ravel())
-    grounds = _grounds(labels, unlabelled) if where == "plausible" else None
+    grounds: dict[int, NDArray[np.bool_]] = {}
     # Which pixel of the donor lands on each pixel of the tile; -1 for none.
     origin = np.full((len(labels), height * width), -1)
     for i, seed in enumerate(seeds.tolist()):
@@ -200,15 +200,18 @@ def copy_paste(
         chances = 1 / frequency[candidates]
         drawn = random.choice(candidates, p=chances / chances.sum())
         objects = random.permutation(np.flatnonzero(usable & (classes == drawn)))
-        free = None if grounds is None else grounds[drawn][labels[i].ravel()]
+        free = np.ones(height * width, dtype=bool)
+        if where == "plausible":
+            if drawn not in grounds:
+                grounds[drawn] = _ground(labels, drawn, unlabelled)
+            free = grounds[drawn][labels[i].ravel()]
         for component in objects[: random.integers(len(objects)) + 1]:
             rows, columns = np.nonzero(components == component)
-            for _ in range(1 if free is None else _TRIES):
+            for _ in range(_TRIES):
                 place = _placed(rows, columns, height, width, random)
-                if free is None or free[place].mean() >= _ON_GROUND:
+                if free[place].mean() >= _ON_GROUND:
                     origin[i, place] = rows * width + columns
-                    if free is not None:
-                        free[place] = False
+                    free[place] = where == "anywhere"
                     break
     source = torch.from_numpy(origin).view(masks.shape).to(masks.device)
     return _pasted(images, source[:, None]), _pasted(masks, source)
@@ -227,30 +230,23 @@ def clipped(centre: float, length: float, limit: int) -> slice:
 
 
 def _labels(masks: Tensor, ignore_index: int) -> tuple[NDArray[np.integer], int]:
-    """The masks with no negative number, and what an unlabelled pixel has there."""
+    """The masks without negative numbers, and what unlabelled pixels have there."""
     labels = masks.cpu().numpy()
-    if ignore_index >= 0 or labels.dtype.kind == "u":
+    if ignore_index >= 0:
         return labels, ignore_index
-    unlabelled = labels == ignore_index
-    new = int(labels.max(initial=0)) + 1
-    return np.where(unlabelled, new, labels), new
+    unlabelled, free = labels == ignore_index, int(labels.max(initial=0)) + 1
+    return np.where(unlabelled, free, labels) if unlabelled.any() else labels, free
 
 
-def _grounds(labels: NDArray[np.integer], unlabelled: int) -> NDArray[np.bool_]:
-    """Whether things of a class (row) may lie on another class (column), (K, K) with K above the largest label."""
-    found, codes = np.unique(labels, return_inverse=True)
-    codes = codes.reshape(labels.shape)
-    count = len(found)
-    contacts = np.zeros((count, count))
-    for one, other in ((codes[:, 1:], codes[:, :-1]), (codes[:, :, 1:], codes[:, :, :-1])):
-        apart = one != other
-        contacts += np.bincount(one[apart] * count + other[apart], minlength=count**2).reshape(count, count)
-    contacts += contacts.T
-    contacts[found == unlabelled] = contacts[:, found == unlabelled] = 0
-    shares = contacts / np.maximum(contacts.sum(1, keepdims=True), 1)
-    grounds = np.zeros((found[-1] + 1,) * 2, dtype=bool)
-    grounds[np.ix_(found, found)] = shares >= _LEAST_BORDER
-    return grounds
+def _ground(labels: NDArray[np.integer], drawn: int, unlabelled: int) -> NDArray[np.bool_]:
+    """Which classes a class may lie on: those along enough of its border in the masks (B, H, W)."""
+    inside = labels == drawn
+    border = np.zeros(int(labels.max()) + 1)
+    for first, last in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :, 1:], np.s_[:, :, :-1])):
+        for here, there in ((first, last), (last, first)):
+            border += np.bincount(labels[there][inside[here] & ~inside[there]], minlength=len(border))
+    border[unlabelled : unlabelled + 1] = 0
+    return border >= _LEAST_BORDER * max(border.sum(), 1)
 
 
 def _placed(
