@@ -197,13 +197,14 @@ def cutout(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int = 255
         raise ValueError(f"masks of type {masks.dtype} can not hold the ignore index {ignore_index}")
     height, width = masks.shape[-2:]
     side = _CUTOUT_SIDE * min(height, width)
+    whole = not images.is_floating_point()
     hidden, hidden_masks = images.clone(), masks.clone()
     for i, seed in enumerate(seeds.tolist()):
         random = np.random.default_rng((seed, _CUTOUT))
         rows, columns = (clipped(int(random.integers(limit)) + 0.5, side, limit) for limit in (height, width))
         # Sample by sample: how a mean is summed may depend on how many there are.
-        mean = images[i].mean((-2, -1)) if images.is_floating_point() else images[i].float().mean((-2, -1)).round()
-        hidden[i, :, rows, columns] = mean[:, None, None].to(images.dtype)
+        mean = images[i].mean((-2, -1), dtype=torch.float32 if whole else None)
+        hidden[i, :, rows, columns] = (mean.round() if whole else mean)[:, None, None]
         hidden_masks[i, rows, columns] = ignore_index
     return hidden, hidden_masks
 
