@@ -156,12 +156,14 @@ def jitter(images: Tensor, seeds: Tensor) -> Tensor:
         A new tensor of the same shape and type.
 
     Raises:
-        ValueError: the shapes do not fit together, or there are other than three channels.
+        ValueError: the shapes do not fit together, there are other than three channels, or of another type.
     """
     if images.ndim != 4 or images.shape[1] != 3 or seeds.shape != images.shape[:1]:
         raise ValueError(
             f"images (B, 3, H, W) and seeds (B,) must fit together, not {tuple(images.shape)}, {tuple(seeds.shape)}"
         )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"colours are uint8, or float in [0, 1], not {images.dtype}")
     jittered = torch.empty_like(images)
     for i, seed in enumerate(seeds.tolist()):
         random = np.random.default_rng((seed, _JITTER))
