@@ -46,6 +46,7 @@ _FACTOR = (0.8, 1.2)
 _CUTOUT_SIDE = 0.5
 # Luma of ITU-R BT.601, the grey that saturation and contrast refer to in torchvision and Pillow.
 _LUMA = torch.tensor([[0.299, 0.587, 0.114]])
+_EYE = torch.eye(3)
 
 
 def augment(image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,7 @@ def jitter(images: Tensor, seeds: Tensor) -> Tensor:
     for i, seed in enumerate(seeds.tolist()):
         random = np.random.default_rng((seed, _JITTER))
         if images.dtype == torch.uint8:
-            jittered[i] = _jitter(images[i].float(), random, most=255).round_()
+            jittered[i] = _bytes(_jitter(images[i].float(), random, most=255).round_())
         else:
             jittered[i] = _jitter(images[i], random)
     return jittered
@@ -206,7 +207,7 @@ def cutout(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int = 255
         rows, columns = (clipped(int(random.integers(limit)) + 0.5, side, limit) for limit in (height, width))
         # Sample by sample: how a mean is summed may depend on how many there are.
         mean = images[i].mean((-2, -1), dtype=torch.float32 if whole else None)
-        hidden[i, :, rows, columns] = (mean.round() if whole else mean)[:, None, None]
+        hidden[i, :, rows, columns] = (mean.round().to(images.dtype) if whole else mean)[:, None, None]
         hidden_masks[i, rows, columns] = ignore_index
     return hidden, hidden_masks
 
@@ -251,8 +252,7 @@ def _zoom(image: Tensor, mask: Tensor, random: np.random.Generator) -> tuple[Ten
         return image, mask
     magnified = functional.interpolate(image[None], size=size, mode="bilinear", align_corners=False)
     # NumPy takes any type, and takes it several times faster than `interpolate`.
-    followed = mask.cpu().numpy().take(_nearest(columns, width), -1, mode="clip")
-    followed = followed.take(_nearest(rows, height), -2, mode="clip")
+    followed = mask.cpu().numpy()[..., _nearest(rows, height), :].take(_nearest(columns, width), -1, mode="clip")
     return magnified[0], torch.from_numpy(followed).to(mask.device)
 
 
@@ -272,7 +272,12 @@ def _jitter(image: Tensor, random: np.random.Generator, most: float = 1.0) -> Te
     brightness, contrast, saturation = random.uniform(*_FACTOR, size=3).tolist()
     luma, pixels = _LUMA.to(image), image.flatten(1)
     mean_grey = brightness * (luma @ pixels.mean(1, keepdim=True))
-    matrix = saturation * torch.eye(3).to(image) + (1 - saturation) * luma.expand(3, 3)
+    matrix = saturation * _EYE.to(image) + (1 - saturation) * luma.expand(3, 3)
     offset = ((1 - contrast) * mean_grey).expand(3, 1)
     mixed = torch.addmm(offset, matrix, pixels, alpha=contrast * brightness)
     return mixed.view_as(image).clamp_(0, most)
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    """Whole numbers from 0 to 255 as uint8. On the CPU, NumPy converts twice as fast as PyTorch."""
+    return pixels.byte() if pixels.is_cuda else torch.from_numpy(pixels.numpy().astype(np.uint8))
