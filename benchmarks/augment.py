@@ -29,6 +29,7 @@ import kornia
 import kornia.augmentation as K
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -132,7 +133,7 @@ def ratio(ours: Call, theirs: Call, rounds: int) -> tuple[float, float, float]:
 
 
 def refusals(images: Tensor, masks: Tensor) -> dict[str, Call]:
-    """Operations of others, called with image and mask; each returns whether the mask has followed."""
+    """Operations of others, called with image and mask; each returns whether the mask has followed, or how."""
     images, masks = images.float() / 255, masks.long()
     pair = images[0], tv_tensors.Mask(masks[0])
 
@@ -143,13 +144,19 @@ def refusals(images: Tensor, masks: Tensor) -> dict[str, Call]:
         both = K.AugmentationSequential(operation, data_keys=["input", "mask"])
         return lambda: not torch.equal(both(images, masks[:, None].float())[1], masks[:, None].float())
 
+    def erased() -> str:
+        both = K.AugmentationSequential(K.RandomErasing(scale=(0.25, 0.25), p=1.0), data_keys=["input", "mask"])
+        labelled = masks[:, None].float() + 1
+        after = both(images, labelled)[1]
+        return f"what is hidden gets the label {after[after != labelled].unique().tolist()}"
+
     transplantation = K.RandomTransplantation(p=1.0)
     return {
         "torchvision RandomErasing": followed(v2.RandomErasing(p=1.0, scale=(0.25, 0.25))),
         "torchvision CutMix": lambda: v2.CutMix(num_classes=8)(images, masks),
         "torchvision MixUp": lambda: v2.MixUp(num_classes=8)(images, masks),
         "torchvision RandAugment": lambda: v2.RandAugment()((images[0] * 255).byte(), pair[1]),
-        "kornia RandomErasing": sequential(K.RandomErasing(scale=(0.25, 0.25), p=1.0)),
+        "kornia RandomErasing": erased,
         "kornia RandomCutMixV2": sequential(K.RandomCutMixV2(p=1.0, data_keys=["input", "mask"])),
         "kornia RandomMixUpV2": sequential(K.RandomMixUpV2(p=1.0, data_keys=["input", "mask"])),
         "kornia RandomMosaic": sequential(K.RandomMosaic(p=1.0, data_keys=["input", "mask"])),
@@ -169,7 +176,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     images, masks = tiles(options.batch, options.size)
     seeds = torch.arange(options.batch)
-    print(f"kornia {kornia.__version__}, albumentations {A.__version__}, torch {torch.__version__}")
+    print(f"kornia {kornia.__version__}, albumentations {A.__version__}, torchvision {torchvision.__version__}")
     print(f"{options.batch} tiles of {options.size} x {options.size} pixels, median of {options.rounds} rounds\n")
     print(f"{'operation':32s} {'beside':16s} theirs/ours    ours ms  theirs ms")
     for peer, rows in (("kornia", beside_kornia), ("albumentations", beside_albumentations)):
@@ -179,7 +186,9 @@ def main() -> None:
     print("\nimage and mask together")
     for name, call in refusals(images, masks).items():
         try:
-            result = "the mask follows" if call() else "the image changes, the mask stays as it was"
+            result = call()
+            if isinstance(result, bool):
+                result = "the mask follows" if result else "the image changes, the mask stays as it was"
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             result = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error) else ''}"
         print(f"{name:30s} {result}", flush=True)
