@@ -12,6 +12,7 @@ where their tensors are, and return new ones there.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -112,8 +113,8 @@ def turn(images: Tensor, masks: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_batch(images, masks, seeds)
     turned, turned_masks = torch.empty_like(images), torch.empty_like(masks)
-    for i, seed in enumerate(seeds.tolist()):
-        element = _element(masks, np.random.default_rng((seed, _TURN)))
+    for i, random in enumerate(_generators(seeds, _TURN)):
+        element = _element(masks, random)
         turned[i], turned_masks[i] = dihedral(images[i], element), dihedral(masks[i], element)
     return turned, turned_masks
 
@@ -138,8 +139,7 @@ def zoom(images: Tensor, masks: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_batch(images, masks, seeds)
     zoomed, zoomed_masks = torch.empty_like(images), torch.empty_like(masks)
-    for i, seed in enumerate(seeds.tolist()):
-        random = np.random.default_rng((seed, _ZOOM))
+    for i, random in enumerate(_generators(seeds, _ZOOM)):
         zoomed[i], zoomed_masks[i] = _zoom(images[i], masks[i], random)
     return zoomed, zoomed_masks
 
@@ -165,13 +165,15 @@ def jitter(images: Tensor, seeds: Tensor) -> Tensor:
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"colours are uint8, or float in [0, 1], not {images.dtype}")
-    jittered = torch.empty_like(images)
-    for i, seed in enumerate(seeds.tolist()):
-        random = np.random.default_rng((seed, _JITTER))
-        if images.dtype == torch.uint8:
-            jittered[i] = _bytes(_jitter(images[i].float(), random, most=255).round_())
-        else:
-            jittered[i] = _jitter(images[i], random)
+    jittered = torch.empty(images.shape, dtype=images.dtype, device=images.device)
+    if images.dtype == torch.uint8:
+        # Memory that is asked for anew for each tile costs more than what is done in it.
+        pixels, mixed = torch.empty((2, *images.shape[1:]), device=images.device)
+        for i, random in enumerate(_generators(seeds, _JITTER)):
+            jittered[i] = _bytes(_jitter(pixels.copy_(images[i]), random, 255, mixed).round_())
+    else:
+        for i, random in enumerate(_generators(seeds, _JITTER)):
+            _jitter(images[i], random, out=jittered[i])
     return jittered
 
 
@@ -200,14 +202,11 @@ def cutout(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int = 255
         raise ValueError(f"masks of type {masks.dtype} can not hold the ignore index {ignore_index}")
     height, width = masks.shape[-2:]
     side = _CUTOUT_SIDE * min(height, width)
-    whole = not images.is_floating_point()
+    means = _means(images)
     hidden, hidden_masks = images.clone(), masks.clone()
-    for i, seed in enumerate(seeds.tolist()):
-        random = np.random.default_rng((seed, _CUTOUT))
+    for i, random in enumerate(_generators(seeds, _CUTOUT)):
         rows, columns = (clipped(int(random.integers(limit)) + 0.5, side, limit) for limit in (height, width))
-        # Sample by sample: how a mean is summed may depend on how many there are.
-        mean = images[i].mean((-2, -1), dtype=torch.float32 if whole else None)
-        hidden[i, :, rows, columns] = (mean.round().to(images.dtype) if whole else mean)[:, None, None]
+        hidden[i, :, rows, columns] = means[i]
         hidden_masks[i, rows, columns] = ignore_index
     return hidden, hidden_masks
 
@@ -225,6 +224,10 @@ def dihedral(tensor: Tensor, element: int, *, inverse: bool = False) -> Tensor:
         return torch.rot90(tensor.flip(-1) if mirrored else tensor, -turns, dims=(-2, -1))
     turned = torch.rot90(tensor, turns, dims=(-2, -1))
     return turned.flip(-1) if mirrored else turned
+
+
+def _generators(seeds: Tensor, stream: int) -> Iterator[np.random.Generator]:
+    return (np.random.default_rng((seed, stream)) for seed in seeds.tolist())
 
 
 def _element(mask: Tensor, random: np.random.Generator) -> int:
@@ -263,7 +266,20 @@ def _nearest(length: int, size: int) -> NDArray[np.int64]:
     return functional.interpolate(places[None, None], size=size, mode="nearest-exact").long().flatten().numpy()
 
 
-def _jitter(image: Tensor, random: np.random.Generator, most: float = 1.0) -> Tensor:
+def _means(images: Tensor) -> Tensor:
+    """The mean of every channel of every sample, (B, C, 1, 1), of the type of the images."""
+    if images.is_floating_point():
+        # Sample by sample: how a mean is summed may depend on how many there are.
+        means = torch.stack([image.mean((-2, -1)) for image in images])
+    else:
+        # Sums of whole numbers are exact, and NumPy's are several times as fast as PyTorch's.
+        numbers = images.cpu().numpy()
+        sums = np.add.reduce(numbers, axis=-1, dtype=np.uint32 if images.dtype == torch.uint8 else None)
+        means = torch.from_numpy((sums.mean(-1) / images.shape[-1]).round())
+    return means[..., None, None].to(images)
+
+
+def _jitter(image: Tensor, random: np.random.Generator, most: float = 1.0, out: Tensor | None = None) -> Tensor:
     """Brightness, contrast and saturation, as one linear map of the colours, then clipped to [0, most].
 
     Brightness b scales; contrast c blends with the mean grey; saturation s blends every pixel with its own grey:
@@ -274,7 +290,8 @@ def _jitter(image: Tensor, random: np.random.Generator, most: float = 1.0) -> Te
     mean_grey = brightness * (luma @ pixels.mean(1, keepdim=True))
     matrix = saturation * _EYE.to(image) + (1 - saturation) * luma.expand(3, 3)
     offset = ((1 - contrast) * mean_grey).expand(3, 1)
-    mixed = torch.addmm(offset, matrix, pixels, alpha=contrast * brightness)
+    flat = None if out is None else out.flatten(1)
+    mixed = torch.addmm(offset, matrix, pixels, alpha=contrast * brightness, out=flat)
     return mixed.view_as(image).clamp_(0, most)
 
 
