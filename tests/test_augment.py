@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from terrasynth.data.augment import augment, classmix, connected, copy_paste, cutmix, dihedral, view
+from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, dihedral, view
+from terrasynth.data.components import connected
 
 SIZE = 64
 

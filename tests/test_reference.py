@@ -99,7 +99,15 @@ def test_a_probability_that_never_changes_anything_is_refused(probability):
 
 
 def test_streams_of_a_seed_are_its_own():
-    from terrasynth.data import augment
+    from terrasynth.data import augment, mixes, perturb
+    from terrasynth.systems import rough
 
-    others = {augment._AUGMENT, augment._VIEW, augment._CUTMIX, augment._CLASSMIX, augment._COPY_PASTE}
-    assert not others & {reference._GEOMETRY, reference._COLOR}
+    names = {
+        augment: ("_AUGMENT", "_VIEW", "_TURN", "_ZOOM", "_JITTER", "_CUTOUT"),
+        mixes: ("_CUTMIX", "_CLASSMIX", "_COPY_PASTE", "_MOSAIC"),
+        reference: ("_GEOMETRY", "_COLOR"),
+        perturb: ("_CHOICE", "_DROP", "_STAMP", "_GROW", "_WARP", "_COARSEN"),
+        rough: ("_CROP", "_CLASS"),
+    }
+    streams = [getattr(module, name) for module, used in names.items() for name in used]
+    assert sorted(streams) == list(range(len(streams)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.recipe import SegmentorConfig, TrainConfig
+from terrasynth.recipe import Mix, SegmentorConfig, TrainConfig
 from terrasynth.tasks.confusion import Confusion
 from terrasynth.tasks.segmentation import Segmentor, adapt, fit, label
 
@@ -398,7 +399,7 @@ def test_painted_tiles_and_mixes_enter_the_batches(tmp_path, trained):
     config = with_train(UNET, steps=8, evaluate_every=4)
     arms = {
         "real": {},
-        **{mix: {"mix": mix} for mix in ("cutmix", "classmix", "copy-paste")},
+        **{mix: {"mix": mix} for mix in get_args(Mix) if mix != "none"},
         "painted": {"synthetic": made_tiles(6, seed=2)},
         "both": {"synthetic": made_tiles(6, seed=2), "mix": "cutmix", "real_fraction": 0.25},
     }

@@ -36,7 +36,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "auto"]
-Mix = Literal["none", "cutmix", "classmix", "copy-paste"]
+Mix = Literal["none", "cutout", "cutmix", "mosaic", "classmix", "copy-paste", "plausible-copy-paste"]
 
 
 class _Config(BaseModel):
@@ -502,8 +502,9 @@ class ArmConfig(_Config):
     """Shown in the report."""
     mix: Mix = "none"
     """What the training tiles of a batch lend each other, masks included: nothing, rectangles (`cutmix`, Yun et al.
-    2019), half of their classes (`classmix`, Olsson et al. 2021) or single objects (`copy-paste`, Ghiasi et al. 2021).
-    """
+    2019), windows of four (`mosaic`, Bochkovskiy et al. 2020), half of their classes (`classmix`, Olsson et al. 2021)
+    or single objects (`copy-paste`, Ghiasi et al. 2021; `plausible-copy-paste`, on what their class borders on alone).
+    `cutout` hides a square of each instead (DeVries and Taylor 2017)."""
     synthetic: Literal["none", "plain", "steered"] = "none"
     """Painted tiles: none, without steering, or with CRFM."""
     references: bool = False

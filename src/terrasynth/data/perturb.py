@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from terrasynth.data.augment import connected
+from terrasynth.data.components import connected
 
 __all__ = ["Operation", "coarsen", "drop", "grow", "perturb", "stamp", "warp"]
 

@@ -22,7 +22,7 @@ from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, dihedral
+from terrasynth.data.augment import augment, classmix, copy_paste, cutmix, cutout, dihedral, mosaic
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
@@ -501,7 +501,7 @@ def fit(
         real_fraction: share of real tiles in every batch when there are painted ones.
         synthetic_first: instead of mixing them, train on painted tiles alone for the first half of the steps and on
             real ones alone for the second.
-        mix: what the tiles of a batch lend each other.
+        mix: what the tiles of a batch lend each other, or lose.
         max_minutes: stop at a checkpoint after about this long.
         label: shown beside the progress.
 
@@ -525,12 +525,18 @@ def fit(
     def mixed_loss(batch: dict[str, Tensor], kept: Tensor) -> Tensor:
         images, masks, seeds = (batch[name][kept] for name in ("image", "mask", "seed"))
         match mix:
+            case "cutout":
+                images, masks = cutout(images, masks, seeds, segmentor.ignore_index)
             case "cutmix":
                 images, masks = cutmix(images, masks, seeds)
+            case "mosaic":
+                images, masks = mosaic(images, masks, seeds)
             case "classmix":
                 images, masks = classmix(images, masks, seeds, segmentor.ignore_index)
             case "copy-paste":
                 images, masks = copy_paste(images, masks, seeds, segmentor.ignore_index)
+            case "plausible-copy-paste":
+                images, masks = copy_paste(images, masks, seeds, segmentor.ignore_index, where="plausible")
         return segmentor.training_loss(images, masks, config.dice)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
