@@ -47,9 +47,9 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "MM-DiT from scratch, references: view": _SCRATCH | {"reference": "view"},
     "MM-DiT from scratch, references: augmented": _SCRATCH | {"reference": "augmented"},
     "TISynth's U-Net from scratch, references: view": _SCRATCH
-    | {"system": "tisynth", "reference": "view", "heads": 4, "unet": {"widths": [32, 64, 128]}},
+    | {"system": "tisynth", "reference": "view", "heads": 8, "unet": {"widths": [64, 128, 256]}},
     "TISynth's U-Net from scratch, references: augmented": _SCRATCH
-    | {"system": "tisynth", "reference": "augmented", "heads": 4, "unet": {"widths": [32, 64, 128]}},
+    | {"system": "tisynth", "reference": "augmented", "heads": 8, "unet": {"widths": [64, 128, 256]}},
 }
 
 
