@@ -536,7 +536,7 @@ class SatSynthPipeline(SavedPipeline):
         codes: CodeKind = "bits",
         prediction_type: Prediction = "sample",
         patch_size: int = 4,
-        widths: Sequence[int] = (96, 128, 160),
+        widths: Sequence[int] = (56, 96, 128),
         layers: int = 1,
         attention: Sequence[int] = (8, 4),
         asks_classes: bool = True,
