@@ -235,7 +235,9 @@ def test_shares_are_those_of_labelled_pixels_and_are_left_out_as_often_as_asked(
     pipeline.embedding.register_forward_pre_hook(lambda module, given: told.append(given[0]))
     many = {name: tensor[:1].expand(400, *tensor.shape[1:]) for name, tensor in batch.items()}
     many["seed"] = torch.arange(400)
-    monkeypatch.setattr(pipeline, "_evaluate", lambda x, *rest: pipeline.embedding(rest[-1]).sum() * torch.zeros_like(x))
+    monkeypatch.setattr(
+        pipeline, "_evaluate", lambda x, *rest: pipeline.embedding(rest[-1]).sum() * torch.zeros_like(x)
+    )
     pipeline.training_loss(many)
     known, roots = told[0].chunk(2, 1)
     torch.testing.assert_close(roots, known * shares[0].sqrt())

@@ -521,7 +521,8 @@ def generate(
         if model.is_dir():
             if data or run or max_minutes is not None:
                 raise typer.BadParameter(
-                    "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
+                    "these belong to a recipe, and a model's folder was given",
+                    param_hint="--data, --run, --max-minutes",
                 )
             recipe = override_defaults(overrides or (), ("pairs",))
         else:

@@ -115,7 +115,9 @@ class SatSynthPipeline(SavedPipeline):
     ) -> None:
         super().__init__()
         if label_schema is None:
-            raise TerraSynthError("the pipeline has no label schema", expected="`label_schema=`", fix="name the classes")
+            raise TerraSynthError(
+                "the pipeline has no label schema", expected="`label_schema=`", fix="name the classes"
+            )
         _check_choice("condition", condition, Condition)
         _check_choice("prediction_type", prediction_type or "sample", Prediction)
         if condition == "half" and asks_classes:
@@ -188,7 +190,9 @@ class SatSynthPipeline(SavedPipeline):
     def _channels(self, of_image: Tensor, of_mask: Tensor) -> Tensor:
         """Numbers of pixels (B, H, W), of image and of mask, at every channel of the joint code."""
         pair = torch.stack([of_image, of_mask], dim=1).float()
-        return self._patches(pair.repeat_interleave(torch.tensor([3, self.label_codes.channels]).to(pair.device), dim=1))
+        return self._patches(
+            pair.repeat_interleave(torch.tensor([3, self.label_codes.channels]).to(pair.device), dim=1)
+        )
 
     # What is asked for or given
 
