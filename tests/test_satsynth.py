@@ -249,7 +249,7 @@ def test_shares_are_those_of_labelled_pixels_and_are_left_out_as_often_as_asked(
 
 def test_a_pair_depends_on_its_own_row_only():
     pipeline = tiny(condition="given")
-    images, masks = toy_tiles(3, 2)
+    _, masks = toy_tiles(3, 2)
     shares = pipeline.ask({"water": 0.3}, 3)
     options = {"num_steps": 2, "guidance_scale": 1.5}
     together = pipeline(seeds=[5, 6, 7], shares=shares, masks=masks, **options)
@@ -353,7 +353,7 @@ def test_weights_of_a_plain_unet_predict_what_they_did(foreign, asks, tmp_path):
 def test_a_unet_of_other_channels_is_refused_with_the_numbers(foreign, tmp_path):
     foreign.save_pretrained(tmp_path)
     nine = LabelSchema(tuple("abcdefghi"), tuple((i + 1, 0, 0) for i in range(9)))
-    with pytest.raises(TerraSynthError, match="5 in, 5 out\n.*7 in, 7 out"):
+    with pytest.raises(TerraSynthError, match=r"5 in, 5 out\n.*7 in, 7 out"):
         SatSynthPipeline.from_unet(tmp_path, nine)
     with pytest.raises(TerraSynthError, match="can not be loaded"):
         SatSynthPipeline.from_unet(tmp_path / "nothing", SCHEMA)

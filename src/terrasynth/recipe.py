@@ -489,7 +489,7 @@ class PairsConfig(_Config):
     base: str | None = None
     """Start from this: a SatSynth folder that TerraSynth saved; its sizes are kept. Null trains from scratch."""
     codes: Literal["bits", "onehot"] = "bits"
-    """How a mask is written in numbers: `bits` of the class index, or one channel a class (an ablation of the paper)."""
+    """How a mask is written in numbers: `bits` of the class index, or one channel a class (an ablation there)."""
     prediction: Literal["sample", "epsilon", "v_prediction"] = "sample"
     """What the U-Net predicts: the clean pair, the noise (as published) or a mixture of both. With a `patch_size` the
     noise has more numbers than the U-Net has channels for; the clean pair has not."""

@@ -13,7 +13,7 @@ __all__ = ["ConditionEmbedding"]
 class ConditionEmbedding(ModelMixin, ConfigMixin):
     """Two layers whose last starts at zero: at first the U-Net computes what it would without.
 
-    For diffusers' `UNet2DModel` with `class_embed_type="identity"`, which adds its `class_labels` to the time embedding.
+    For diffusers' `UNet2DModel` of `class_embed_type="identity"`, which adds `class_labels` to its time embedding.
 
     Args:
         features: how many numbers there are.

@@ -676,7 +676,7 @@ def _told(shares: Tensor) -> Tensor:
 
 
 def _hidden(num_classes: int, dropout: float, generator: torch.Generator) -> Tensor:
-    """Which classes a training sample is told nothing of, boolean (K,): from none to all, all with `dropout` besides."""
+    """Which classes a training sample is told nothing of, boolean (K,): none to all, and all with `dropout` besides."""
     u, share, *each = torch.rand(2 + num_classes, generator=generator)
     return (u < dropout) | (torch.stack(each) < share)
 
