@@ -189,10 +189,9 @@ class SatSynthPipeline(SavedPipeline):
 
     def _channels(self, of_image: Tensor, of_mask: Tensor) -> Tensor:
         """Numbers of pixels (B, H, W), of image and of mask, at every channel of the joint code."""
-        pair = torch.stack([of_image, of_mask], dim=1).float()
-        return self._patches(
-            pair.repeat_interleave(torch.tensor([3, self.label_codes.channels]).to(pair.device), dim=1)
-        )
+        image, mask = of_image.float().unsqueeze(1), of_mask.float().unsqueeze(1)
+        channels = [image.expand(-1, 3, -1, -1), mask.expand(-1, self.label_codes.channels, -1, -1)]
+        return self._patches(torch.cat(channels, dim=1))
 
     # What is asked for or given
 
