@@ -48,6 +48,7 @@ def toy_tiles(count, seed):
     return COLORS[masks].movedim(-1, 1), masks
 
 
+@torch.enable_grad()
 def fitted(steps, batch_size=16, **changes):
     """A toy's pipeline after so many steps of AdamW."""
     pipeline = SatSynthPipeline.from_scratch(SCHEMA, **TOY | changes)
@@ -130,12 +131,14 @@ def test_what_is_given_stays_and_what_is_missing_fits(toy):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_noise_and_velocity_can_be_predicted_as_well(prediction):
-    pipeline = fitted(120, prediction_type=prediction, asks_classes=False)
-    pairs = pipeline(seeds=range(48), num_steps=15)
-    assert agreement(pairs) > 0.8
-    _, real = toy_tiles(512, 0)
-    assert histogram_distance(real, pairs.masks, 3) < 0.25
+def test_noise_and_velocity_are_learned_as_well(prediction):
+    images, masks = toy_tiles(64, 7)
+    batch = {"image": images.float() / 255, "mask": masks, "seed": torch.arange(64)}
+    with torch.no_grad():
+        before, after = (
+            fitted(steps, prediction_type=prediction, asks_classes=False).training_loss(batch) for steps in (0, 50)
+        )
+    assert after < 0.7 * before, (before, after)
 
 
 def test_a_larger_pair_is_that_of_the_smaller_one():
@@ -362,7 +365,9 @@ def test_a_unet_of_other_channels_is_refused_with_the_numbers(foreign, tmp_path)
 # Sizes
 
 
-def test_the_default_costs_ten_gigaflop_a_step_of_eight_tiles_and_the_published_size_is_built():
+def test_the_default_costs_ten_gigaflop_a_step_of_eight_tiles_and_the_published_size_is_built(monkeypatch):
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, *_, **__: tensor)  # slow, and of no use here
+
     def operations(schema, **settings):
         with torch.device("meta"):
             pipeline = SatSynthPipeline.from_scratch(schema, **settings)
