@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,20 @@ def test_bits_are_the_binary_digits(num_classes, channels):
     table = LabelCodes(num_classes).table
     digits = [[2 * int(digit) - 1 for digit in f"{k:0{channels}b}"] for k in range(num_classes)]
     assert table.tolist() == digits
+
+
+def test_bits_come_back_for_every_number_of_classes_and_other_codes_go_to_the_nearest_class():
+    """All codes there are, against Hamming distances by brute force; of several nearest classes the first."""
+    for num_classes in range(2, 257):
+        codes = LabelCodes(num_classes)
+        values = np.arange(2**codes.channels)
+        assert 2 ** (codes.channels - 1) < num_classes <= 2**codes.channels
+        shifts = np.arange(codes.channels - 1, -1, -1)
+        bits = torch.from_numpy(2.0 * (values[:, None] >> shifts & 1) - 1).float().T[None, :, None]
+        distances = np.bitwise_count(values[:, None] ^ np.arange(num_classes))
+        found = codes.decode(bits)[0, 0].numpy()
+        assert (found == distances.argmin(1)).all()
+        assert (found[:num_classes] == values[:num_classes]).all()
 
 
 def test_where_there_is_no_class_the_code_is_zero():

@@ -17,7 +17,9 @@ from terrasynth.data.folder import load_tiles
 from terrasynth.data.world import render
 from terrasynth.study.quality import (
     edge_ratio,
+    histogram_distance,
     kid,
+    label_histogram,
     mean_distances,
     nearest,
     psnr,
@@ -320,3 +322,20 @@ def test_too_few_unseen_tiles_are_refused(tmp_path, tiny_recipe, measured):
         runpy.run_path(str(BENCHMARK))["main"](
             [str(out.parent / "model"), str(out.parent / "tiny.yaml"), "--out", str(tmp_path), "--count", "3"]
         )
+
+
+# --- labels
+
+
+def test_label_histograms_are_as_far_apart_as_pixels_would_have_to_change():
+    """Against counts by hand: 8 labelled pixels each, of which 3 have to change."""
+    real = torch.tensor([[[0, 0, 1, 255], [2, 2, 2, 2]], [[0, 255, 255, 255], [255] * 4]]).byte()
+    painted = torch.tensor([[[0, 0, 1, 1], [1, 1, 2, 2]]])
+    assert label_histogram(real, 3).tolist() == [3 / 8, 1 / 8, 4 / 8]
+    assert histogram_distance(real, painted, 3) == pytest.approx(3 / 8)
+    assert histogram_distance(painted, real, 3) == pytest.approx(3 / 8)
+    assert histogram_distance(real, real.flip(0), 3) == 0
+    assert histogram_distance(torch.zeros(1, 2, 2), torch.ones(1, 3, 3), 3) == 1
+    # Two binomials in closed form: |p − q|.
+    p, q = (torch.arange(100).lt(n).long().view(1, 10, 10) for n in (13, 40))
+    assert histogram_distance(p, q, 2) == pytest.approx(0.27)

@@ -374,25 +374,29 @@ def train(
     max_minutes: MaxMinutes = None,
     skip_bad: SkipBad = False,
     what: Annotated[
-        Literal["generator", "refiner"],
-        typer.Option(help="What paints tiles; or what sharpens class maps, for `terrasynth refine`."),
+        Literal["generator", "refiner", "pairs"],
+        typer.Option(
+            help="What paints tiles under masks; what sharpens class maps, for `terrasynth refine`; or what paints "
+            "tiles and masks together."
+        ),
     ] = "generator",
     overrides: Overrides = None,
 ) -> None:
-    """Train the generator of RECIPE, or its refiner, and nothing that it does not need.
+    """Train the generator of RECIPE, its refiner or its painter of pairs, and nothing that it does not need.
 
     Stopped or killed, the same command goes on from the last checkpoint. Started by `torchrun` or `accelerate launch`,
     its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
     """
     with _every_process() as speaks:
         study = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad))
-        unit = study.generator if what == "generator" else study.refiner
+        unit = getattr(study, what)
     model = unit.folder / "model"
     if speaks:
         name = shlex.quote(str(model))
         use = {
             "generator": f"Paint with it: terrasynth generate {name} --masks DIR",
             "refiner": f"Refine with it: terrasynth refine IMAGE MAP --model {name} --out FILE",
+            "pairs": f"Paint with it: terrasynth generate {name} --pairs N",
         }
         typer.echo(f"{model}\n{use[what]}")
 
@@ -441,6 +445,15 @@ def generate(
             exists=True,
             dir_okay=False,
             help="Paint one picture of the size of this mask raster, whatever it is, in the same place on the ground.",
+        ),
+    ] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Paint N images and their masks together, by the recipe's `pairs` or the folder of such a model; "
+            "`--set pairs.sampling.shares={road: 0.2}` asks for classes.",
         ),
     ] = None,
     out: Annotated[
@@ -494,11 +507,33 @@ def generate(
 
     Image i depends on its mask, the seed and i alone, and with --references on these images. Stopped or killed, the
     same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only.
-    With --like, one GeoTIFF instead.
+    With --like, one GeoTIFF instead; with --pairs, the masks are painted too.
     """
     from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
+    if pairs is not None:
+        if any(option is not None for option in (masks, count, like, steer, references)):
+            raise typer.BadParameter(
+                "these belong to paintings under masks, and --pairs paints masks too",
+                param_hint="--masks, --count, --like, --steer, --references",
+            )
+        if model.is_dir():
+            if data or run or max_minutes is not None:
+                raise typer.BadParameter(
+                    "these belong to a recipe, and a model's folder was given",
+                    param_hint="--data, --run, --max-minutes",
+                )
+            recipe = override_defaults(overrides or (), ("pairs",))
+        else:
+            opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
+            model, recipe = opened.pairs.folder / "model", opened.recipe
+        _silence_libraries()
+        from terrasynth.systems.pairs import generate_pairs
+
+        folder = out or model.parent / "synthetic"
+        typer.echo(generate_pairs(model, folder, recipe.pairs.sampling, count=pairs, seed=seed, license=license))
+        return
     if like is not None and any(option is not None for option in (masks, count, steer, references)):
         raise typer.BadParameter(
             "these belong to a data set, and --like asks for one picture",

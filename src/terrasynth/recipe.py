@@ -17,6 +17,8 @@ __all__ = [
     "CurationConfig",
     "DataConfig",
     "GeneratorConfig",
+    "PairsConfig",
+    "PairsSamplingConfig",
     "Recipe",
     "RefinerConfig",
     "RoughConfig",
@@ -459,6 +461,76 @@ class RefinerConfig(_Config):
         return self.model_dump(mode="json", exclude={"train": HARMLESS})
 
 
+class PairsSamplingConfig(_Config):
+    """How pairs are painted."""
+
+    steps: Positive = 50
+    """DDIM steps."""
+    shares: dict[str, Fraction] = {}
+    """What share of the pixels of every painting is asked for, by class name (`{road: 0.2}`): the way to rare classes.
+    All others are left open."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """By how much what is asked for is exaggerated; 1 is off."""
+    batch_size: Positive = 16
+    """Pairs painted together; the result does not depend on it."""
+    precision: Precision = "fp32"
+    """As in training: `bf16`, or `auto` for bf16 where the processor has instructions for it."""
+
+    @model_validator(mode="after")
+    def _sum_to_one_at_most(self) -> PairsSamplingConfig:
+        if sum(self.shares.values()) > 1 + 1e-9:
+            raise ValueError(f"shares sum to {sum(self.shares.values()):g}, more than 1")
+        return self
+
+
+class PairsConfig(_Config):
+    """What paints images and their masks together (SatSynth, Toker et al. 2024), and its training."""
+
+    base: str | None = None
+    """Start from this: a SatSynth folder that TerraSynth saved; its sizes are kept. Null trains from scratch."""
+    codes: Literal["bits", "onehot"] = "bits"
+    """How a mask is written in numbers: `bits` of the class index, or one channel a class (an ablation there)."""
+    prediction: Literal["sample", "epsilon", "v_prediction"] = "sample"
+    """What the U-Net predicts: the clean pair, the noise (as published) or a mixture of both. With a `patch_size` the
+    noise has more numbers than the U-Net has channels for; the clean pair has not."""
+    patch_size: Positive = 4
+    """Side of the squares of pixels that make one of the network's; 1 as published."""
+    widths: Annotated[tuple[Positive, ...], Field(min_length=2)] = (56, 96, 128)
+    """Channels of every level of the U-Net, from the outermost inwards; published size: docs/systems/satsynth.md."""
+    layers: Positive = 1
+    """Residual blocks of a level."""
+    attention: tuple[Positive, ...] = (8, 4)
+    """Sides of the feature maps that have self-attention."""
+    asks_classes: bool = True
+    """Learn to be told what share of the pixels classes shall have; the paper's model can not be."""
+    class_dropout: Fraction = 0.2
+    """How often nothing is told, so that painting without asking works, and guidance."""
+    condition: Literal["none", "given"] = "none"
+    """`given` learns to complete pairs: images under masks, masks of images, and parts of both."""
+    given_dropout: Fraction = 0.3
+    """How often nothing is given."""
+    views: Positive = 32
+    """Fixed augmentations (flips, quarter turns, zooms) under which every tile is seen."""
+    seed: NonNegative = 0
+    """Seed of initialisation, data order, timesteps and noise."""
+    train: TrainConfig = TrainConfig(steps=4000, batch_size=8, ema_decay=0.999)
+    """The training run."""
+    sampling: PairsSamplingConfig = PairsSamplingConfig()
+    """How pairs are painted."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on, JSON-able."""
+        return self.model_dump(mode="json", exclude={"train": HARMLESS, "sampling": True})
+
+    @model_validator(mode="after")
+    def _asks_what_it_learns(self) -> PairsConfig:
+        if self.sampling.shares and not self.asks_classes:
+            raise ValueError("sampling.shares needs a model that learned to be asked: asks_classes")
+        if self.sampling.guidance_scale != 1 and self.class_dropout == 0:
+            raise ValueError("sampling.guidance_scale needs class_dropout > 0, or must be 1")
+        return self
+
+
 class CurationConfig(_Config):
     """What of the painted tiles is used, and how often: rules on the scores that a segmentor gave them."""
 
@@ -603,7 +675,7 @@ class StudyConfig(_Config):
 
 
 class Recipe(_Config):
-    """A whole run: data, generator, sampling, steering, segmentor, refiner, study."""
+    """A whole run: data, generator, sampling, steering, pairs, segmentor, refiner, study."""
 
     name: str
     """Shown in reports and cards."""
@@ -615,6 +687,8 @@ class Recipe(_Config):
     """How it paints."""
     steering: SteeringConfig = SteeringConfig()
     """How the segmentor steers it."""
+    pairs: PairsConfig = PairsConfig()
+    """What paints images and masks together."""
     segmentor: SegmentorConfig = SegmentorConfig()
     """The downstream task."""
     refiner: RefinerConfig = RefinerConfig()
@@ -629,6 +703,7 @@ class Recipe(_Config):
             "generator.autoencoder": self.generator.autoencoder.train,
             "segmentor": self.segmentor.train,
             "refiner": self.refiner.train,
+            "pairs": self.pairs.train,
         }
         faults = [
             f"{section}.train.warmup_steps ({train.warmup_steps}) must be less than {section}.train.steps "

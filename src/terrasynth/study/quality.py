@@ -16,7 +16,9 @@ from terrasynth.curation.features import random_features
 
 __all__ = [
     "edge_ratio",
+    "histogram_distance",
     "kid",
+    "label_histogram",
     "mean_distances",
     "nearest",
     "psnr",
@@ -110,6 +112,24 @@ def _kernel_mean(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, count: int) -
 
     (total, of_source), (pairs, pairs_of_source) = total_and_by_source(kernel), total_and_by_source(different)
     return total / pairs, (total - of_source) / (pairs - pairs_of_source)
+
+
+def label_histogram(masks: Tensor, num_classes: int) -> Tensor:
+    """What share of all labelled pixels of masks (N, H, W) each class has, float64 (K,); NaN if none is labelled."""
+    values = masks.flatten().long()
+    counts = torch.bincount(values[(values >= 0) & (values < num_classes)], minlength=num_classes).double()
+    return counts / counts.sum()
+
+
+def histogram_distance(real: Tensor, painted: Tensor, num_classes: int) -> float:
+    """How far the label histograms of two sets of masks (N, H, W) are apart: their total variation, Σ |p_k − q_k| / 2.
+
+    The share of pixels whose class would have to change for both to be alike: 0 for equal histograms, 1 for sets that
+    share no class. A system that paints its own masks may forget rare classes, which hardly shows here: look at the
+    histograms themselves (`label_histogram`) too.
+    """
+    p, q = (label_histogram(masks, num_classes) for masks in (real, painted))
+    return float((p - q).abs().sum() / 2)
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:

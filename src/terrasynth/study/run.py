@@ -33,6 +33,7 @@ from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
+from terrasynth.systems.pairs import fit_pairs
 from terrasynth.systems.refine import fit_refiner
 from terrasynth.systems.todsynth import packaged_or
 from terrasynth.tasks.folds import out_of_fold
@@ -181,6 +182,23 @@ class Study:
 
         made = {"products": ("model",), "scratch": ("checkpoints",)}
         return self._do("train the refiner", "", "refiner", inputs, work, together=True, **made)
+
+    @cached_property
+    def pairs(self) -> Unit:
+        """What paints images and masks together, trained on the training tiles."""
+        config = self.recipe.pairs
+        inputs = {
+            "pairs": config.identity(),
+            "base": None if config.base is None else model_digest(config.base),
+            "train": self.train.fingerprint(),
+        }
+
+        def work(folder: Path) -> None:
+            if not fit_pairs(self.train, config, folder, max_minutes=self.clock.left()).finished:
+                raise OutOfTime
+
+        made = {"products": ("model",), "scratch": ("checkpoints",)}
+        return self._do("train what paints pairs", "", "pairs", inputs, work, together=True, **made)
 
     @property
     def teachers(self) -> list[Unit]:
