@@ -4,7 +4,8 @@
     python benchmarks/boundary_data.py kampala OUT --source BUILDINGS_KAMPALA
 
 Written are images/ and masks/ of `train` (four windows of 128 px of every tile, as they are), `validation` and `test`
-(tiles of 256 px), and classes.yaml. Kampala's tiles come without a validation split: one of its four training places is
+(tiles of 256 px), classes.yaml, and places.json: which training windows show the same ground. Dubai's tiles overlap within
+a scene, Kampala's are the same places at three zoom levels. Kampala's tiles come without a validation split: one of its four training places is
 one here, with all zoom levels that show it.
 """
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from terrasynth.data.read import read_image
 from terrasynth.data.schema import LabelSchema
+from terrasynth.io import write_json
 
 SIDE = 128
 SCHEMAS = {
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--source", type=Path, required=True)
     options = parser.parse_args()
+    places: dict[str, str] = {}
     for split, names in splits(options.what, options.source).items():
         for name in names:
             (path,) = options.source.glob(f"images/*/{name}.*")
@@ -67,8 +70,11 @@ def main() -> None:
                     continue
                 for corner in np.ndindex(pixels.shape[0] // SIDE, pixels.shape[1] // SIDE):
                     box = tuple(slice(SIDE * at, SIDE * (at + 1)) for at in corner)
-                    Image.fromarray(pixels[box]).save(folder / f"{name}-{corner[0]}{corner[1]}.png")
+                    window = f"{name}-{corner[0]}{corner[1]}"
+                    Image.fromarray(pixels[box]).save(folder / f"{window}.png")
+                    places[window] = name.split("_")[0] if options.what == "dubai" else str(place(name))
     SCHEMAS[options.what].to_yaml(options.out / "classes.yaml")
+    write_json(options.out / "places.json", places)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def agreement(pairs):
 
 @pytest.fixture(scope="module")
 def toy():
-    return fitted(200, condition="given")
+    return fitted(400, batch_size=32, condition="given")
 
 
 @pytest.fixture
