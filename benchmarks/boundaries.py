@@ -1,15 +1,16 @@
 """Are boundaries better after refinement, and better than what else a user would pick? One evaluator for all.
 
     python benchmarks/boundary_data.py dubai DATA --source DUBAI
-    python benchmarks/boundaries.py DATA --out OUT [--seeds 0 1 2] [--jobs ...]
+    python benchmarks/boundaries.py DATA --out OUT [--seeds 0 1 2] [--ablations]
 
 For each seed two segmentors learn from the training windows; the rough maps are what they read in whole test tiles. A
-refiner learns from the same windows and from what U-Nets read in those that they did not see (out of fold), and has
+refiner learns from the same windows and from what U-Nets read in places that they did not see (out of fold), and has
 never met the other segmentor. Settings of rivals (`rivals.py`) and of the refiner's sampling are those that are best on
-validation tiles, by the mean of boundary IoU and BF; nothing is chosen on test tiles.
+validation tiles, by the mean of boundary IoU and BF, with the maps of the first seed; nothing is chosen on test tiles.
+The intervals are over seeds: how much the choice of places matters they do not tell.
 
-    mIoU, boundary IoU, BF, WF, mBA    in percent; the last four as in `terrasynth.tasks.boundary`
-    s/Mpx                              seconds for a million pixels, on this machine
+    mIoU, boundary IoU, BF, WF, mBA    in percent; the last four as in `terrasynth.tasks.boundary`, WF that of edges
+    s/Mpx                              seconds for a million pixels: medians of tiles that all methods take in turn
 
 `--ablations` trains the refiner's variants as well, and refines with other numbers of steps. Started again, it goes on.
 """
@@ -17,20 +18,27 @@ validation tiles, by the mean of boundary IoU and BF; nothing is chosen on test 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+from diffusers.utils.logging import disable_progress_bar
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
+from timm.models import save_for_hf
 from torch import Tensor
 
-from rivals import GRIDS
+import rivals
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.io import write_json
 from terrasynth.progress import say, track
-from terrasynth.recipe import DataConfig, RefinerConfig, SegmentorConfig, SplitConfig, TrainConfig
+from terrasynth.recipe import DataConfig, RefinerConfig, RoughConfig, SegmentorConfig, SplitConfig, TrainConfig
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.systems.idgbr import IDGBRPipeline
 from terrasynth.systems.refine import fit_refiner
@@ -41,7 +49,7 @@ from terrasynth.tasks.segmentation import Segmentor, fit
 from terrasynth.training.units import Clock, OutOfTime, Unit, do, store_tensors, stored_tensors
 
 _SLIM: dict[str, Any] = {
-    "options": {"encoder_depth": 4, "decoder_channels": [32, 16, 16, 8], "channels": [16, 32, 64, 128]}
+    "options": {"encoder_depth": 5, "decoder_channels": [64, 32, 16, 16, 8], "channels": [16, 32, 64, 128]}
 }
 _TRAIN = TrainConfig(
     steps=1200, batch_size=8, learning_rate=3e-3, weight_decay=0.05, ema_decay=0.98, clip_norm=None,
@@ -60,27 +68,33 @@ SEGMENTORS = {
 FIRST = "U-Net"
 REFINER = RefinerConfig(
     crop=None,
+    rough=RoughConfig(folds=3),  # Kampala has three places to learn from
     train=TrainConfig(
         steps=1500, batch_size=8, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=100, evaluate_every=500
     ),
 )
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as above": {},
     "without the rough map": {"sees_rough": False, "rough_start": 0.0},
     "cubic timesteps": {"timesteps": "cubic"},
-    "no boundary noise": {"rough": {"folds": 4, "noise": 0.0, "invented": 0.0}},
+    "no boundary noise": {"rough": {"folds": 3, "noise": 0.0, "invented": 0.0}},
     "never starts at the rough map": {"rough_start": 0.0},
     "one-hot codes": {"codes": "onehot"},
+    "aligned to the segmentor's encoder": {},
 }
+#: What of `VARIANTS` is no setting of a recipe: the backbone is the segmentor's own.
+_ALIGNED = "aligned to the segmentor's encoder"
 #: Number of steps and strength, of which validation chooses; at most four evaluations.
 SAMPLING = [(steps, strength) for steps in (1, 2, 4) for strength in (0.5, 1.0)]
 STEPS = (1, 2, 4, 8, 25)
-METRICS = {"miou": "mIoU", "boundary_iou": "boundary IoU", "bf": "BF", "wf": "WF", "mba": "mBA"}
-#: How many validation tiles choose settings.
-_TUNING = 24
+METRICS = {"miou": "mIoU", "boundary_iou": "boundary IoU", "bf": "BF", "wf/edge": "WF", "mba": "mBA"}
+#: How many validation tiles choose settings, how many are timed, and how near to a boundary is near, in pixels.
+_TUNING, _TIMED, _NEAR = 24, 5, 8
 
-Refine = Callable[[Tensor, Tensor, int], Tensor]
-"""Image uint8 (3, H, W), rough map uint8 (H, W) and its number, to a map uint8 (H, W)."""
+Refine = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""Image uint8 (3, H, W), rough map uint8 (H, W), the segmentor's probabilities (K, H, W) and the tile's number, to a
+map, uint8 (H, W)."""
+Made = tuple[Refine, Any]
+"""What refines, and what it is made of, JSON-able."""
 
 
 def data(root: Path, split: str, size: int) -> Tiles:
@@ -93,11 +107,18 @@ def data(root: Path, split: str, size: int) -> Tiles:
 class Bench:
     """Trainings and scores of one data set, each a unit of work."""
 
-    def __init__(self, root: Path, out: Path) -> None:
-        self.out, self.clock = out, Clock()
+    def __init__(self, root: Path, out: Path, seeds: Sequence[int]) -> None:
+        self.out, self.clock, self.seeds = out, Clock(), seeds
         self.train = data(root, "train", 128)
-        self.validation, self.test = data(root, "validation", 256), data(root, "test", 256)
+        self.test = data(root, "test", 256)
+        validation = data(root, "validation", 256)
+        # Spread over the places: neighbours in the list are neighbours on the ground.
+        self.validation = validation.take(
+            torch.linspace(0, len(validation) - 1, _TUNING).round().long().unique().tolist()
+        )
         self.schema = self.train.schema
+        places = json.loads((root / "places.json").read_text())
+        self.places = [places[name] for name in self.train.ids]
 
     def segmentor(self, name: str, seed: int) -> Unit:
         """A trained segmentor, and what it reads in validation and test tiles."""
@@ -111,11 +132,12 @@ class Bench:
             if not outcome.finished:
                 raise OutOfTime
             model.save_pretrained(folder / "segmentor")
-            maps = {}
-            for split, tiles in (("validation", self.validation), ("test", self.test)):
-                parts = tiles.images.split(8)
-                maps[split] = torch.cat([model.predict(part.float() / 255).byte() for part in parts])
-            store_tensors(folder / "maps.safetensors", **maps)
+            shares = {}
+            for split in ("validation", "test"):
+                with torch.no_grad():
+                    parts = [model.eval()(part.float() / 255) for part in getattr(self, split).images.split(8)]
+                shares[split] = torch.cat(parts).softmax(1).half()
+            store_tensors(folder / "shares.safetensors", **shares)
             return {}
 
         inputs = {
@@ -123,16 +145,20 @@ class Bench:
             "data": [tiles.fingerprint() for tiles in (self.train, self.validation, self.test)],
             "seed": seed,
         }
-        made = {"products": ("segmentor", "maps.safetensors"), "scratch": ("training/checkpoints",)}
+        made = {"products": ("segmentor", "shares.safetensors"), "scratch": ("training/checkpoints",)}
         return do(self.out / "segmentors", f"{name} seed {seed}", inputs, self.clock, work, **made)
 
-    def rough(self, name: str, seed: int, split: str) -> Tensor:
-        """What a segmentor reads in the tiles of a split."""
-        return stored_tensors(self.segmentor(name, seed).folder / "maps.safetensors")[split]
+    def shares(self, name: str, seed: int, split: str) -> Tensor:
+        """How probable a segmentor holds each class in the tiles of a split, float16 (N, K, H, W)."""
+        return stored_tensors(self.segmentor(name, seed).folder / "shares.safetensors")[split]
 
-    def refiner(self, variant: str, seed: int) -> Unit:
+    def refiner(self, variant: str | None, seed: int, steps: int) -> Unit:
         """A trained refiner."""
-        config = RefinerConfig.model_validate(REFINER.model_dump() | VARIANTS[variant] | {"seed": seed})
+        changes = {} if variant is None else VARIANTS[variant]
+        config = RefinerConfig.model_validate(REFINER.model_dump() | changes | {"seed": seed})
+        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+        if variant == _ALIGNED:
+            config = config.model_copy(update={"alignment": f"local-dir:{self.backbone(seed).folder / 'backbone'}"})
         folds = out_of_fold(
             self.train,
             self.validation,
@@ -141,7 +167,7 @@ class Bench:
             folds=config.rough.folds,
             seed=seed,
             clock=self.clock,
-            groups=[name.rpartition("-")[0] for name in self.train.ids],
+            groups=self.places,
         )
 
         def work(folder: Path) -> None:
@@ -154,35 +180,66 @@ class Bench:
             "rough": [fold.key for fold in folds.units],
         }
         made = {"products": ("model",), "scratch": ("checkpoints",)}
-        return do(self.out / "refiners", f"{variant} seed {seed}", inputs, self.clock, work, **made)
+        return do(self.out / "refiners", f"{variant} {steps} seed {seed}", inputs, self.clock, work, **made)
 
-    def scored(self, name: str, seed: int, split: str, what: str, refine: Refine, made_of: Any) -> dict[str, Any]:
-        """Scores of refined maps, with seconds for a million pixels."""
+    def backbone(self, seed: int) -> Unit:
+        """The encoder of a trained U-Net as a backbone of timm, in place of one that is nowhere to be had offline."""
+        trained = self.segmentor(FIRST, seed)
+
+        def work(folder: Path) -> None:
+            options = {"channels": _SLIM["options"]["channels"], "num_classes": 0}
+            backbone = timm.create_model("resnet18", **options)
+            encoder = Segmentor.from_pretrained(trained.folder / "segmentor").network.encoder.state_dict()
+            backbone.load_state_dict({name.removeprefix("model."): tensor for name, tensor in encoder.items()})
+            save_for_hf(backbone, folder / "backbone", model_args=options, safe_serialization=True)
+
+        return do(self.out / "backbones", f"seed {seed}", {"of": trained.key}, self.clock, work, products=("backbone",))
+
+    def scored(self, name: str, seed: int, split: str, what: str, made: Made) -> dict[str, Any]:
+        """Scores of refined maps."""
+        refine, made_of = made
 
         def work(folder: Path) -> dict[str, Any]:
-            tiles, rough = getattr(self, split), self.rough(name, seed, split)
-            tiles = tiles.first(_TUNING) if split == "validation" else tiles
-            seconds, maps = 0.0, []
+            tiles, shares = getattr(self, split), self.shares(name, seed, split)
+            rough, maps = shares.argmax(1).byte(), []
             with track(len(tiles), f"{what}, {name}, seed {seed}", unit="tiles") as progress:
-                for number, (image, before) in enumerate(zip(tiles.images, rough, strict=False)):
-                    began = time.perf_counter()
-                    maps.append(refine(image, before, number))
-                    seconds += time.perf_counter() - began
+                for number, (image, before) in enumerate(zip(tiles.images, rough, strict=True)):
+                    maps.append(refine(image, before, shares[number].float(), number))
                     progress.advance()
             store_tensors(folder / "maps.safetensors", maps=torch.stack(maps))
-            found = evaluate(maps, tiles, rough)
-            return found | {"s/Mpx": 1e6 * seconds / tiles.masks[: len(maps)].numel()}
+            return evaluate(maps, tiles, rough)
 
-        inputs = {"segmentor": self.segmentor(name, seed).key, "split": split, "what": what, "made of": made_of}
-        unit = do(
-            self.out / "scores",
-            f"{what} {name} {seed} {split}",
-            inputs,
-            self.clock,
-            work,
-            products=("maps.safetensors",),
-        )
+        inputs = {
+            "segmentor": self.segmentor(name, seed).key,
+            "split": split,
+            "what": what,
+            "made of": made_of,
+            "rivals": hashlib.sha256(Path(rivals.__file__).read_bytes()).hexdigest(),
+        }
+        products = ("maps.safetensors",)
+        unit = do(self.out / "scores", f"{what} {name} {seed} {split}", inputs, self.clock, work, products=products)
         return {**unit.result, "folder": str(unit.folder)}
+
+    def best(self, name: str, what: str, choices: Sequence[Made]) -> Any:
+        """What those of `choices` is made of that is best on validation tiles with the maps of the first seed."""
+        found = [
+            self.scored(name, self.seeds[0], "validation", f"{what} {number}", made)
+            for number, made in enumerate(choices)
+        ]
+        return choices[max(range(len(choices)), key=lambda number: worth(found[number]))][1]
+
+    def timed(self, name: str, jobs: dict[str, Made]) -> dict[str, float]:
+        """Seconds for a million pixels: the methods take the same tiles in turn, the first of which only warms up."""
+        shares = self.shares(name, self.seeds[0], "test")[: _TIMED + 1]
+        seconds: dict[str, list[float]] = {what: [] for what in jobs}
+        for number, probable in enumerate(shares):
+            given = self.test.images[number], probable.argmax(0).byte(), probable.float(), number
+            for what, (refine, _) in jobs.items():
+                began = time.perf_counter()
+                refine(*given)
+                seconds[what].append(time.perf_counter() - began)
+        pixels = self.test.masks[0].numel()
+        return {what: 1e6 * float(np.median(each[1:])) / pixels for what, each in seconds.items()}
 
 
 def evaluate(maps: Sequence[Tensor], tiles: Tiles, rough: Tensor) -> dict[str, Any]:
@@ -194,31 +251,44 @@ def evaluate(maps: Sequence[Tensor], tiles: Tiles, rough: Tensor) -> dict[str, A
     return {"miou": confusion.mean_iou, **scores.metrics()}
 
 
-def rival(name: str, settings: dict[str, Any], classes: int) -> Refine:
+def rival(name: str, settings: dict[str, Any], classes: int) -> Made:
     """A rival with settings."""
-    function = GRIDS[name][0]
+    function = rivals.GRIDS[name][0]
+    probabilities = name.endswith("(probabilities)")
 
-    def refine(image: Tensor, rough: Tensor, number: int) -> Tensor:
+    def refine(image: Tensor, rough: Tensor, shares: Tensor, number: int) -> Tensor:
         pixels = np.ascontiguousarray(image.movedim(0, -1).numpy())
-        return torch.from_numpy(function(pixels, rough.numpy(), classes, **settings))
+        given = {"shares": shares.numpy()} if probabilities else {}
+        return torch.from_numpy(function(pixels, rough.numpy(), classes, **given, **settings))
 
-    return refine
+    return refine, settings
 
 
-def refined(pipeline: IDGBRPipeline, steps: int, strength: float) -> Refine:
-    """A refiner with settings."""
+def refined(unit: Unit, steps: int, strength: float, *, near: bool = False) -> Made:
+    """A refiner with settings; `near` changes nothing that is far from the rough map's boundaries."""
+    pipeline = IDGBRPipeline.from_pretrained(unit.folder / "model")
 
-    def refine(image: Tensor, rough: Tensor, number: int) -> Tensor:
-        return pipeline.refine(
-            image[None].float() / 255, rough[None], seeds=[number], num_steps=steps, strength=strength
-        )[0].cpu()
+    def refine(image: Tensor, rough: Tensor, shares: Tensor, number: int) -> Tensor:
+        band = torch.from_numpy(near_boundaries(rough.numpy(), _NEAR))[None] if near else None
+        images = image[None].float() / 255
+        return pipeline.refine(images, rough[None], seeds=[number], num_steps=steps, strength=strength, band=band)[
+            0
+        ].cpu()
 
-    return refine
+    return refine, [unit.key, steps, strength]
+
+
+def near_boundaries(rough: NDArray[np.uint8], distance: float) -> NDArray[np.bool_]:
+    """Which pixels have another class within `distance` pixels."""
+    near = np.zeros(rough.shape, bool)
+    for k in np.unique(rough):
+        near |= (rough == k) & (distance_transform_edt(rough == k) <= distance)
+    return near if len(np.unique(rough)) > 1 else np.zeros_like(near)
 
 
 def worth(found: dict[str, Any]) -> float:
-    """What settings are chosen by."""
-    return float(found["boundary_iou"] + found["bf"])
+    """What settings are chosen by; a metric that has no value is worth nothing."""
+    return float(found["boundary_iou"] or 0) + float(found["bf"] or 0)
 
 
 def main() -> None:
@@ -227,57 +297,54 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1500, help="of a refiner's training")
     parser.add_argument("--ablations", action="store_true")
     options = parser.parse_args()
-    bench = Bench(options.data, options.out)
+    disable_progress_bar()  # of loading a pipeline, which is done some hundred times
+    bench = Bench(options.data, options.out, options.seeds)
     classes = bench.schema.num_classes
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    results: dict[str, Any] = {}
     for name in SEGMENTORS:
+        settings = {
+            other: bench.best(name, other, [rival(other, each, classes) for each in grid])
+            for other, (_, grid) in rivals.GRIDS.items()
+        }
+
+        def choices(variant: str | None, seed: int) -> list[Made]:
+            unit = bench.refiner(variant, seed, options.steps)
+            return [refined(unit, *each) for each in SAMPLING if each[1] == 1 or may_start(variant)]
+
+        variants = [None, *VARIANTS] if options.ablations else [None]
+        sampling = {
+            variant: bench.best(name, f"IDGBR {variant or ''}", choices(variant, options.seeds[0]))[1:]
+            for variant in variants
+        }
         rows: dict[str, list[dict[str, Any]]] = {}
         for seed in options.seeds:
-            pipeline = IDGBRPipeline.from_pretrained(bench.refiner("as above", seed).folder / "model")
-            key = bench.refiner("as above", seed).key
-            tried = {
-                setting: bench.scored(
-                    name, seed, "validation", f"IDGBR {setting}", refined(pipeline, *setting), [key, setting]
-                )
-                for setting in SAMPLING
-            }
-            best = max(SAMPLING, key=lambda setting: worth(tried[setting]))
-            say(f"{name}, seed {seed}: {best[0]} steps from strength {best[1]}")
-            jobs: dict[str, tuple[Refine, Any]] = {"rough map": (lambda image, rough, number: rough, None)}
-            for other, (_, grid) in GRIDS.items():
-                # Chosen once a segmentor, on the maps of the first seed.
-                first = [
-                    bench.scored(
-                        name,
-                        options.seeds[0],
-                        "validation",
-                        f"{other} {number}",
-                        rival(other, settings, classes),
-                        settings,
-                    )
-                    for number, settings in enumerate(grid)
-                ]
-                settings = grid[max(range(len(grid)), key=lambda number: worth(first[number]))]
-                jobs[other] = (rival(other, settings, classes), settings)
-            jobs["IDGBR"] = (refined(pipeline, *best), [key, best])
-            if options.ablations:
-                for steps in STEPS:
-                    jobs[f"IDGBR, {steps} steps"] = (refined(pipeline, steps, best[1]), [key, steps, best[1]])
-                for variant in VARIANTS:
-                    unit = bench.refiner(variant, seed)
-                    of_variant = IDGBRPipeline.from_pretrained(unit.folder / "model")
-                    strength = 1.0 if VARIANTS[variant].get("rough_start") == 0 else best[1]
-                    jobs[f"IDGBR, {variant}"] = (refined(of_variant, best[0], strength), [unit.key, best[0], strength])
-            for what, (refine, made_of) in jobs.items():
-                rows.setdefault(what, []).append(bench.scored(name, seed, "test", what, refine, made_of))
-        results[name] = rows
-        report(name, rows)
+            jobs: dict[str, Made] = {"rough map": (lambda image, rough, shares, number: rough, None)}
+            jobs |= {other: rival(other, each, classes) for other, each in settings.items()}
+            main_one = bench.refiner(None, seed, options.steps)
+            jobs["IDGBR"] = refined(main_one, *sampling[None])
+            jobs["IDGBR, near boundaries"] = refined(main_one, *sampling[None], near=True)
+            for variant in variants[1:]:
+                jobs[f"IDGBR, {variant}"] = refined(bench.refiner(variant, seed, options.steps), *sampling[variant])
+            for steps in STEPS if options.ablations else ():
+                jobs[f"IDGBR, {steps} steps"] = refined(main_one, steps, sampling[None][1])
+            for what, made in jobs.items():
+                rows.setdefault(what, []).append(bench.scored(name, seed, "test", what, made))
+        seconds = bench.timed(name, jobs)
+        results[name] = {"rows": rows, "seconds": seconds, "settings": settings, "sampling": sampling[None]}
+        report(name, rows, seconds)
+        say(f"chosen on validation tiles: {settings}; steps and strength of IDGBR: {sampling[None]}")
     write_json(options.out / "results.json", results)
 
 
-def report(name: str, rows: dict[str, list[dict[str, Any]]]) -> None:
+def may_start(variant: str | None) -> bool:
+    """Whether a variant has learned to start from the rough map."""
+    return variant is None or VARIANTS[variant].get("rough_start") != 0
+
+
+def report(name: str, rows: dict[str, list[dict[str, Any]]], seconds: dict[str, float]) -> None:
     """Print a table; differences to the rough map are paired by seed."""
     print(f"\n| {name} | {' | '.join(METRICS.values())} | Δ boundary IoU | Δ BF | s/Mpx |")
     print(f"|---|{'--:|' * (len(METRICS) + 3)}")
@@ -290,7 +357,7 @@ def report(name: str, rows: dict[str, list[dict[str, Any]]]) -> None:
             both = compare([one[metric] for one in seeds], [one[metric] for one in rows["rough map"]]).to_dict()
             low, high = both["ci95"]
             cells.append(f"{100 * both['delta']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
-        print(f"| {what} | {' | '.join(cells)} | {np.mean([one['s/Mpx'] for one in seeds]):.2f} |", flush=True)
+        print(f"| {what} | {' | '.join(cells)} | {seconds[what]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

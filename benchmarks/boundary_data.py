@@ -4,9 +4,9 @@
     python benchmarks/boundary_data.py kampala OUT --source BUILDINGS_KAMPALA
 
 Written are images/ and masks/ of `train` (four windows of 128 px of every tile, as they are), `validation` and `test`
-(tiles of 256 px), classes.yaml, and places.json: which training windows show the same ground. Dubai's tiles overlap within
-a scene, Kampala's are the same places at three zoom levels. Kampala's tiles come without a validation split: one of its four training places is
-one here, with all zoom levels that show it.
+(tiles of 256 px), classes.yaml, and places.json: which training windows show the same ground. Dubai's tiles overlap
+within a scene, Kampala's show the same places at three zoom levels. Kampala's come without a validation split: one of
+its four training places is one here, with all zoom levels that show it.
 """
 
 from __future__ import annotations

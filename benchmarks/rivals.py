@@ -104,6 +104,15 @@ GRIDS: dict[str, tuple[Refine, Sequence[dict[str, Any]]]] = {
             for confidence in (0.6, 0.9)
         ],
     ),
+    "DenseCRF (probabilities)": (
+        dense_crf,
+        [
+            {"space": space, "color": color, "weight": weight}
+            for space in (10, 40)
+            for color in (5, 13)
+            for weight in (3, 10)
+        ],
+    ),
     "guided filter": (
         guided_filter,
         [{"radius": radius, "softness": softness} for radius in (2, 4, 8) for softness in (1e-4, 1e-3, 1e-2)],
