@@ -1,10 +1,16 @@
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 from terrasynth.models.alignment import Alignment
 
 SMALL = {"pretrained": False, "width": 24}
+#: Two of one size, cut down to what is needed of them.
+SLIM = {
+    "mixer_s32_224": {"num_blocks": 1, "embed_dim": 16},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1), "embed_dim": 8, "num_heads": (1, 2)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +94,27 @@ def test_sixteen_pixels_are_a_token_and_the_projector_is_as_published():
     *hidden, last = (layer for layer in alignment.projector if hasattr(layer, "weight"))
     count = sum(p.numel() for layer in hidden for p in layer.parameters())
     assert round((count + (last.in_features + 1) * 1536) / 1e6, 2) == 9.97
+
+
+@pytest.mark.parametrize("teacher", ["mixer_s32_224", "swin_tiny_patch4_window7_224"])
+def test_a_teacher_of_one_size_sees_images_brought_to_it(teacher, monkeypatch):
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **given: real(name, **given | SLIM[name]))
+    alignment, images = Alignment(6, teacher, **SMALL), torch.rand(1, 3, 64, 96)
+    assert alignment.size == [224, 224]
+    assert alignment(torch.randn(1, 6, 4, 6), images).isfinite().all()
+    resized = F.interpolate(images, (224, 224), mode="bicubic")
+    torch.testing.assert_close(alignment.see(images), alignment.see(resized), atol=1e-5, rtol=0)
+
+
+def test_a_teacher_without_feature_maps_is_refused_at_once(monkeypatch):
+    real = timm.create_model
+
+    def without(*given, **settings):
+        model = real(*given, **settings)
+        model.forward_intermediates = None
+        return model
+
+    monkeypatch.setattr(timm, "create_model", without)
+    with pytest.raises(ValueError, match="test_resnet gives no feature maps"):
+        Alignment(6, "test_resnet", **SMALL)

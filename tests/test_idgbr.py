@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import pytest
@@ -464,6 +465,25 @@ def test_a_saved_pipeline_refines_the_same(changes, images, rough, tmp_path):
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
+def test_whether_it_refines_class_by_class_is_stored_and_was_so_without_names_before(images, rough, tmp_path):
+    pipeline = small_pipeline(None)
+    assert pipeline.config.each_class
+    assert not small_pipeline().config.each_class
+    pipeline.save_pretrained(tmp_path)
+    assert IDGBRPipeline.from_pretrained(tmp_path).config.each_class
+    stored = tmp_path / "model_index.json"
+    before = json.loads(stored.read_text())
+    del before["each_class"]
+    stored.write_text(json.dumps(before))
+    assert IDGBRPipeline.from_pretrained(tmp_path).config.each_class
+    stored.write_text(json.dumps(before | {"each_class": False}))
+    with pytest.raises(TerraSynthError, match="loads with `each_class=True`"):
+        IDGBRPipeline.from_pretrained(tmp_path).scores(images, rough, seeds=[1, 2, 3], each_class=True)
+    two = LabelSchema(("a", "b"), ((1, 1, 1), (2, 2, 2))).to_dict()
+    with pytest.raises(TerraSynthError, match="2 classes with names"):
+        IDGBRPipeline.from_pretrained(tmp_path, label_schema=two, each_class=True)
+
+
 def test_other_classes_than_the_models_are_refused(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     two = LabelSchema(("a", "b"), ((1, 1, 1), (2, 2, 2))).to_dict()
@@ -612,6 +632,7 @@ def test_a_released_run_is_computed_as_released(sd15, sd15_maps, tmp_path, finis
     predicted = pipeline.denoiser(images, codes, 3.0)(x, t)
     torch.testing.assert_close(predicted, unseen + 3 * (seen - unseen), atol=1e-3, rtol=1e-4)
     assert pipeline.network.keys() == {"unet", "guidance_net"}
+    assert not pipeline.config.each_class
 
 
 def test_a_checkpoint_without_its_base_is_one_message(sd15, tmp_path):
@@ -632,7 +653,7 @@ def test_a_checkpoint_without_its_base_is_one_message(sd15, tmp_path):
         ({"seeds": [1]}, "differ in number"),
         ({"rough": torch.full((3, 16, 16), 3)}, "does not know"),
         ({"band": torch.ones(3, 8, 8) > 0}, "band does not fit"),
-        ({"each_class": True}, "refiner of two classes"),
+        ({"each_class": True}, "refiner of one class against the rest"),
     ],
 )
 def test_what_does_not_fit_is_refused(pipeline, images, rough, given, message):

@@ -7,9 +7,10 @@ import torch
 
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
+from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import RefinerConfig, RoughConfig, TrainConfig
 from terrasynth.systems.idgbr import IDGBRPipeline
-from terrasynth.systems.refine import build_refiner, fit_refiner
+from terrasynth.systems.refine import build_refiner, check_refiner, fit_refiner
 
 SCHEMA = LabelSchema(("ground", "house"), ((200, 200, 200), (200, 40, 40)))
 
@@ -85,3 +86,44 @@ def test_settings_reach_the_pipeline(tiles):
     assert (pipeline.condition_dropout, pipeline.rough_start, pipeline.timesteps) == (0.3, 0.2, "cubic")
     assert (pipeline.config.codes, pipeline.config.image_size, pipeline.factor) == ("onehot", 24, 4)
     assert not build_refiner(config(sees_rough=False), SCHEMA, 24).config.sees_rough
+
+
+def test_rough_starts_are_where_they_can_be(tiles):
+    assert build_refiner(config(), SCHEMA, 24).rough_start == 0.5
+    assert build_refiner(config(sees_rough=False), SCHEMA, 24).rough_start == 0
+    noise = build_refiner(config(prediction_type="epsilon"), SCHEMA, 24)
+    assert (noise.config.prediction_type, noise.rough_start) == ("epsilon", 0)
+    for changes in ({"sees_rough": False}, {"prediction_type": "epsilon"}):
+        with pytest.raises(ValueError, match=r"rough_start \(0\.5\)"):
+            config(rough_start=0.5, **changes)
+
+
+def test_on_stable_diffusion_the_defaults_can_be_trained(sd15, tiles):
+    folder, _ = sd15
+    based = RefinerConfig(base=str(folder), crop=None)
+    check_refiner(tiles, based)
+    assert build_refiner(based, SCHEMA, 32).rough_start == 0
+    clean = build_refiner(RefinerConfig(base=str(folder), prediction_type="sample"), SCHEMA, 32)
+    assert (clean.config.prediction_type, clean.rough_start) == ("sample", 0.5)
+    with pytest.raises(TerraSynthError, match="clean code"):
+        check_refiner(tiles, RefinerConfig(base=str(folder), rough_start=0.5))
+    with pytest.raises(TerraSynthError, match=r"(?s)multiple of 4.*refiner\.crop to 28"):
+        check_refiner(tiles, RefinerConfig(base=str(folder), crop=30))
+
+
+def test_a_base_that_the_settings_do_not_fit_is_refused(tiles, tmp_path):
+    small = {"widths": (8, 8), "patch_size": 4, "image_size": 24, "guidance_width": 8}
+    base = IDGBRPipeline.from_scratch(SCHEMA, conditions="separate", codes="onehot", **small)
+    base.save_pretrained(tmp_path)
+    with pytest.raises(TerraSynthError, match=r"--set refiner\.codes=onehot --set refiner\.conditions=separate"):
+        check_refiner(tiles, RefinerConfig(base=str(tmp_path)))
+    check_refiner(tiles, RefinerConfig(base=str(tmp_path), codes="onehot", conditions="separate"))
+    with pytest.raises(ValueError, match="widths is of refiners from scratch"):
+        RefinerConfig(base=str(tmp_path), widths=(99, 99))
+
+
+def test_a_crop_that_does_not_divide_is_refused(tiles):
+    with pytest.raises(ValueError, match=r"crop \(30\) must be a multiple of patch_size"):
+        config(crop=30)
+    with pytest.raises(TerraSynthError, match=r"(?s)32 x 32.*multiple of 5"):
+        check_refiner(tiles, config(crop=None, patch_size=5))

@@ -23,6 +23,7 @@ from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
 from terrasynth.curation.images import from_tiles, read_painted
 from terrasynth.curation.score import curated_tiles
 from terrasynth.data.folder import Tiles, check_splits, join, load_synthetic, load_tiles, unlabelled_windows
+from terrasynth.data.prepared import ground_groups
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
@@ -33,7 +34,7 @@ from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
-from terrasynth.systems.refine import fit_refiner
+from terrasynth.systems.refine import check_refiner, fit_refiner
 from terrasynth.systems.todsynth import packaged_or
 from terrasynth.tasks.folds import out_of_fold
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
@@ -159,6 +160,7 @@ class Study:
     def refiner(self) -> Unit:
         """What sharpens class maps, trained on what segmentors read in tiles that they did not see."""
         config = self.recipe.refiner
+        check_refiner(self.train, config)  # before hours of segmentors that would be for nothing
         rough = out_of_fold(
             self.train,
             self.validation,
@@ -167,6 +169,7 @@ class Study:
             folds=config.rough.folds,
             seed=config.seed,
             clock=self.clock,
+            groups=ground_groups(self.recipe.data, self.train.ids, self.recipe.data.image_size, config.rough.folds),
         )
         inputs = {
             "refiner": config.identity(),

@@ -89,8 +89,10 @@ class IDGBRPipeline(SavedPipeline):
         condition_encoder: what reads the conditions; None to copy the U-Net's.
         guidance_net: what they add to the U-Net; None for a new one.
         label_codes: the classes as points; None for new ones.
-        label_schema: the classes, as `LabelSchema.to_dict()`; None for two classes without names: one class, whichever,
-            against the rest. Such a refiner refines maps of any classes, see `each_class` of `refine`.
+        label_schema: the classes, as `LabelSchema.to_dict()`; None for two classes without names.
+        each_class: whether these two are one class, whichever, against the rest: such a refiner refines maps of any
+            classes, see `each_class` of `scores`. None for what a saved refiner of two classes without names was before
+            this was stored: one that does. Of any other refiner, it does not.
         codes: what the points are, see `LabelCodes`, where there are no `label_codes`.
         conditions: `separate` reads image and rough map one after the other by the same encoder, as published; `joint`
             reads them at once, beside each other.
@@ -129,12 +131,14 @@ class IDGBRPipeline(SavedPipeline):
         patch_size: int = 1,
         image_size: int = 512,
         imagenet_statistics: bool = False,
+        each_class: bool | None = None,
     ) -> None:
         super().__init__()
         check_halves(unet)
         _check_choice("conditions", conditions, Conditions)
         _check_choice("prediction_type", prediction_type or "sample", Prediction)
         self.schema = None if label_schema is None else LabelSchema.from_dict(label_schema)
+        trained = label_codes is not None  # Stable Diffusion has none
         num_classes = 2 if label_codes is None else label_codes.config.num_classes
         num_classes = num_classes if self.schema is None else self.schema.num_classes
         self.ignore_index = 255 if self.schema is None else self.schema.ignore_index
@@ -152,6 +156,14 @@ class IDGBRPipeline(SavedPipeline):
                 found=f"{num_classes} classes",
                 expected=f"{label_codes.config.num_classes}",
                 fix="leave out `label_schema` to load the model with its own",
+            )
+        if each_class is None:
+            each_class = trained and label_schema is None and num_classes == 2
+        if each_class and (label_schema is not None or num_classes != 2):
+            raise TerraSynthError(
+                "one class against the rest are two classes without names",
+                found=f"{num_classes} classes" + (" with names" if label_schema is not None else ""),
+                fix="leave out `each_class` or `label_schema`",
             )
         code_channels = label_codes.channels * patch_size**2 if vae is None else image_channels
         if condition_encoder is None:
@@ -185,6 +197,7 @@ class IDGBRPipeline(SavedPipeline):
             patch_size=patch_size,
             image_size=image_size,
             imagenet_statistics=imagenet_statistics,
+            each_class=each_class,
         )
         self.noising = DDPMScheduler.from_config(self.scheduler.config)
         self.network = nn.ModuleDict({"unet": unet, "guidance_net": guidance_net})
@@ -296,15 +309,9 @@ class IDGBRPipeline(SavedPipeline):
                 each sample's timestep, noise and what is dropped derive.
 
         Raises:
-            TerraSynthError: `rough_start` where something else than the clean code is predicted.
+            TerraSynthError: see `check_rough_start`.
         """
-        if self.rough_start and self.config.prediction_type != "sample":
-            raise TerraSynthError(
-                "training from rough starts needs a network that predicts the clean code",
-                found=f"rough_start {self.rough_start} and prediction_type {self.config.prediction_type}",
-                expected="prediction_type sample",
-                fix="set `rough_start` to 0, or choose `sample`",
-            )
+        self.check_rough_start()
         images, rough, masks = batch["image"], batch["rough"].long(), batch["mask"].long()
         labelled = (masks >= 0) & (masks < self.num_classes)
         rough_codes = self.label_codes.encode(rough)
@@ -332,6 +339,26 @@ class IDGBRPipeline(SavedPipeline):
         if self.alignment is not None:
             losses = losses + self.alignment_weight * self.alignment(residuals.skips[-1], images)
         return losses.mean()
+
+    def check_rough_start(self) -> None:
+        """Refuse a `rough_start` that can not be.
+
+        Raises:
+            TerraSynthError: something else than the clean code is predicted, or the rough map is not to be seen.
+        """
+        if self.rough_start and self.config.prediction_type != "sample":
+            raise TerraSynthError(
+                "training from rough starts needs a network that predicts the clean code",
+                found=f"rough_start {self.rough_start} and prediction_type {self.config.prediction_type}",
+                expected="prediction_type sample",
+                fix="set `rough_start` to 0, or choose `sample`",
+            )
+        if self.rough_start and not self.config.sees_rough:
+            raise TerraSynthError(
+                "rough starts show the rough map to a refiner that is not to see it",
+                found=f"rough_start {self.rough_start} and sees_rough false",
+                fix="set `rough_start` to 0",
+            )
 
     def _weight(self, labelled: Tensor, target: Tensor) -> Tensor:
         """Which numbers of the target carry a loss: of latents, those of wholly labelled squares; (B, c, h, w)."""
@@ -389,8 +416,8 @@ class IDGBRPipeline(SavedPipeline):
             strength: where it starts: 1 from noise alone, below from the rough map under so much noise.
             guidance_scale: by how much the conditions are exaggerated against none; 1 is off, and the cheapest.
                 Published is 3, with a U-Net that was never trained without conditions.
-            each_class: refine every class of the map against the rest, one after the other, by a refiner of two
-                classes.
+            each_class: refine every class of the map against the rest, one after the other, by a refiner that was made
+                for that.
             num_classes: K of the map, with `each_class`; None for the highest in it, plus one.
             cache: False computes everything in every step as released, to compare with.
             precision: `bf16` or `auto` evaluate float32 weights in bfloat16. By default that of `place`, or `fp32`.
@@ -400,7 +427,7 @@ class IDGBRPipeline(SavedPipeline):
 
         Raises:
             TerraSynthError: sizes or numbers do not fit, the map has classes that the refiner does not know, or
-                `each_class` with a refiner of more than two.
+                `each_class` with a refiner that was not made for it.
         """
         self._check(images, rough, seeds, each_class)
         device = self._execution_device
@@ -506,11 +533,11 @@ class IDGBRPipeline(SavedPipeline):
             )
         if len(seeds) != len(rough):
             raise TerraSynthError("`seeds` and maps differ in number", found=len(seeds), expected=len(rough))
-        if each_class and self.num_classes != 2:
+        if each_class and not self.config.each_class:
             raise TerraSynthError(
-                "only a refiner of two classes can refine class by class",
+                "only a refiner of one class against the rest can refine class by class",
                 found=f"a refiner of {self.num_classes} classes",
-                fix="leave out `each_class`",
+                fix="leave out `each_class`; a refiner of two classes that was trained so loads with `each_class=True`",
             )
         classes = [value for value in rough.unique().tolist() if value != self.ignore_index]
         if not each_class and any(value >= self.num_classes for value in classes):
@@ -518,7 +545,7 @@ class IDGBRPipeline(SavedPipeline):
                 "the map has classes that the refiner does not know",
                 found=f"class {max(classes)}",
                 expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} where unlabelled",
-                fix="set `each_class` to refine them one after the other" if self.num_classes == 2 else None,
+                fix="set `each_class` to refine them one after the other" if self.config.each_class else None,
             )
 
     # Construction
@@ -598,6 +625,7 @@ class IDGBRPipeline(SavedPipeline):
             guidance_net=guidance_net,
             label_codes=label_codes,
             label_schema=None if schema is None else schema.to_dict(),
+            each_class=schema is None,
             conditions=conditions,
             trains_conditions=True,
             sees_rough=sees_rough,
@@ -628,7 +656,9 @@ class IDGBRPipeline(SavedPipeline):
         num_classes = None if label_schema is None else len(LabelSchema.from_dict(label_schema).names)
         with loading(folder, "a run of the released code; of a checkpoint, `base` and `label_codes` as well"):
             parts = load_published_parts(folder, base, label_codes, num_classes)
-        return cls(**parts, label_schema=label_schema, conditions="separate", imagenet_statistics=True)
+        return cls(
+            **parts, label_schema=label_schema, conditions="separate", imagenet_statistics=True, each_class=False
+        )
 
 
 def decide(scores: Tensor, rough: Tensor, band: Tensor | None = None) -> Tensor:
