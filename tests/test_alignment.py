@@ -6,11 +6,6 @@ import torch.nn.functional as F
 from terrasynth.models.alignment import Alignment
 
 SMALL = {"pretrained": False, "width": 24}
-#: Two of one size, cut down to what is needed of them.
-SLIM = {
-    "mixer_s32_224": {"num_blocks": 1, "embed_dim": 16},
-    "swin_tiny_patch4_window7_224": {"depths": (1, 1), "embed_dim": 8, "num_heads": (1, 2)},
-}
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +91,9 @@ def test_sixteen_pixels_are_a_token_and_the_projector_is_as_published():
     assert round((count + (last.in_features + 1) * 1536) / 1e6, 2) == 9.97
 
 
-@pytest.mark.parametrize("teacher", ["mixer_s32_224", "swin_tiny_patch4_window7_224"])
-def test_a_teacher_of_one_size_sees_images_brought_to_it(teacher, monkeypatch):
-    real = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **given: real(name, **given | SLIM[name]))
-    alignment, images = Alignment(6, teacher, **SMALL), torch.rand(1, 3, 64, 96)
+@torch.no_grad()
+def test_a_teacher_of_one_size_sees_images_brought_to_it():
+    alignment, images = Alignment(6, "mixer_s32_224", **SMALL), torch.rand(1, 3, 64, 96)
     assert alignment.size == [224, 224]
     assert alignment(torch.randn(1, 6, 4, 6), images).isfinite().all()
     resized = F.interpolate(images, (224, 224), mode="bicubic")

@@ -33,7 +33,7 @@ def data(tmp_path):
     SCHEMA.to_yaml(tmp_path / "src" / "classes.yaml")
     settings = PrepareSettings(labels="classes.yaml", size=16, stride=8, fractions=(1, 0, 0), bands=(3, 2, 1))
     prepared = prepare(tmp_path / "src", tmp_path / "tiles", settings)
-    return load_recipe(str(prepared.recipe)).data
+    return load_recipe(prepared.recipe).recipe.data
 
 
 def test_tiles_of_one_scene_stay_together_and_of_few_scenes_those_of_one_square(data):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +15,9 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import RefinerConfig, RoughConfig, TrainConfig
 from terrasynth.systems.idgbr import IDGBRPipeline
 from terrasynth.systems.refine import build_refiner, check_refiner, fit_refiner
+from terrasynth.tasks.boundary import BoundaryScores
+from terrasynth.tasks.confusion import Confusion
+from terrasynth.tasks.refiner_scores import score_refiner
 
 SCHEMA = LabelSchema(("ground", "house"), ((200, 200, 200), (200, 40, 40)))
 
@@ -127,3 +134,37 @@ def test_a_crop_that_does_not_divide_is_refused(tiles):
         config(crop=30)
     with pytest.raises(TerraSynthError, match=r"(?s)32 x 32.*multiple of 5"):
         check_refiner(tiles, config(crop=None, patch_size=5))
+
+
+def test_validation_is_scored_with_every_preview_and_the_model_says_what_it_learned_from(tiles, tmp_path):
+    validation = replace(tiles, ids=tuple("ijklmnop"))
+    about = {"gsd": 0.5, "bands": [3, 2, 1]}
+    score = partial(score_refiner, tiles=validation, rough=tiles.masks.roll(1, -1))
+    fit_refiner(tiles, tiles.masks.roll(2, -1), config(), tmp_path, score=score, about=about)
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    moved, scores = Confusion.empty(2), BoundaryScores(SCHEMA)
+    moved.update(tiles.masks.roll(1, -1), tiles.masks, 255)
+    for id_, mask in zip(tiles.ids, tiles.masks, strict=True):
+        scores.update(id_, mask.roll(1, -1), mask)
+    assert line["rough/miou"] == pytest.approx(moved.mean_iou)
+    assert line["rough/boundary_iou"] == pytest.approx(scores.metrics()["boundary_iou"])
+    pipeline = IDGBRPipeline.from_pretrained(tmp_path / "model")
+    refined = Confusion.empty(2)
+    for row in range(8):
+        image, before = tiles.images[row : row + 1].float() / 255, tiles.masks[row : row + 1].roll(1, -1)
+        refined.update(pipeline.refine(image, before, seeds=[row]), tiles.masks[row : row + 1], 255)
+    assert line["miou"] == pytest.approx(refined.mean_iou)
+    assert pipeline.config.trained_on == {
+        "tiles": 8, "data": tiles.fingerprint(), "classes": ["ground", "house"], "size": 24, **about,
+    }  # fmt: skip
+
+
+def test_in_latents_the_ceiling_is_what_the_autoencoder_leaves_of_the_true_maps(sd15, tiles):
+    pipeline = IDGBRPipeline.from_pretrained(sd15[0], label_schema=SCHEMA.to_dict(), image_size=32)
+    two = tiles.take([0, 7])
+    found = score_refiner(pipeline, two, two.masks)
+    left = Confusion.empty(2)
+    left.update(pipeline.round_trip(two.masks), two.masks, 255)
+    assert found["ceiling/miou"] == pytest.approx(left.mean_iou)
+    assert found["rough/miou"] == 1
+    assert "ceiling/miou" not in score_refiner(build_refiner(config(), SCHEMA, 24), two, two.masks)

@@ -93,6 +93,8 @@ class IDGBRPipeline(SavedPipeline):
         each_class: whether these two are one class, whichever, against the rest: such a refiner refines maps of any
             classes, see `each_class` of `scores`. None for what a saved refiner of two classes without names was before
             this was stored: one that does. Of any other refiner, it does not.
+        trained_on: a note of what it learned from, which nothing reads: how many tiles, of which classes and size, and
+            what is known of their pixels (`gsd`, `bands`, `ranges`).
         codes: what the points are, see `LabelCodes`, where there are no `label_codes`.
         conditions: `separate` reads image and rough map one after the other by the same encoder, as published; `joint`
             reads them at once, beside each other.
@@ -132,6 +134,7 @@ class IDGBRPipeline(SavedPipeline):
         image_size: int = 512,
         imagenet_statistics: bool = False,
         each_class: bool | None = None,
+        trained_on: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_halves(unet)
@@ -198,6 +201,7 @@ class IDGBRPipeline(SavedPipeline):
             image_size=image_size,
             imagenet_statistics=imagenet_statistics,
             each_class=each_class,
+            trained_on=trained_on,
         )
         self.noising = DDPMScheduler.from_config(self.scheduler.config)
         self.network = nn.ModuleDict({"unet": unet, "guidance_net": guidance_net})

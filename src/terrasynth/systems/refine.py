@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,11 +120,22 @@ def fit_refiner(
     config: RefinerConfig,
     folder: Path,
     *,
+    score: Callable[[IDGBRPipeline], Mapping[str, float]] | None = None,
+    about: Mapping[str, Any] | None = None,
     max_minutes: float | None = None,
 ) -> Outcome:
     """Train a refiner on labelled tiles and rough maps of them, uint8 (N, H, W); `folder/model` is the result.
 
     Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        tiles: labelled.
+        rough: a rough map of each, that was made without it.
+        config: the refiner.
+        folder: where checkpoints, previews and the log go.
+        score: numbers for the log with every preview, as `tasks.refiner_scores` has them of validation tiles.
+        about: what is known of the pixels, JSON-able; the model's `trained_on` has it, and what the tiles say.
+        max_minutes: stop at a checkpoint after about so long.
     """
     pipeline = build_refiner(config, tiles.schema, _side(tiles, config)).place(_DEVICE, config.train.precision)
     dataset = _views(tiles, rough, config)
@@ -135,7 +148,7 @@ def fit_refiner(
         rows = {"image": images, "rough": _colored(before, schema), "refined": _colored(after, schema)}
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
             contact_sheet(rows, masks, schema).save(partial)
-        return {}
+        return {} if score is None else dict(score(pipeline))
 
     outcome = train(
         pipeline.network,
@@ -151,9 +164,21 @@ def fit_refiner(
     )
     if outcome.finished and process_state().is_main_process and not (folder / "model").is_dir():
         nn.Module.to(pipeline.network, "cpu", torch.float32)
+        pipeline.register_to_config(trained_on=_trained_on(tiles, pipeline, about or {}))
         with atomic_dir(folder / "model") as partial:
             pipeline.save_pretrained(partial)
     return outcome
+
+
+def _trained_on(tiles: Tiles, pipeline: IDGBRPipeline, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the refiner learned from, JSON-able."""
+    return {
+        "tiles": len(tiles),
+        "data": tiles.fingerprint(),
+        "classes": list(tiles.schema.names),
+        "size": pipeline.config.image_size,
+        **about,
+    }
 
 
 def _colored(maps: Tensor, schema: LabelSchema) -> Tensor:
