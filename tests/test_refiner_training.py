@@ -13,6 +13,8 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import RefinerConfig, RoughConfig, TrainConfig
+from terrasynth.study import run
+from terrasynth.study.run import Study
 from terrasynth.systems.idgbr import IDGBRPipeline
 from terrasynth.systems.refine import build_refiner, check_refiner, fit_refiner
 from terrasynth.tasks.boundary import BoundaryScores
@@ -168,3 +170,24 @@ def test_in_latents_the_ceiling_is_what_the_autoencoder_leaves_of_the_true_maps(
     assert found["ceiling/miou"] == pytest.approx(left.mean_iou)
     assert found["rough/miou"] == 1
     assert "ceiling/miou" not in score_refiner(build_refiner(config(), SCHEMA, 24), two, two.masks)
+
+
+def study_of(recipe, out, **refiner):
+    changes = {"widths": (16, 16), "train": config().train} | refiner
+    return Study(recipe.model_copy(update={"refiner": RefinerConfig(**changes)}), out, out)
+
+
+def test_what_can_not_be_trained_is_refused_before_the_folds(tiny_recipe, tmp_path):
+    with pytest.raises(TerraSynthError, match=r"(?s)32 x 32.*multiple of 5"):
+        _ = study_of(tiny_recipe, tmp_path, crop=None, patch_size=5).refiner
+    assert not (tmp_path / "folds").exists()
+
+
+def test_folds_are_told_which_tiles_are_of_one_ground(tiny_recipe, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(run, "ground_groups", lambda config, ids, size, least: [ids, size, least])
+    monkeypatch.setattr(run, "out_of_fold", lambda *tiles, **given: seen.update(given) or 1 / 0)
+    study = study_of(tiny_recipe, tmp_path, crop=None)
+    with pytest.raises(ZeroDivisionError):
+        _ = study.refiner
+    assert seen["groups"] == [study.train.ids, 32, 4]

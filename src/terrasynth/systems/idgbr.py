@@ -407,7 +407,6 @@ class IDGBRPipeline(SavedPipeline):
         guidance_scale: float = 1.0,
         each_class: bool = False,
         num_classes: int | None = None,
-        cache: bool = True,
         precision: Precision | None = None,
     ) -> Tensor:
         """How much each class is the one of a pixel; `decide` makes class maps of it, also of averages over windows.
@@ -423,7 +422,6 @@ class IDGBRPipeline(SavedPipeline):
             each_class: refine every class of the map against the rest, one after the other, by a refiner that was made
                 for that.
             num_classes: K of the map, with `each_class`; None for the highest in it, plus one.
-            cache: False computes everything in every step as released, to compare with.
             precision: `bf16` or `auto` evaluate float32 weights in bfloat16. By default that of `place`, or `fp32`.
 
         Returns:
@@ -436,15 +434,12 @@ class IDGBRPipeline(SavedPipeline):
         self._check(images, rough, seeds, each_class)
         device = self._execution_device
         images, rough = images.to(device), rough.to(device).long()
-        share = cache and each_class and self.config.conditions == "separate"
+        share = each_class and self.config.conditions == "separate"
 
         def of_rows(rows: Tensor, rough: Tensor) -> Tensor:
             codes = self.label_codes.encode(rough)
-            if cache:
-                of_image = None if image_features is None else image_features.rows(rows)
-                predict = self.denoiser(images[rows], codes, guidance_scale, of_image)
-            else:
-                predict = self._released_denoiser(images[rows], codes, guidance_scale)
+            of_image = None if image_features is None else image_features.rows(rows)
+            predict = self.denoiser(images[rows], codes, guidance_scale, of_image)
             start = self.encode_labels(codes)
             noise = seeded_noise([seeds[row] for row in rows.tolist()], start.shape[1:], device)
             latents = sample_ddim(predict, noise, self.scheduler, num_steps, start=start, strength=strength)
@@ -488,25 +483,6 @@ class IDGBRPipeline(SavedPipeline):
             if guidance_scale == 1:
                 return seen
             unseen = decode(self.unet, encoded, text).float()
-            return unseen + guidance_scale * (seen - unseen)
-
-        return predict
-
-    def _released_denoiser(self, images: Tensor, rough: Tensor, guidance_scale: float) -> Epsilon:
-        """The same, computed as the released code does: everything in every step, by whole U-Nets."""
-        text = self._text(len(images))
-
-        def predict(x: Tensor, timestep: Tensor) -> Tensor:
-            x = x.to(self.unet.dtype)
-            residuals = self.guidance_net(encode(self.unet, x, timestep, text), self.read(images, rough))
-            seen = self.unet(
-                x,
-                timestep,
-                text,
-                down_block_additional_residuals=residuals.skips,
-                mid_block_additional_residual=residuals.middle,
-            ).sample.float()
-            unseen = self.unet(x, timestep, text).sample.float()
             return unseen + guidance_scale * (seen - unseen)
 
         return predict
