@@ -390,6 +390,18 @@ def test_alignment_is_added_to_the_loss_and_trains_a_projector(images, rough):
     assert not any("teacher" in name for name, _ in pipeline.network.named_parameters())
 
 
+def test_alignment_ends_after_as_many_steps_as_asked_for(images, rough):
+    pipeline = small_pipeline()
+    given = batch(images, rough)
+    plain = pipeline.training_loss(given)
+    pipeline.align("test_resnet", 0.25, steps=2, pretrained=False, width=8)
+    for step, ends in ((0, False), (1, False), (2, True), (9, True)):
+        total = pipeline.training_loss(given | {"step": step})
+        assert torch.isclose(total, plain) == ends
+    total.backward()
+    assert all(parameter.grad is not None for parameter in pipeline.network["projector"].parameters())
+
+
 class Tiles:
     """One tile a key, as `train` reads a dataset."""
 

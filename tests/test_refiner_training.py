@@ -191,3 +191,17 @@ def test_folds_are_told_which_tiles_are_of_one_ground(tiny_recipe, tmp_path, mon
     with pytest.raises(ZeroDivisionError):
         _ = study.refiner
     assert seen["groups"] == [study.train.ids, 32, 4]
+
+
+def test_alignment_is_computed_in_as_many_steps_as_the_recipe_says(tiles, tmp_path, monkeypatch):
+    real, seen = IDGBRPipeline.align, []
+
+    def align(self, teacher, weight, *, steps):
+        real(self, teacher, weight, steps=steps, pretrained=False, width=8)
+        self.alignment.register_forward_hook(lambda *_: seen.append(weight))
+        return self
+
+    monkeypatch.setattr(IDGBRPipeline, "align", align)
+    asked = config(alignment="test_resnet", alignment_weight=0.3, alignment_steps=3)
+    assert fit_refiner(tiles, tiles.masks, asked, tmp_path).finished
+    assert seen == [0.3] * 3

@@ -443,6 +443,10 @@ class RefinerConfig(_Config):
     alignment: str | None = None
     """A backbone of timm that features are aligned to: a name (any `vit_*_dinov2*` as published; needs a hub) or
     `local-dir:FOLDER`; null does without."""
+    alignment_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of that loss; 0.5 is published."""
+    alignment_steps: Positive | None = None
+    """In how many steps it is computed, the first ones; null for all. Published are 200 of 80,000."""
     timesteps: Literal["uniform", "cubic"] = "uniform"
     """How noise levels are drawn in training: alike, or most of them high, as published."""
     condition_dropout: Fraction = 0.1

@@ -212,6 +212,7 @@ class IDGBRPipeline(SavedPipeline):
         self.timesteps: Timesteps = "uniform"
         self.alignment: Alignment | None = None
         self.alignment_weight = 0.0
+        self.alignment_steps: int | None = None
         self._empty_text: Tensor | None = None
         self._precision: Precision = "fp32"
 
@@ -284,7 +285,7 @@ class IDGBRPipeline(SavedPipeline):
 
     # Training
 
-    def align(self, teacher: str, weight: float = 0.5, **settings: Any) -> Self:
+    def align(self, teacher: str, weight: float = 0.5, *, steps: int | None = None, **settings: Any) -> Self:
         """Train with an alignment loss as well, and return self.
 
         Published is `vit_giant_patch14_dinov2` with a weight of 0.5, in the first 200 of 80,000 steps.
@@ -292,6 +293,7 @@ class IDGBRPipeline(SavedPipeline):
         Args:
             teacher: of `timm`, see `Alignment`.
             weight: of the loss.
+            steps: in how many it is computed, the first; None for all.
             settings: other arguments of `Alignment`.
 
         Raises:
@@ -300,22 +302,24 @@ class IDGBRPipeline(SavedPipeline):
         channels = self.guidance_net.config.channels[-2]
         with loading(teacher, "a backbone of timm: one of timm.list_models(), hf-hub:NAME or local-dir:FOLDER"):
             self.alignment = Alignment(channels, teacher, **settings).to(self.unet.device)
-        self.alignment_weight = weight
+        self.alignment_weight, self.alignment_steps = weight, steps
         self.network["projector"] = self.alignment.projector
         return self
 
-    def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def training_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Diffusion loss: mean squared error of what is predicted, over the labelled pixels of each sample.
 
         Args:
             batch: `image` (B, 3, H, W) in [0, 1]; `rough` and `mask` (B, H, W), class indices, whose other values
                 are unlabelled: in `rough` they are coded as zero, in `mask` they carry no loss; `seed` (B,), from which
-                each sample's timestep, noise and what is dropped derive.
+                each sample's timestep, noise and what is dropped derive; and the number of the `step`, by which the
+                alignment loss ends, by default the first.
 
         Raises:
             TerraSynthError: see `check_rough_start`.
         """
         self.check_rough_start()
+        step = int(batch.get("step", 0))
         images, rough, masks = batch["image"], batch["rough"].long(), batch["mask"].long()
         labelled = (masks >= 0) & (masks < self.num_classes)
         rough_codes = self.label_codes.encode(rough)
@@ -340,7 +344,10 @@ class IDGBRPipeline(SavedPipeline):
         weight = self._weight(labelled, target)
         error = weight * (predicted.float() - target).square()
         losses = error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
-        if self.alignment is not None:
+        if self.alignment is not None and self.alignment_steps is not None and step >= self.alignment_steps:
+            # Processes that share a step wait for the gradient of every parameter.
+            losses = losses + 0 * sum(parameter.sum() for parameter in self.alignment.projector.parameters())
+        elif self.alignment is not None:
             losses = losses + self.alignment_weight * self.alignment(residuals.skips[-1], images)
         return losses.mean()
 

@@ -70,7 +70,9 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
     if config.rough_start is not None:
         pipeline.rough_start = config.rough_start
     pipeline.check_rough_start()
-    return pipeline if config.alignment is None else pipeline.align(config.alignment)
+    if config.alignment is None:
+        return pipeline
+    return pipeline.align(config.alignment, config.alignment_weight, steps=config.alignment_steps)
 
 
 def check_refiner(tiles: Tiles, config: RefinerConfig) -> None:
