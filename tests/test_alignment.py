@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -88,3 +89,25 @@ def test_sixteen_pixels_are_a_token_and_the_projector_is_as_published():
     *hidden, last = (layer for layer in alignment.projector if hasattr(layer, "weight"))
     count = sum(p.numel() for layer in hidden for p in layer.parameters())
     assert round((count + (last.in_features + 1) * 1536) / 1e6, 2) == 9.97
+
+
+@torch.no_grad()
+def test_a_teacher_of_one_size_sees_images_brought_to_it():
+    alignment, images = Alignment(6, "mixer_s32_224", **SMALL), torch.rand(1, 3, 64, 96)
+    assert alignment.size == [224, 224]
+    assert alignment(torch.randn(1, 6, 4, 6), images).isfinite().all()
+    resized = F.interpolate(images, (224, 224), mode="bicubic")
+    torch.testing.assert_close(alignment.see(images), alignment.see(resized), atol=1e-5, rtol=0)
+
+
+def test_a_teacher_without_feature_maps_is_refused_at_once(monkeypatch):
+    real = timm.create_model
+
+    def without(*given, **settings):
+        model = real(*given, **settings)
+        model.forward_intermediates = None
+        return model
+
+    monkeypatch.setattr(timm, "create_model", without)
+    with pytest.raises(ValueError, match="test_resnet gives no feature maps"):
+        Alignment(6, "test_resnet", **SMALL)

@@ -175,3 +175,9 @@ def test_killed_at_any_time_it_goes_on_to_the_same_files(finished, tmp_path, kil
     expected = contents(root)
     assert len(expected) == 4  # predictions and best weights of each fold
     assert contents(tmp_path) == expected
+
+
+def test_the_first_fold_reads_the_validation_tiles_as_well(finished):
+    rough, _ = finished
+    assert rough.validation.shape == VALIDATION.masks.shape
+    assert (rough.validation < 2).all()

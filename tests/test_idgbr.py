@@ -1,3 +1,5 @@
+import json
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -100,6 +102,29 @@ def test_without_the_rough_map_the_image_alone_is_seen(images, rough):
         assert (maps[0] - blind.scores(1 - images, rough, seeds=[1, 2, 3], num_steps=1)).abs().max() > 1e-3
 
 
+@contextmanager
+def computed_as_released(pipeline):
+    """Everything in every step, and by whole U-Nets of diffusers' with and without guidance."""
+
+    def denoiser(images, rough, guidance_scale, of_image=None):
+        text = pipeline._text(len(images))
+
+        def predict(x, timestep):
+            residuals = pipeline.guidance_net(encode(pipeline.unet, x, timestep, text), pipeline.read(images, rough))
+            added = {
+                "down_block_additional_residuals": residuals.skips,
+                "mid_block_additional_residual": residuals.middle,
+            }
+            seen, unseen = (pipeline.unet(x, timestep, text, **more).sample for more in (added, {}))
+            return unseen + guidance_scale * (seen - unseen)
+
+        return predict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "denoiser", denoiser)
+        yield
+
+
 def evaluations(pipeline, run):
     """How many images each encoder, the guidance and the decoder see."""
     counts = {}
@@ -126,8 +151,9 @@ def test_what_is_computed_once_changes_nothing(conditions, images, rough):
         for scale in (1.0, 3.0):
 
             def run(cache=cache, scale=scale):
-                options = {"num_steps": 4, "guidance_scale": scale, "cache": cache}
-                found[cache, scale] = pipeline.scores(images, rough, seeds=[1, 2, 3], **options)
+                options = {"num_steps": 4, "guidance_scale": scale}
+                with nullcontext() if cache else computed_as_released(pipeline):
+                    found[cache, scale] = pipeline.scores(images, rough, seeds=[1, 2, 3], **options)
 
             counts = evaluations(pipeline, run)
             read = 3 if conditions == "joint" else 6
@@ -217,7 +243,8 @@ def test_class_by_class_is_every_class_against_the_rest(conditions, images, roug
             torch.testing.assert_close(found[row, k], alone, atol=1e-4, rtol=0)
     refined = pipeline.refine(images, rough, seeds=[1, 2, 3], num_steps=2, each_class=True)
     assert torch.equal(refined, decide(found[:, :3], rough))
-    uncached = pipeline.scores(images, rough, seeds=[1, 2, 3], num_steps=2, each_class=True, cache=False)
+    with computed_as_released(pipeline):
+        uncached = pipeline.scores(images, rough, seeds=[1, 2, 3], num_steps=2, each_class=True)
     torch.testing.assert_close(uncached, found[:, :3], atol=1e-5, rtol=0)
 
 
@@ -363,6 +390,18 @@ def test_alignment_is_added_to_the_loss_and_trains_a_projector(images, rough):
     assert not any("teacher" in name for name, _ in pipeline.network.named_parameters())
 
 
+def test_alignment_ends_after_as_many_steps_as_asked_for(images, rough):
+    pipeline = small_pipeline()
+    given = batch(images, rough)
+    plain = pipeline.training_loss(given)
+    pipeline.align("test_resnet", 0.25, steps=2, pretrained=False, width=8)
+    for step, ends in ((0, False), (1, False), (2, True), (9, True)):
+        total = pipeline.training_loss(given | {"step": step})
+        assert torch.isclose(total, plain) == ends
+    total.backward()
+    assert all(parameter.grad is not None for parameter in pipeline.network["projector"].parameters())
+
+
 class Tiles:
     """One tile a key, as `train` reads a dataset."""
 
@@ -464,6 +503,25 @@ def test_a_saved_pipeline_refines_the_same(changes, images, rough, tmp_path):
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
+def test_whether_it_refines_class_by_class_is_stored_and_was_so_without_names_before(images, rough, tmp_path):
+    pipeline = small_pipeline(None)
+    assert pipeline.config.each_class
+    assert not small_pipeline().config.each_class
+    pipeline.save_pretrained(tmp_path)
+    assert IDGBRPipeline.from_pretrained(tmp_path).config.each_class
+    stored = tmp_path / "model_index.json"
+    before = json.loads(stored.read_text())
+    del before["each_class"]
+    stored.write_text(json.dumps(before))
+    assert IDGBRPipeline.from_pretrained(tmp_path).config.each_class
+    stored.write_text(json.dumps(before | {"each_class": False}))
+    with pytest.raises(TerraSynthError, match="loads with `each_class=True`"):
+        IDGBRPipeline.from_pretrained(tmp_path).scores(images, rough, seeds=[1, 2, 3], each_class=True)
+    two = LabelSchema(("a", "b"), ((1, 1, 1), (2, 2, 2))).to_dict()
+    with pytest.raises(TerraSynthError, match="2 classes with names"):
+        IDGBRPipeline.from_pretrained(tmp_path, label_schema=two, each_class=True)
+
+
 def test_other_classes_than_the_models_are_refused(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     two = LabelSchema(("a", "b"), ((1, 1, 1), (2, 2, 2))).to_dict()
@@ -551,7 +609,8 @@ def test_on_sd15_it_trains_saves_and_refines_in_latents(sd15, sd15_maps, tmp_pat
     assert pipeline.round_trip(rough).shape == rough.shape
     options = {"seeds": [1, 2], "num_steps": 2, "strength": 0.5, "guidance_scale": 2.0}
     found = pipeline.scores(images, rough, **options)
-    released = pipeline.scores(images, rough, **options, cache=False)
+    with computed_as_released(pipeline):
+        released = pipeline.scores(images, rough, **options)
     torch.testing.assert_close(found, released, atol=1e-4, rtol=0)
     pipeline.save_pretrained(tmp_path)
     loaded = IDGBRPipeline.from_pretrained(tmp_path)
@@ -612,6 +671,7 @@ def test_a_released_run_is_computed_as_released(sd15, sd15_maps, tmp_path, finis
     predicted = pipeline.denoiser(images, codes, 3.0)(x, t)
     torch.testing.assert_close(predicted, unseen + 3 * (seen - unseen), atol=1e-3, rtol=1e-4)
     assert pipeline.network.keys() == {"unet", "guidance_net"}
+    assert not pipeline.config.each_class
 
 
 def test_a_checkpoint_without_its_base_is_one_message(sd15, tmp_path):
@@ -632,7 +692,7 @@ def test_a_checkpoint_without_its_base_is_one_message(sd15, tmp_path):
         ({"seeds": [1]}, "differ in number"),
         ({"rough": torch.full((3, 16, 16), 3)}, "does not know"),
         ({"band": torch.ones(3, 8, 8) > 0}, "band does not fit"),
-        ({"each_class": True}, "refiner of two classes"),
+        ({"each_class": True}, "refiner of one class against the rest"),
     ],
 )
 def test_what_does_not_fit_is_refused(pipeline, images, rough, given, message):

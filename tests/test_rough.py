@@ -81,6 +81,21 @@ def test_a_share_of_the_rough_maps_is_the_true_one_with_moved_boundaries(tiles, 
         assert 0.3 < as_read / (60 - from_true) < 0.8  # a strength below a pixel may move nothing
 
 
+def test_without_noise_no_rough_map_is_the_true_one(tiles):
+    views = RoughViews(tiles, rough_of(tiles), RoughConfig(invented=1, noise=0))
+    for seed in range(10):
+        item = views[1, seed]
+        assert torch.equal(item["rough"], (item["mask"] + 1) % 3)
+
+
+def test_an_invented_rough_map_is_unlabelled_where_the_true_one_is(tiles):
+    views = RoughViews(tiles, rough_of(tiles), RoughConfig(invented=1, noise=2))
+    item = views[0, 0]
+    unlabelled = item["mask"] == 255
+    assert unlabelled.any()
+    assert torch.equal(item["rough"] == 255, unlabelled)
+
+
 def test_rough_maps_of_other_tiles_are_refused(tiles):
     with pytest.raises(ValueError, match="rough maps"):
         RoughViews(tiles, rough_of(tiles)[:2], STILL)

@@ -413,7 +413,8 @@ class RoughConfig(_Config):
     """The training tiles are divided into so many parts; what `segmentor` reads in each, trained on the others, are
     the rough maps. On tiles that it learned from it would be too good."""
     invented: Fraction = 0.25
-    """How often the rough map is instead the true one with moved boundaries."""
+    """How often the rough map is instead the true one with moved boundaries. Never with `noise` 0: it would be perfect.
+    """
     noise: Annotated[float, Field(ge=0)] = 6.0
     """How far these are moved at most, in pixels; and every other one that a segmentor read, by a quarter of it."""
 
@@ -422,8 +423,8 @@ class RefinerConfig(_Config):
     """What sharpens the boundaries of class maps by diffusion (IDGBR, Wang et al. 2026), and its training."""
 
     base: str | None = None
-    """Start from this: Stable Diffusion 1.5 as a hub name or folder, or a refiner that TerraSynth saved. Null trains
-    from scratch, in pixels, with the sizes below."""
+    """Start from this: Stable Diffusion 1.5 as a hub name or folder, or a refiner that TerraSynth saved, whose `codes`
+    and `conditions` these must be. Null trains from scratch, in pixels, with the sizes below."""
     widths: Annotated[tuple[Positive, ...], Field(min_length=2)] = (48, 96, 128)
     """Channels of every level of the U-Net, from the outermost inwards (from scratch)."""
     patch_size: Positive = 4
@@ -438,15 +439,23 @@ class RefinerConfig(_Config):
     """Image and rough map enter one encoder together, or one after the other, as published."""
     sees_rough: bool = True
     """Whether the rough map is a condition; without, the image alone is (an ablation of the paper)."""
+    prediction_type: Literal["sample", "epsilon", "v_prediction"] | None = None
+    """What is predicted: the clean map, the noise, or what lies between. Null: what the base predicts (Stable
+    Diffusion the noise), and from scratch the clean map, which needs the fewest steps."""
     alignment: str | None = None
     """A backbone of timm that features are aligned to: a name (any `vit_*_dinov2*` as published; needs a hub) or
     `local-dir:FOLDER`; null does without."""
+    alignment_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of that loss; 0.5 is published."""
+    alignment_steps: Positive | None = None
+    """In how many steps it is computed, the first ones; null for all. Published are 200 of 80,000."""
     timesteps: Literal["uniform", "cubic"] = "uniform"
     """How noise levels are drawn in training: alike, or most of them high, as published."""
     condition_dropout: Fraction = 0.1
     """How often image and rough map are left out, so that guidance works."""
-    rough_start: Fraction = 0.5
-    """How often the noisy map is made of the rough one, so that sampling may begin there (`strength` below 1)."""
+    rough_start: Fraction | None = None
+    """How often the noisy map is made of the rough one, so that sampling may begin there (`strength` below 1). Null:
+    0.5, or 0 where it can not be: if something else than the clean map is predicted, or `sees_rough` is off."""
     crop: Positive | None = 128
     """Side of the squares cut from each tile; null takes all of it."""
     rough: RoughConfig = RoughConfig()
@@ -455,6 +464,29 @@ class RefinerConfig(_Config):
     """Seed of initialisation, data order, rough maps and noise."""
     train: TrainConfig = TrainConfig(steps=2000, batch_size=8, learning_rate=1e-3, ema_decay=0.999)
     """The training run."""
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> RefinerConfig:
+        faults = []
+        if self.rough_start and not self.sees_rough:
+            faults.append(
+                f"rough_start ({self.rough_start:g}) shows the rough map that sees_rough: false hides: set it to 0 or "
+                "null"
+            )
+        if self.rough_start and self.prediction_type in ("epsilon", "v_prediction"):
+            faults.append(
+                f"rough_start ({self.rough_start:g}) needs prediction_type: sample, not {self.prediction_type}: set it "
+                "to 0 or null"
+            )
+        if self.base is not None:
+            sizes = ("widths", "patch_size")
+            changed = [name for name in sizes if getattr(self, name) != type(self).model_fields[name].default]
+            faults += [f"{name} is of refiners from scratch, and base has its own: leave it out" for name in changed]
+        elif self.crop is not None and self.crop % self.patch_size:
+            faults.append(f"crop ({self.crop}) must be a multiple of patch_size ({self.patch_size})")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What the trained weights depend on, JSON-able."""

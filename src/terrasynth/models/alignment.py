@@ -32,6 +32,9 @@ class Alignment(nn.Module):
         pretrained: load its published weights, which may mean a download.
         width: of the projector's hidden layers.
         settings: other arguments of `timm.create_model`, such as the `checkpoint_path` of weights that are at hand.
+
+    Raises:
+        ValueError: the backbone has no feature maps to align to, which shows in one evaluation.
     """
 
     mean: Tensor
@@ -52,12 +55,26 @@ class Alignment(nn.Module):
         config = timm.data.resolve_model_data_config(self.teacher)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        #: Height and width of what it sees, where it sees one size alone.
+        self.size: list[int] | None = None
+        self._settle(teacher, list(config["input_size"][-2:]))
         sizes = (channels, width, width, self.teacher.num_features)
         linear = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         for layer in linear:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.projector = nn.Sequential(linear[0], nn.SiLU(), linear[1], nn.SiLU(), linear[2])
+
+    def _settle(self, name: str, published: list[int]) -> None:
+        """Find out, by an image that is neither square nor of the published size, whether the teacher takes any."""
+        image = self.mean.expand(3, 96, 64)[None]
+        for self.size in (None, published):
+            try:
+                if self.see(image).ndim == 4:
+                    return
+            except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+                continue
+        raise ValueError(f"{name} gives no feature maps (timm's forward_intermediates)")
 
     def train(self, mode: bool = True) -> Alignment:
         """Switch the projector alone: a teacher's batch norms are to stay as they are."""
@@ -84,8 +101,13 @@ class Alignment(nn.Module):
 
     @torch.no_grad()
     def see(self, images: Tensor) -> Tensor:
-        """What the teacher finds in images (B, 3, H, W) in [0, 1]: its last feature maps, float32 (B, D, h, w)."""
-        if self.patch_size is not None:
+        """What the teacher finds in images (B, 3, H, W) in [0, 1]: its last feature maps, float32 (B, D, h, w).
+
+        One that sees a single size alone is shown images that were brought to it.
+        """
+        if self.size is not None:
+            images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
+        elif self.patch_size is not None:
             size = [max(1, side // _PIXELS_PER_TOKEN) * self.patch_size for side in images.shape[-2:]]
             images = F.interpolate(images, size, mode="bicubic", align_corners=False)
         images = ((images - self.mean) / self.std).to(next(self.teacher.parameters()).dtype)

@@ -23,6 +23,7 @@ from terrasynth.curation.filter import class_mean_losses, dropped, filter_pixels
 from terrasynth.curation.images import from_tiles, read_painted
 from terrasynth.curation.score import curated_tiles
 from terrasynth.data.folder import Tiles, check_splits, join, load_synthetic, load_tiles, unlabelled_windows
+from terrasynth.data.prepared import ground_groups, imagery
 from terrasynth.data.write import read_manifest
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, digest, write_json
@@ -34,9 +35,10 @@ from terrasynth.study.statistics import compare, summarise
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline, model_digest, paint, plan, steering_for
 from terrasynth.systems.pairs import fit_pairs
-from terrasynth.systems.refine import fit_refiner
+from terrasynth.systems.refine import check_refiner, fit_refiner
 from terrasynth.systems.todsynth import packaged_or
 from terrasynth.tasks.folds import out_of_fold
+from terrasynth.tasks.refiner_scores import score_refiner
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
 from terrasynth.training.units import Busy, Clock, OutOfTime, Unit, do, store_tensors, stored_tensors
 
@@ -160,6 +162,7 @@ class Study:
     def refiner(self) -> Unit:
         """What sharpens class maps, trained on what segmentors read in tiles that they did not see."""
         config = self.recipe.refiner
+        check_refiner(self.train, config)  # before hours of segmentors that would be for nothing
         rough = out_of_fold(
             self.train,
             self.validation,
@@ -168,6 +171,7 @@ class Study:
             folds=config.rough.folds,
             seed=config.seed,
             clock=self.clock,
+            groups=ground_groups(self.recipe.data, self.train.ids, self.recipe.data.image_size, config.rough.folds),
         )
         inputs = {
             "refiner": config.identity(),
@@ -176,8 +180,20 @@ class Study:
             "rough": [fold.key for fold in rough.units],
         }
 
+        read = rough.validation
+        score = None if read is None else partial(score_refiner, tiles=self.validation, rough=read)
+
         def work(folder: Path) -> None:
-            if not fit_refiner(self.train, rough.classes, config, folder, max_minutes=self.clock.left()).finished:
+            outcome = fit_refiner(
+                self.train,
+                rough.classes,
+                config,
+                folder,
+                score=score,
+                about=imagery(self.recipe.data),
+                max_minutes=self.clock.left(),
+            )
+            if not outcome.finished:
                 raise OutOfTime
 
         made = {"products": ("model",), "scratch": ("checkpoints",)}

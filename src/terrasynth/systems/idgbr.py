@@ -89,8 +89,12 @@ class IDGBRPipeline(SavedPipeline):
         condition_encoder: what reads the conditions; None to copy the U-Net's.
         guidance_net: what they add to the U-Net; None for a new one.
         label_codes: the classes as points; None for new ones.
-        label_schema: the classes, as `LabelSchema.to_dict()`; None for two classes without names: one class, whichever,
-            against the rest. Such a refiner refines maps of any classes, see `each_class` of `refine`.
+        label_schema: the classes, as `LabelSchema.to_dict()`; None for two classes without names.
+        each_class: whether these two are one class, whichever, against the rest: such a refiner refines maps of any
+            classes, see `each_class` of `scores`. None for what a saved refiner of two classes without names was before
+            this was stored: one that does. Of any other refiner, it does not.
+        trained_on: a note of what it learned from, which nothing reads: how many tiles, of which classes and size, and
+            what is known of their pixels (`gsd`, `bands`, `ranges`).
         codes: what the points are, see `LabelCodes`, where there are no `label_codes`.
         conditions: `separate` reads image and rough map one after the other by the same encoder, as published; `joint`
             reads them at once, beside each other.
@@ -129,12 +133,15 @@ class IDGBRPipeline(SavedPipeline):
         patch_size: int = 1,
         image_size: int = 512,
         imagenet_statistics: bool = False,
+        each_class: bool | None = None,
+        trained_on: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_halves(unet)
         _check_choice("conditions", conditions, Conditions)
         _check_choice("prediction_type", prediction_type or "sample", Prediction)
         self.schema = None if label_schema is None else LabelSchema.from_dict(label_schema)
+        trained = label_codes is not None  # Stable Diffusion has none
         num_classes = 2 if label_codes is None else label_codes.config.num_classes
         num_classes = num_classes if self.schema is None else self.schema.num_classes
         self.ignore_index = 255 if self.schema is None else self.schema.ignore_index
@@ -152,6 +159,14 @@ class IDGBRPipeline(SavedPipeline):
                 found=f"{num_classes} classes",
                 expected=f"{label_codes.config.num_classes}",
                 fix="leave out `label_schema` to load the model with its own",
+            )
+        if each_class is None:
+            each_class = trained and label_schema is None and num_classes == 2
+        if each_class and (label_schema is not None or num_classes != 2):
+            raise TerraSynthError(
+                "one class against the rest are two classes without names",
+                found=f"{num_classes} classes" + (" with names" if label_schema is not None else ""),
+                fix="leave out `each_class` or `label_schema`",
             )
         code_channels = label_codes.channels * patch_size**2 if vae is None else image_channels
         if condition_encoder is None:
@@ -185,6 +200,8 @@ class IDGBRPipeline(SavedPipeline):
             patch_size=patch_size,
             image_size=image_size,
             imagenet_statistics=imagenet_statistics,
+            each_class=each_class,
+            trained_on=trained_on,
         )
         self.noising = DDPMScheduler.from_config(self.scheduler.config)
         self.network = nn.ModuleDict({"unet": unet, "guidance_net": guidance_net})
@@ -195,6 +212,7 @@ class IDGBRPipeline(SavedPipeline):
         self.timesteps: Timesteps = "uniform"
         self.alignment: Alignment | None = None
         self.alignment_weight = 0.0
+        self.alignment_steps: int | None = None
         self._empty_text: Tensor | None = None
         self._precision: Precision = "fp32"
 
@@ -267,7 +285,7 @@ class IDGBRPipeline(SavedPipeline):
 
     # Training
 
-    def align(self, teacher: str, weight: float = 0.5, **settings: Any) -> Self:
+    def align(self, teacher: str, weight: float = 0.5, *, steps: int | None = None, **settings: Any) -> Self:
         """Train with an alignment loss as well, and return self.
 
         Published is `vit_giant_patch14_dinov2` with a weight of 0.5, in the first 200 of 80,000 steps.
@@ -275,6 +293,7 @@ class IDGBRPipeline(SavedPipeline):
         Args:
             teacher: of `timm`, see `Alignment`.
             weight: of the loss.
+            steps: in how many it is computed, the first; None for all.
             settings: other arguments of `Alignment`.
 
         Raises:
@@ -283,28 +302,24 @@ class IDGBRPipeline(SavedPipeline):
         channels = self.guidance_net.config.channels[-2]
         with loading(teacher, "a backbone of timm: one of timm.list_models(), hf-hub:NAME or local-dir:FOLDER"):
             self.alignment = Alignment(channels, teacher, **settings).to(self.unet.device)
-        self.alignment_weight = weight
+        self.alignment_weight, self.alignment_steps = weight, steps
         self.network["projector"] = self.alignment.projector
         return self
 
-    def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def training_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Diffusion loss: mean squared error of what is predicted, over the labelled pixels of each sample.
 
         Args:
             batch: `image` (B, 3, H, W) in [0, 1]; `rough` and `mask` (B, H, W), class indices, whose other values
                 are unlabelled: in `rough` they are coded as zero, in `mask` they carry no loss; `seed` (B,), from which
-                each sample's timestep, noise and what is dropped derive.
+                each sample's timestep, noise and what is dropped derive; and the number of the `step`, by which the
+                alignment loss ends, by default the first.
 
         Raises:
-            TerraSynthError: `rough_start` where something else than the clean code is predicted.
+            TerraSynthError: see `check_rough_start`.
         """
-        if self.rough_start and self.config.prediction_type != "sample":
-            raise TerraSynthError(
-                "training from rough starts needs a network that predicts the clean code",
-                found=f"rough_start {self.rough_start} and prediction_type {self.config.prediction_type}",
-                expected="prediction_type sample",
-                fix="set `rough_start` to 0, or choose `sample`",
-            )
+        self.check_rough_start()
+        step = int(batch.get("step", 0))
         images, rough, masks = batch["image"], batch["rough"].long(), batch["mask"].long()
         labelled = (masks >= 0) & (masks < self.num_classes)
         rough_codes = self.label_codes.encode(rough)
@@ -329,9 +344,32 @@ class IDGBRPipeline(SavedPipeline):
         weight = self._weight(labelled, target)
         error = weight * (predicted.float() - target).square()
         losses = error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
-        if self.alignment is not None:
+        if self.alignment is not None and self.alignment_steps is not None and step >= self.alignment_steps:
+            # Processes that share a step wait for the gradient of every parameter.
+            losses = losses + 0 * sum(parameter.sum() for parameter in self.alignment.projector.parameters())
+        elif self.alignment is not None:
             losses = losses + self.alignment_weight * self.alignment(residuals.skips[-1], images)
         return losses.mean()
+
+    def check_rough_start(self) -> None:
+        """Refuse a `rough_start` that can not be.
+
+        Raises:
+            TerraSynthError: something else than the clean code is predicted, or the rough map is not to be seen.
+        """
+        if self.rough_start and self.config.prediction_type != "sample":
+            raise TerraSynthError(
+                "training from rough starts needs a network that predicts the clean code",
+                found=f"rough_start {self.rough_start} and prediction_type {self.config.prediction_type}",
+                expected="prediction_type sample",
+                fix="set `rough_start` to 0, or choose `sample`",
+            )
+        if self.rough_start and not self.config.sees_rough:
+            raise TerraSynthError(
+                "rough starts show the rough map to a refiner that is not to see it",
+                found=f"rough_start {self.rough_start} and sees_rough false",
+                fix="set `rough_start` to 0",
+            )
 
     def _weight(self, labelled: Tensor, target: Tensor) -> Tensor:
         """Which numbers of the target carry a loss: of latents, those of wholly labelled squares; (B, c, h, w)."""
@@ -376,7 +414,6 @@ class IDGBRPipeline(SavedPipeline):
         guidance_scale: float = 1.0,
         each_class: bool = False,
         num_classes: int | None = None,
-        cache: bool = True,
         precision: Precision | None = None,
     ) -> Tensor:
         """How much each class is the one of a pixel; `decide` makes class maps of it, also of averages over windows.
@@ -389,10 +426,9 @@ class IDGBRPipeline(SavedPipeline):
             strength: where it starts: 1 from noise alone, below from the rough map under so much noise.
             guidance_scale: by how much the conditions are exaggerated against none; 1 is off, and the cheapest.
                 Published is 3, with a U-Net that was never trained without conditions.
-            each_class: refine every class of the map against the rest, one after the other, by a refiner of two
-                classes.
+            each_class: refine every class of the map against the rest, one after the other, by a refiner that was made
+                for that.
             num_classes: K of the map, with `each_class`; None for the highest in it, plus one.
-            cache: False computes everything in every step as released, to compare with.
             precision: `bf16` or `auto` evaluate float32 weights in bfloat16. By default that of `place`, or `fp32`.
 
         Returns:
@@ -400,20 +436,17 @@ class IDGBRPipeline(SavedPipeline):
 
         Raises:
             TerraSynthError: sizes or numbers do not fit, the map has classes that the refiner does not know, or
-                `each_class` with a refiner of more than two.
+                `each_class` with a refiner that was not made for it.
         """
         self._check(images, rough, seeds, each_class)
         device = self._execution_device
         images, rough = images.to(device), rough.to(device).long()
-        share = cache and each_class and self.config.conditions == "separate"
+        share = each_class and self.config.conditions == "separate"
 
         def of_rows(rows: Tensor, rough: Tensor) -> Tensor:
             codes = self.label_codes.encode(rough)
-            if cache:
-                of_image = None if image_features is None else image_features.rows(rows)
-                predict = self.denoiser(images[rows], codes, guidance_scale, of_image)
-            else:
-                predict = self._released_denoiser(images[rows], codes, guidance_scale)
+            of_image = None if image_features is None else image_features.rows(rows)
+            predict = self.denoiser(images[rows], codes, guidance_scale, of_image)
             start = self.encode_labels(codes)
             noise = seeded_noise([seeds[row] for row in rows.tolist()], start.shape[1:], device)
             latents = sample_ddim(predict, noise, self.scheduler, num_steps, start=start, strength=strength)
@@ -461,25 +494,6 @@ class IDGBRPipeline(SavedPipeline):
 
         return predict
 
-    def _released_denoiser(self, images: Tensor, rough: Tensor, guidance_scale: float) -> Epsilon:
-        """The same, computed as the released code does: everything in every step, by whole U-Nets."""
-        text = self._text(len(images))
-
-        def predict(x: Tensor, timestep: Tensor) -> Tensor:
-            x = x.to(self.unet.dtype)
-            residuals = self.guidance_net(encode(self.unet, x, timestep, text), self.read(images, rough))
-            seen = self.unet(
-                x,
-                timestep,
-                text,
-                down_block_additional_residuals=residuals.skips,
-                mid_block_additional_residual=residuals.middle,
-            ).sample.float()
-            unseen = self.unet(x, timestep, text).sample.float()
-            return unseen + guidance_scale * (seen - unseen)
-
-        return predict
-
     def place(self, device: str | torch.device, precision: Precision) -> Self:
         """Bring the networks where they compute, in `precision` from now on, and return self."""
         self._precision = precision
@@ -506,11 +520,11 @@ class IDGBRPipeline(SavedPipeline):
             )
         if len(seeds) != len(rough):
             raise TerraSynthError("`seeds` and maps differ in number", found=len(seeds), expected=len(rough))
-        if each_class and self.num_classes != 2:
+        if each_class and not self.config.each_class:
             raise TerraSynthError(
-                "only a refiner of two classes can refine class by class",
+                "only a refiner of one class against the rest can refine class by class",
                 found=f"a refiner of {self.num_classes} classes",
-                fix="leave out `each_class`",
+                fix="leave out `each_class`; a refiner of two classes that was trained so loads with `each_class=True`",
             )
         classes = [value for value in rough.unique().tolist() if value != self.ignore_index]
         if not each_class and any(value >= self.num_classes for value in classes):
@@ -518,7 +532,7 @@ class IDGBRPipeline(SavedPipeline):
                 "the map has classes that the refiner does not know",
                 found=f"class {max(classes)}",
                 expected=f"0 to {self.num_classes - 1}, or {self.ignore_index} where unlabelled",
-                fix="set `each_class` to refine them one after the other" if self.num_classes == 2 else None,
+                fix="set `each_class` to refine them one after the other" if self.config.each_class else None,
             )
 
     # Construction
@@ -598,6 +612,7 @@ class IDGBRPipeline(SavedPipeline):
             guidance_net=guidance_net,
             label_codes=label_codes,
             label_schema=None if schema is None else schema.to_dict(),
+            each_class=schema is None,
             conditions=conditions,
             trains_conditions=True,
             sees_rough=sees_rough,
@@ -628,7 +643,9 @@ class IDGBRPipeline(SavedPipeline):
         num_classes = None if label_schema is None else len(LabelSchema.from_dict(label_schema).names)
         with loading(folder, "a run of the released code; of a checkpoint, `base` and `label_codes` as well"):
             parts = load_published_parts(folder, base, label_codes, num_classes)
-        return cls(**parts, label_schema=label_schema, conditions="separate", imagenet_statistics=True)
+        return cls(
+            **parts, label_schema=label_schema, conditions="separate", imagenet_statistics=True, each_class=False
+        )
 
 
 def decide(scores: Tensor, rough: Tensor, band: Tensor | None = None) -> Tensor:

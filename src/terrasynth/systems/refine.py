@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +12,16 @@ from torch import Tensor, nn
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
+from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, atomic_write
 from terrasynth.recipe import RefinerConfig
 from terrasynth.systems.idgbr import IDGBRPipeline
+from terrasynth.systems.loading import loading
 from terrasynth.systems.rough import OneClass, RoughViews
 from terrasynth.training.loop import Outcome, train
 from terrasynth.training.processes import process_state
 
-__all__ = ["build_refiner", "fit_refiner"]
+__all__ = ["build_refiner", "check_refiner", "fit_refiner"]
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: What a preview shows of a refiner of one class.
@@ -25,7 +29,11 @@ _ONE_CLASS = LabelSchema(("rest", "class"), ((60, 60, 60), (240, 200, 40)))
 
 
 def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -> IDGBRPipeline:
-    """An untrained refiner of the classes of `schema`, or of any with `each_class`."""
+    """An untrained refiner of the classes of `schema`, or of any with `each_class`.
+
+    Raises:
+        TerraSynthError: there is no such base, or the settings do not fit it or the size of the images.
+    """
     classes = None if config.each_class else schema
     if config.base is None:
         pipeline = IDGBRPipeline.from_scratch(
@@ -33,22 +41,79 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
             codes=config.codes,
             conditions=config.conditions,
             sees_rough=config.sees_rough,
+            prediction_type=config.prediction_type or "sample",
             patch_size=config.patch_size,
             widths=config.widths,
             image_size=image_size,
             seed=config.seed,
         )
     else:
+        _check_base(config.base, config)
         pipeline = IDGBRPipeline.from_pretrained(
             config.base,
             label_schema=None if classes is None else classes.to_dict(),
+            each_class=config.each_class,
             codes=config.codes,
             conditions=config.conditions,
             sees_rough=config.sees_rough,
+            prediction_type=config.prediction_type,
+            image_size=image_size,
+        )
+    if image_size % pipeline.factor:
+        raise TerraSynthError(
+            "the images that the refiner learns from do not divide into what it sees as one",
+            found=f"{image_size} x {image_size} pixels",
+            expected=f"a multiple of {pipeline.factor}",
+            fix=f"set refiner.crop to {max(1, image_size // pipeline.factor) * pipeline.factor}",
         )
     pipeline.condition_dropout, pipeline.timesteps = config.condition_dropout, config.timesteps
-    pipeline.rough_start = config.rough_start
-    return pipeline if config.alignment is None else pipeline.align(config.alignment)
+    if config.rough_start is not None:
+        pipeline.rough_start = config.rough_start
+    pipeline.check_rough_start()
+    if config.alignment is None:
+        return pipeline
+    return pipeline.align(config.alignment, config.alignment_weight, steps=config.alignment_steps)
+
+
+def check_refiner(tiles: Tiles, config: RefinerConfig) -> None:
+    """Build the refiner and compute its loss on one view: what can not be trained shows here, in seconds.
+
+    Raises:
+        TerraSynthError: as `build_refiner`.
+    """
+    pipeline = build_refiner(config, tiles.schema, _side(tiles, config))
+    dataset = _views(tiles, tiles.masks, config)
+    view = {name: value[None] for name, value in dataset[0, 0].items()}
+    with torch.no_grad():
+        pipeline.training_loss(view | {"seed": torch.tensor([0])})
+
+
+def _check_base(base: str, config: RefinerConfig) -> None:
+    """Refuse settings that a refiner which TerraSynth saved has otherwise; Stable Diffusion takes any."""
+    with loading(base, IDGBRPipeline.EXPECTED):
+        stored = IDGBRPipeline.load_config(base)
+    if stored.get("_class_name") != IDGBRPipeline.__name__:
+        return
+    wrong = [name for name in ("codes", "conditions") if stored[name] != getattr(config, name)]
+    if wrong:
+        raise TerraSynthError(
+            "the base is a refiner with other settings than the recipe's",
+            path=base,
+            found=", ".join(f"refiner.{name}: {getattr(config, name)}" for name in wrong),
+            expected=", ".join(f"refiner.{name}: {stored[name]}" for name in wrong),
+            fix=" ".join(f"--set refiner.{name}={stored[name]}" for name in wrong),
+        )
+
+
+def _side(tiles: Tiles, config: RefinerConfig) -> int:
+    """Side of the views that a refiner learns from."""
+    side = int(tiles.images.shape[-1])
+    return min(config.crop or side, side)
+
+
+def _views(tiles: Tiles, rough: Tensor, config: RefinerConfig) -> RoughViews | OneClass:
+    views = RoughViews(tiles, rough, config.rough, config.crop)
+    return OneClass(views) if config.each_class else views
 
 
 def fit_refiner(
@@ -57,16 +122,25 @@ def fit_refiner(
     config: RefinerConfig,
     folder: Path,
     *,
+    score: Callable[[IDGBRPipeline], Mapping[str, float]] | None = None,
+    about: Mapping[str, Any] | None = None,
     max_minutes: float | None = None,
 ) -> Outcome:
     """Train a refiner on labelled tiles and rough maps of them, uint8 (N, H, W); `folder/model` is the result.
 
     Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        tiles: labelled.
+        rough: a rough map of each, that was made without it.
+        config: the refiner.
+        folder: where checkpoints, previews and the log go.
+        score: numbers for the log with every preview, as `tasks.refiner_scores` has them of validation tiles.
+        about: what is known of the pixels, JSON-able; the model's `trained_on` has it, and what the tiles say.
+        max_minutes: stop at a checkpoint after about so long.
     """
-    pipeline = build_refiner(config, tiles.schema, min(config.crop or tiles.images.shape[-1], tiles.images.shape[-1]))
-    pipeline.place(_DEVICE, config.train.precision)
-    views = RoughViews(tiles, rough, config.rough, config.crop)
-    dataset: RoughViews | OneClass = OneClass(views) if config.each_class else views
+    pipeline = build_refiner(config, tiles.schema, _side(tiles, config)).place(_DEVICE, config.train.precision)
+    dataset = _views(tiles, rough, config)
     schema = pipeline.schema or _ONE_CLASS
 
     def preview(step: int) -> dict[str, float]:
@@ -76,7 +150,7 @@ def fit_refiner(
         rows = {"image": images, "rough": _colored(before, schema), "refined": _colored(after, schema)}
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
             contact_sheet(rows, masks, schema).save(partial)
-        return {}
+        return {} if score is None else dict(score(pipeline))
 
     outcome = train(
         pipeline.network,
@@ -92,9 +166,21 @@ def fit_refiner(
     )
     if outcome.finished and process_state().is_main_process and not (folder / "model").is_dir():
         nn.Module.to(pipeline.network, "cpu", torch.float32)
+        pipeline.register_to_config(trained_on=_trained_on(tiles, pipeline, about or {}))
         with atomic_dir(folder / "model") as partial:
             pipeline.save_pretrained(partial)
     return outcome
+
+
+def _trained_on(tiles: Tiles, pipeline: IDGBRPipeline, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the refiner learned from, JSON-able."""
+    return {
+        "tiles": len(tiles),
+        "data": tiles.fingerprint(),
+        "classes": list(tiles.schema.names),
+        "size": pipeline.config.image_size,
+        **about,
+    }
 
 
 def _colored(maps: Tensor, schema: LabelSchema) -> Tensor:

@@ -25,8 +25,8 @@ class RoughViews(Dataset[dict[str, Tensor]]):
     """Labelled tiles with rough maps, augmented and cut.
 
     Item (index, seed) has `image` float32 (3, S, S) in [0, 1], `mask` int64 (S, S), class indices or the ignore index,
-    and `rough` alike, which has a class wherever the tile's rough map has one. They are flipped, turned and zoomed as
-    one; the rough map is now and then the true one with moved boundaries (`RoughConfig.invented`).
+    and `rough` alike. They are flipped, turned and zoomed as one. The rough map is now and then the true one with moved
+    boundaries (`RoughConfig.invented`), which is unlabelled where that is; else it has a class wherever the tile's has.
 
     Args:
         tiles: labelled.
@@ -53,16 +53,14 @@ class RoughViews(Dataset[dict[str, Tensor]]):
         top, left = random.integers(room, size=2).tolist()
         image, (mask, rough) = (x[..., top : top + self.side, left : left + self.side] for x in (image, maps))
         invented, moved = random.random(2)
-        if invented < self.config.invented:
+        if invented < self.config.invented and self.config.noise:
             rough = self._moved(mask, seed, 1.0)
-        elif moved < _MOVED:
+        elif moved < _MOVED and self.config.noise:
             rough = self._moved(rough, seed, _SHARE)
         return {"image": image.contiguous(), "mask": mask.contiguous(), "rough": rough.contiguous()}
 
     def _moved(self, mask: Tensor, seed: int, share: float) -> Tensor:
         ignore, strength = self.tiles.schema.ignore_index, share * self.config.noise
-        if strength == 0:
-            return mask
         return perturb(mask[None], torch.tensor([seed]), strength, ignore_index=ignore)[0]
 
 

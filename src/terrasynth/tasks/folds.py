@@ -37,6 +37,8 @@ class RoughMaps:
         margins: uint8 (N, S, S), by how much it is more probable than the second, 0..1 as 0..255: small along
             boundaries that are uncertain.
         folds: the fold of each tile, from 0.
+        validation: uint8 (V, S, S), what the segmentor of the first fold reads in the validation tiles, to follow a
+            refiner's training by; None of folds that were made before this was kept.
         units: of each fold; their results are the metrics on its labelled pixels, their keys say what the maps derive
             from.
     """
@@ -45,6 +47,7 @@ class RoughMaps:
     margins: Tensor
     folds: tuple[int, ...]
     units: tuple[Unit, ...]
+    validation: Tensor | None = None
 
 
 def divide(ids: Sequence[str], folds: int, seed: int, groups: Sequence[str] | None = None) -> tuple[int, ...]:
@@ -116,6 +119,7 @@ def out_of_fold(
             another process works at a fold.
     """
     fold_of = torch.tensor(divide(tiles.ids, folds, seed, groups))
+    read: Tensor | None = None
     classes, margins, units = torch.empty_like(tiles.masks), torch.empty_like(tiles.masks), []
     for fold in range(folds):
         held, others = ((fold_of == fold).nonzero().flatten(), (fold_of != fold).nonzero().flatten())
@@ -124,8 +128,9 @@ def out_of_fold(
         )
         found = stored_tensors(unit.folder / _ROUGH)
         classes[held], margins[held] = found["classes"], found["margins"]
+        read = found.get("validation") if fold == 0 else read
         units.append(unit)
-    return RoughMaps(classes, margins, tuple(fold_of.tolist()), tuple(units))
+    return RoughMaps(classes, margins, tuple(fold_of.tolist()), tuple(units), read)
 
 
 def _fold(
@@ -158,7 +163,8 @@ def _fold(
         if not outcome.finished:
             raise OutOfTime
         classes, margins = _predicted(segmentor, held.images)
-        store_tensors(folder / _ROUGH, classes=classes, margins=margins)
+        others = {} if fold else {"validation": _predicted(segmentor, validation.images)[0]}
+        store_tensors(folder / _ROUGH, classes=classes, margins=margins, **others)
         confusion = Confusion.empty(schema.num_classes)
         confusion.update(classes, held.masks, schema.ignore_index)
         return confusion.metrics(schema.names)

@@ -381,6 +381,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for micro in range(self.micro_batches):
             batch = next(batches)
+            batch["step"] = self.step
             _seed(self.device, self.seed, _TRAINING, self.step, micro, self.process.process_index)
             # A sample counts the same wherever it is; the mean over processes is taken of the gradients.
             parts = global_batch(config) / (len(batch["seed"]) * self.process.num_processes)
@@ -510,8 +511,9 @@ def train(
         model: what is trained; parameters with `requires_grad` in half precision are raised to float32 first.
         loss: batch -> scalar, by way of `model`. May use the global generators (dropout layers do); whatever must not
             depend on batch size and number of processes is drawn from the seeds in `batch["seed"]`, int64 (B,).
+            `batch["step"]` is the number of the step, from 0.
         dataset: `dataset[(index, seed)]` is a dict that torch's `default_collate` can stack, a function of the key
-            alone. The loop adds the seed to it. With `workers` it is pickled.
+            alone. The loop adds seed and step to it. With `workers` it is pickled.
         config: see `TrainConfig`. `gradient_checkpointing` calls the model's `enable_gradient_checkpointing`, if any.
         folder: of this run alone; see `training.checkpoint` for what is in it.
         seed: of the order of the samples, their seeds, and the global generators.
