@@ -130,7 +130,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _distance(text: str) -> tuple[float, str]:
-    return float(text.removesuffix("m")), "m" if text.endswith("m") else "px"
+    return float(text.removesuffix("px").removesuffix("m")), "m" if text.endswith("m") else "px"
 
 
 Bands = Annotated[
@@ -881,7 +881,27 @@ def refine(
         bool, typer.Option("--everywhere", help="Instead of --band: all pixels may change, far from boundaries too.")
     ] = False,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations of the network for every window.")] = 4,
-    size: Annotated[int, typer.Option(metavar="PIXELS", min=32, help="Side of the windows.")] = 256,
+    strength: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            min=0,
+            max=1,
+            help="How much noise it starts from: 1 for noise alone, below for the map itself under so much noise.",
+        ),
+    ] = 1.0,
+    guidance_scale: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            min=0,
+            help="By how much image and map are exaggerated against none, at twice the cost; 1 is off.",
+        ),
+    ] = 1.0,
+    size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", min=8, help="Side of the windows. (default: that of the refiner's training)"),
+    ] = None,
     overlap: Annotated[
         int | None,
         typer.Option(
@@ -914,8 +934,9 @@ def refine(
     from terrasynth.tasks.refine import refine as refine_map
 
     reach = None if everywhere else Tolerance(*(band or (8, "px")))
-    settings = RefineSettings(size, size // 4 if overlap is None else overlap, batch_size, shown, reach, seed)
-    refiner = load_refiner(model, steps=steps)
+    refiner = load_refiner(model, steps=steps, strength=strength, guidance_scale=guidance_scale)
+    side = size or refiner.image_size
+    settings = RefineSettings(side, side // 4 if overlap is None else overlap, batch_size, shown, reach, seed)
     _silence_libraries()
     typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema))
 

@@ -8,7 +8,7 @@ all are, so a run that was killed goes on, and ends with the same file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from terrasynth.data.raster import Grid, Raster, Stretch, crs_name, open_raster
 from terrasynth.data.scenes import check_aligned
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, weights_digest
+from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, read_json, weights_digest
 from terrasynth.progress import say
 from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
 from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
@@ -56,6 +56,14 @@ class Refiner(Protocol):
     def schema(self) -> LabelSchema | None:
         """The classes it was made for; None if it refines any, or does not know them by name."""
 
+    @property
+    def image_size(self) -> int:
+        """Side of the windows that it was trained on, in pixels."""
+
+    @property
+    def factor(self) -> int:
+        """Sides of windows must be multiples of it."""
+
     def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
         """Scores of the classes; the highest wins. Those of a window depend on its own image, map and seed alone.
 
@@ -75,18 +83,31 @@ class _IDGBR:
     """A refiner of `systems.idgbr`, which is loaded when something is asked of it."""
 
     folder: Path
+    index: Mapping[str, Any]
     steps: int
+    strength: float
+    guidance_scale: float
 
     @cached_property
     def identity(self) -> str:
-        return digest(weights_digest(self.folder), self.steps)
+        return digest(weights_digest(self.folder), self.index, self.steps, self.strength, self.guidance_scale)
 
     @cached_property
     def pipeline(self) -> IDGBRPipeline:
         # The libraries of the networks take longer to load than all that is done before.
         from terrasynth.systems.idgbr import IDGBRPipeline
 
-        return IDGBRPipeline.from_pretrained(self.folder).place("cuda" if torch.cuda.is_available() else "cpu", "fp32")
+        pipeline = IDGBRPipeline.from_pretrained(self.folder)
+        most = math.floor(self.strength * pipeline.scheduler.config.num_train_timesteps + 1e-6)
+        if self.steps > most:
+            raise TerraSynthError(
+                "more steps than the model has timesteps",
+                path=self.folder,
+                found=f"--steps {self.steps} at --strength {self.strength:g}",
+                expected=f"at most {most}",
+                fix="lower --steps; a few are enough",
+            )
+        return pipeline.place("cuda" if torch.cuda.is_available() else "cpu", "auto")
 
     @property
     def num_classes(self) -> int | None:
@@ -98,34 +119,60 @@ class _IDGBR:
     def schema(self) -> LabelSchema | None:
         return self.pipeline.schema
 
+    @property
+    def image_size(self) -> int:
+        # Of the index alone, so that nothing is loaded before the files are looked at.
+        size, patch = (int(self.index.get(key) or least) for key, least in (("image_size", 256), ("patch_size", 1)))
+        return -(-size // patch) * patch
+
+    @property
+    def factor(self) -> int:
+        return self.pipeline.factor
+
     def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
-        each_class = self.num_classes is None
         return self.pipeline.scores(
-            images, rough, seeds=seeds, num_steps=self.steps, each_class=each_class, num_classes=num_classes
+            images,
+            rough.where(rough != UNLABELLED, self.pipeline.ignore_index),
+            seeds=seeds,
+            num_steps=self.steps,
+            strength=self.strength,
+            guidance_scale=self.guidance_scale,
+            each_class=self.num_classes is None,
+            num_classes=num_classes,
         )
 
 
-def load_refiner(model: str | Path, *, steps: int = 4) -> Refiner:
+def load_refiner(model: str | Path, *, steps: int = 4, strength: float = 1.0, guidance_scale: float = 1.0) -> Refiner:
     """An IDGBR refiner that TerraSynth saved, or one that comes with the package, by its name.
+
+    It computes in bfloat16 where the processor has instructions for it, else in float32.
 
     Args:
         model: a folder or a name.
         steps: evaluations of the network for every window.
+        strength: how much noise it starts from: 1 for noise alone, below for the rough map under so much noise.
+        guidance_scale: by how much image and map are exaggerated against none; 1 is off.
 
     Raises:
-        TerraSynthError: the folder is no model's. What is wrong with its parts shows when it is used.
+        TerraSynthError: the folder is no refiner's, or the strength is not above 0 and up to 1. What is wrong with its
+            parts shows when it is used.
     """
     packaged = _WEIGHTS / str(model)
     folder = packaged if packaged.is_dir() else Path(model)
-    if not (folder / "model_index.json").is_file():
+    path = folder / "model_index.json"
+    index = read_json(path, fix="copy the folder again") if path.is_file() else None
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(index, dict) or kind != "IDGBRPipeline":
         raise TerraSynthError(
-            "not the folder of a model",
+            "not the folder of a refiner",
             path=folder,
-            found="no model_index.json",
-            expected="a refiner that IDGBRPipeline.save_pretrained wrote",
-            fix="correct --model",
+            found="no model_index.json" if index is None else f"a model of {kind}",
+            expected="a refiner that `terrasynth train --what refiner` or IDGBRPipeline.save_pretrained wrote",
+            fix="correct --model; Stable Diffusion must be trained to refine first",
         )
-    return _IDGBR(folder, steps)
+    if not 0 < strength <= 1:
+        raise TerraSynthError("--strength is above 0 and up to 1", found=strength)
+    return _IDGBR(folder, index, steps, strength, guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -214,8 +261,11 @@ def refine(
         reach = None if settings.band is None else _pixels(settings.band, grid, rough)
         settings.stretch.chosen(picture)
         mapped = read_rough_map(raster, schema or refiner.schema, refiner.num_classes)
+        _check_factor(settings.size, refiner.factor)
         check_width(rough, grid, settings.size, mapped.num_classes)
         say(f"read as: {mapped.shares()}")
+        if (mapped.counts > 0).sum() == 1:
+            say(_nothing_to_refine(mapped))
         with alone_at(out) as work:
             # Another process may have finished it since.
             if finished():
@@ -260,6 +310,28 @@ def _common_grid(image: Raster, rough: Raster) -> Grid:
         if other.grid.is_georeferenced and not raster.grid.is_georeferenced:
             say(f"{raster.path} does not say where it lies, and is taken to lie on {other.path}")
     return grid
+
+
+def _check_factor(size: int, factor: int) -> None:
+    if size % factor:
+        raise TerraSynthError(
+            "the windows do not divide into what the refiner sees as one",
+            found=f"--size {size}",
+            expected=f"a multiple of {factor}",
+            fix=f"give --size {-(-size // factor) * factor}",
+        )
+
+
+def _nothing_to_refine(rough: RoughMap) -> str:
+    """What to say of a map of one class."""
+    path = rough.raster.path
+    text = f"{path} has pixels of {rough.names[int(rough.counts.argmax())]} alone: there is no boundary to refine."
+    if rough.raster.nodata is None:
+        return text
+    return (
+        f"{text} Its nodata value, {rough.raster.nodata:g}, counts as unlabelled; if these pixels are a class as well, "
+        f"`gdal_edit.py -unsetnodata {path}` says so"
+    )
 
 
 def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
