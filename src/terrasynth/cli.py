@@ -941,6 +941,57 @@ def refine(
     typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema))
 
 
+@app.command(epilog=_example("terrasynth boundaries refined.tif truth.tif --labels classes.yaml --tolerance 1m"))
+def boundaries(
+    prediction: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PREDICTION",
+            exists=True,
+            help="A class map of the values that the label schema names, or a folder of such.",
+        ),
+    ],
+    truth: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRUTH", exists=True, help="Its true mask; or a folder of masks, with the names of the predictions."
+        ),
+    ],
+    labels: Annotated[str, typer.Option(metavar="NAME|FILE", help="Label schema of both.")],
+    tolerance: Annotated[
+        Any,
+        typer.Option(
+            metavar="PIXELSpx|METRESm",
+            parser=_distance,
+            help="How far from a boundary boundary IoU, BF and the trimap look, as 3px or 1m. (default: 2 % and 0.75 % "
+            "of the diagonal, and 3px, as published)",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write all numbers to FILE as well."),
+    ] = None,
+) -> None:
+    """Score how well the boundaries in class maps lie: IoU, boundary IoU, BF, mBA, trimap IoU, weighted F of edges.
+
+    Prints one line a class, and last the means over classes (of mBA, all classes at once). Both rasters must have the
+    same size, CRS and transform. Unlabelled true pixels are left out; predicted pixels that are no class are wrong, and
+    a truth without a prediction is an error. docs/rasters.md says what each metric is.
+    """
+    from terrasynth.data.schema import LabelSchema
+
+    schema = LabelSchema.load(labels)
+
+    from terrasynth.io import write_json
+    from terrasynth.tasks.bands import Tolerance
+    from terrasynth.tasks.boundary_files import as_json, score_files, table
+
+    scores = score_files(prediction, truth, schema, None if tolerance is None else Tolerance(*tolerance))
+    typer.echo(table(scores))
+    if json_file is not None:
+        write_json(json_file, as_json(scores))
+
+
 @app.command(epilog=_example("terrasynth report runs/demo"))
 def report(
     run: Annotated[

@@ -335,11 +335,8 @@ def _nothing_to_refine(rough: RoughMap) -> str:
 
 
 def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
-    """How far a band reaches, in pixels; of pixels that are not square, by their area."""
-    gsd = None
-    if grid.crs is not None and grid.crs.is_projected and grid.transform is not None:
-        gsd = math.sqrt(abs(grid.transform.determinant)) * grid.crs.linear_units_factor[1]
-    if band.unit == "m" and gsd is None:
+    """How far a band reaches, in pixels."""
+    if band.unit == "m" and grid.gsd is None:
         raise TerraSynthError(
             "the band is in metres, and the size of the pixels is not known in metres",
             path=path,
@@ -347,7 +344,7 @@ def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
             expected="a projected CRS",
             fix=f"give --band in pixels, as --band {max(1, round(band.value))}",
         )
-    return band.pixels((grid.height, grid.width), gsd)
+    return band.pixels((grid.height, grid.width), grid.gsd)
 
 
 # --- what changes ----------------------------------------------------------------------------------------------------
