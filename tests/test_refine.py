@@ -381,7 +381,7 @@ CODES = (111, 112, -3, -9999)
 def test_values_of_any_size_stay_what_they_are(image, tmp_path, dtype):
     rough = tiff(tmp_path / "rough.tif", areas(values=CODES).astype(dtype), nodata=-9999, **PLACE)
     if dtype == np.float64:
-        with pytest.raises(TerraSynthError, match="holds no class indices or colours"):
+        with pytest.raises(TerraSynthError, match="the class map holds no class indices or colours"):
             refine(image, rough, tmp_path / "out.tif", Blurred(), SETTINGS)
         return
     refine(image, rough, tmp_path / "out.tif", Next(), EVERYWHERE)
