@@ -25,7 +25,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.tasks import refine as module
 from terrasynth.tasks.bands import Tolerance
-from terrasynth.tasks.refine import RefineSettings, load_refiner, refine
+from terrasynth.tasks.refine import Confidence, RefineSettings, load_refiner, refine
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((60, 16, 152), (110, 193, 228), (226, 169, 41)), 255, ((0, 0, 0),))
 PLACE = {"crs": "EPSG:32640", "transform": Affine(0.5, 0, 300_000, 0, -0.5, 2_800_000)}
@@ -180,6 +180,14 @@ def test_windows_say_what_the_refiner_says_of_the_whole_raster(tmp_path, height,
     assert (may & (found == classes)).any()
 
 
+@pytest.mark.parametrize("columns", [1, 7, 101])
+def test_however_many_columns_are_decided_at_a_time(tmp_path, image, rough, monkeypatch, columns):
+    monkeypatch.setattr("terrasynth.tasks.stripes._COLUMNS", columns)
+    refine(image, rough, tmp_path / "out.tif", Blurred(), SETTINGS)
+    expected, _ = by_hand(Blurred(), picture(), areas(), 4)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), expected)
+
+
 @pytest.mark.parametrize("band", [1, 1.5, 2, 4, 9.9])
 def test_the_band_reaches_as_far_as_asked_and_nothing_else_changes(tmp_path, image, band):
     # Windows begin at rows 0, 19 and 38, and the bands at row 34 end in the last, which does not see the boundary.
@@ -220,6 +228,44 @@ def test_windows_in_which_nothing_may_change_are_not_computed(tmp_path):
     changed = np.zeros(classes.shape, bool)
     changed[:, 146:154] = True
     np.testing.assert_array_equal(read(tmp_path / "banded.tif"), np.where(changed, 1 - classes, classes))
+
+
+@pytest.mark.parametrize("kind", ["float", "byte"])
+@pytest.mark.parametrize("band", [4, None])
+def test_pixels_that_the_map_is_sure_of_stay(tmp_path, image, rough, kind, band):
+    sure = ndimage.uniform_filter(np.random.default_rng(2).random((70, 101)), 9).astype(np.float32)
+    sure[:40, :60] = 0.9  # a window and more
+    if kind == "float":
+        below, sure[50, 40:50], sure[60:, 50:] = 0.5, np.nan, -9999.0
+        raster = tiff(tmp_path / "sure.tif", sure, nodata=-9999.0, **PLACE)
+    else:
+        below, sure = 128, (255 * sure).astype(np.uint8)
+        raster = tiff(tmp_path / "sure.tif", sure)  # lies where the map lies
+    settings = RefineSettings(size=32, overlap=16, band=band and Tolerance(band))
+    refiner, everywhere = Next(), Next()
+    refine(image, rough, tmp_path / "out.tif", refiner, settings, confidence=Confidence(raster, below))
+    may = (areas() != 255) & ~(sure >= below) & (band is None or distance_to_another(areas()) <= band)
+    assert 0.02 < may.mean() < 0.6
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), np.where(may, (areas() + 1) % 3, areas()))
+    refine(image, rough, tmp_path / "all.tif", everywhere, settings)
+    assert sum(len(s) for _, s in refiner.batches) < sum(len(s) for _, s in everywhere.batches)
+    for other in (None, Confidence(raster, below + 1)):
+        assert "made of something else" in refused(
+            image, rough, tmp_path / "out.tif", settings=settings, confidence=other
+        )
+
+
+def test_a_confidence_of_other_pixels_is_refused(tmp_path, image, rough):
+    moved = {**PLACE, "transform": PLACE["transform"] @ Affine.translation(1, 0)}
+    sure = np.ones((70, 101), np.float32)
+    for name, bands, place, text in (
+        ("moved", sure, moved, "class map and confidence do not lie on the same pixels"),
+        ("small", sure[1:], PLACE, "the confidence is not as large as its class map"),
+        ("all", np.stack([sure] * 3), PLACE, "3 bands of float32"),
+    ):
+        raster = tiff(tmp_path / f"{name}.tif", bands, **place)
+        assert text in refused(image, rough, tmp_path / "out.tif", confidence=Confidence(raster, 0.5))
+    assert "would replace the confidence" in refused(image, rough, raster, confidence=Confidence(raster, 0.5))
 
 
 def test_ground_without_data_in_the_image_stays(tmp_path, rough):
@@ -310,7 +356,7 @@ def test_a_refiner_that_fails_leaves_its_rows_to_the_next_run(image, rough, tmp_
     refine(image, rough, tmp_path / "whole.tif", whole, SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         refine(image, rough, tmp_path / "out.tif", Failing(), SETTINGS)
-    kept = (tmp_path / "out.unfinished" / "rows.raw").stat().st_size
+    kept = (tmp_path / "out.tif.unfinished" / "rows.raw").stat().st_size
     assert 0 < kept < 70 * 101
     assert kept % 101 == 0
     refine(image, rough, tmp_path / "out.tif", rest, SETTINGS)
@@ -559,7 +605,30 @@ def test_a_second_run_is_refused_while_the_first_lives(image, rough, tmp_path):
 
     refine(image, rough, out, Meanwhile(), SETTINGS)
     assert "out.tif: another process is at it" in second[0]
-    assert not (tmp_path / "out.unfinished").exists()
+    assert not (tmp_path / "out.tif.unfinished").exists()
+
+
+def test_maps_that_differ_in_their_suffix_alone_do_not_meet(tmp_path):
+    Image.fromarray(np.moveaxis(picture(), 0, -1)).save(tmp_path / "image.png")
+    classes = areas(values=(0, 1, 2, 1)).astype(np.uint8)
+    Image.fromarray(classes).save(tmp_path / "rough.png")
+    files, begun = (tmp_path / "image.png", tmp_path / "rough.png"), []
+
+    class Meanwhile(Next):
+        def scores(self, images, rough, **options):
+            if not begun:
+                begun.append(tmp_path / "out.incomplete-1.tif")  # of the first, as if it were writing its file
+                begun[0].touch()
+                refine(*files, tmp_path / "out.png", Blurred(), SETTINGS)
+                assert begun[0].exists()
+            return super().scores(images, rough, **options)
+
+    refine(*files, tmp_path / "out.tif", Meanwhile(), EVERYWHERE)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), (classes + 1) % 3)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "out.png")), by_hand(Blurred(), picture(), classes, 4)[0]
+    )
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_another_place_is_told_with_the_command_that_mends_it(image, rough, tmp_path):
@@ -658,7 +727,8 @@ def test_settings_that_do_not_fit_are_refused():
 
 
 def test_a_raster_too_wide_for_the_memory_is_told_from_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr("terrasynth.tasks.stripes._MAX_STRIPE", 4 * 3 * 32 * 100)
+    # Beside the scores, in float32, are classes, bands and copies.
+    monkeypatch.setattr("terrasynth.tasks.stripes._MAX_STRIPE", (4 * 3 + 48) * 32 * 100)
     image = tiff(tmp_path / "image.tif", picture(), **PLACE)
     rough = tiff(tmp_path / "rough.tif", areas().astype(np.uint8), nodata=255, **PLACE)
     assert "101 columns, 3 classes, windows of 32" in refused(image, rough, tmp_path / "out.tif")
@@ -727,6 +797,8 @@ def test_the_command_refines_as_the_pipeline_does(tmp_path, folder):
     other = command(image, rough, "--out", tmp_path / "other.tif", *options[:-3], "1.5", "--everywhere")
     assert other.exit_code == 2
     assert command(image, rough, "--out", tmp_path / "other.tif", *options[:4], "--band", "0").exit_code == 2
+    alone = command(image, rough, "--out", tmp_path / "other.tif", *options[:4], "--below", "0.5")
+    assert (alone.exit_code, "one needs the other" in alone.stderr) == (2, True)
 
 
 def test_the_command_starts_from_the_map_and_exaggerates_as_the_pipeline_does(tmp_path, folder):

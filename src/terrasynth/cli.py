@@ -880,6 +880,19 @@ def refine(
     everywhere: Annotated[
         bool, typer.Option("--everywhere", help="Instead of --band: all pixels may change, far from boundaries too.")
     ] = False,
+    confidence: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Raster of how sure MAP is of each pixel: the probability of its class, or the margin over the next.",
+        ),
+    ] = None,
+    below: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="With --confidence: pixels keep their class that have this much or more."),
+    ] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations of the network for every window.")] = 4,
     strength: Annotated[
         float,
@@ -925,12 +938,14 @@ def refine(
 
     if everywhere and band is not None:
         raise typer.BadParameter("with --everywhere there is no band", param_hint="--band, --everywhere")
+    if (confidence is None) != (below is None):
+        raise typer.BadParameter("one needs the other", param_hint="--confidence, --below")
     # What is wrong with the options shows before torch is loaded.
     shown = Stretch(bands, _pairs(stretch))
     schema = None if labels is None else LabelSchema.load(labels)
 
     from terrasynth.tasks.bands import Tolerance
-    from terrasynth.tasks.refine import RefineSettings, load_refiner
+    from terrasynth.tasks.refine import Confidence, RefineSettings, load_refiner
     from terrasynth.tasks.refine import refine as refine_map
 
     reach = None if everywhere else Tolerance(*(band or (8, "px")))
@@ -938,7 +953,8 @@ def refine(
     side = size or refiner.image_size
     settings = RefineSettings(side, side // 4 if overlap is None else overlap, batch_size, shown, reach, seed)
     _silence_libraries()
-    typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema))
+    unsure = None if confidence is None or below is None else Confidence(confidence, below)
+    typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema, confidence=unsure))
 
 
 @app.command(epilog=_example("terrasynth boundaries refined.tif truth.tif --labels classes.yaml --tolerance 1m"))

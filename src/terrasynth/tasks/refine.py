@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -31,12 +32,12 @@ from terrasynth.progress import say
 from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
 from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.rough_map import UNLABELLED, RoughMap, read_rough_map
-from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width
+from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest
 
 if TYPE_CHECKING:
     from terrasynth.systems.idgbr import IDGBRPipeline
 
-__all__ = ["RefineSettings", "Refiner", "load_refiner", "refine"]
+__all__ = ["Confidence", "RefineSettings", "Refiner", "load_refiner", "refine"]
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -213,6 +214,20 @@ class RefineSettings:
         }
 
 
+@dataclass(frozen=True)
+class Confidence:
+    """How sure a class map is of its pixels.
+
+    Attributes:
+        path: raster of the same pixels, one band of numbers that grow with it: the probability of the map's class, or
+            its margin over the next.
+        below: pixels may change whose number is below this one, and those without a number.
+    """
+
+    path: Path
+    below: float
+
+
 def refine(
     image: Path,
     rough: Path,
@@ -221,6 +236,7 @@ def refine(
     settings: RefineSettings | None = None,
     *,
     schema: LabelSchema | None = None,
+    confidence: Confidence | None = None,
 ) -> Path:
     """Refine the boundaries of a class map.
 
@@ -232,6 +248,7 @@ def refine(
         settings: how.
         schema: the classes of the map; by default those that the refiner was made for, and without such, every value or
             colour that occurs is a class.
+        confidence: leaves pixels as they are that the map is sure of, within the band as well.
 
     Returns:
         The file: a cloud-optimised GeoTIFF with the CRS, transform, values, nodata value, colours and class names of
@@ -243,21 +260,26 @@ def refine(
             them, or exists and was made of something else; or another process is at it.
     """
     settings = settings or RefineSettings()
-    _check_output(image, rough, out)
+    sources = {"image": image, "class map": rough} | ({} if confidence is None else {"confidence": confidence.path})
+    _check_output(sources, out)
     made_of = {
         "refiner": refiner.identity,
         "schema": None if schema is None else schema.to_dict(),
         **settings.to_dict(),
-        "files": [[path.name, path.stat().st_size] for path in (image, rough) if path.exists()],
+        "below": None if confidence is None else confidence.below,
+        "files": [[path.name, path.stat().st_size] for path in sources.values() if path.exists()],
     }
     identity = digest(made_of)
-    finished = partial(is_finished, out, identity, {"image": image, "class map": rough})
+    finished = partial(is_finished, out, identity, sources)
     if finished():
         say(f"{out} is there already")
         tidy(out)
         return out
-    with open_raster(image) as picture, open_raster(rough) as raster:
+    with ExitStack() as opened:
+        picture, raster, *sure = (opened.enter_context(open_raster(path)) for path in sources.values())
         grid = _common_grid(picture, raster)
+        for other in sure:
+            _check_confidence(other, raster, grid)
         reach = None if settings.band is None else _pixels(settings.band, grid, rough)
         settings.stretch.chosen(picture)
         mapped = read_rough_map(raster, schema or refiner.schema, refiner.num_classes)
@@ -270,8 +292,9 @@ def refine(
             # Another process may have finished it since.
             if finished():
                 return out
-            rows = open_rows(work, {**made_of, "times": [path.stat().st_mtime_ns for path in (image, rough)]})
-            stripes = partial(_stripes, refiner, picture, mapped, settings, reach)
+            rows = open_rows(work, {**made_of, "times": [path.stat().st_mtime_ns for path in sources.values()]})
+            where = _Where(mapped, reach, *((sure[0], confidence.below) if confidence is not None else ()))
+            stripes = partial(_stripes, refiner, picture, where, settings)
             edges = borders(grid, settings.size, settings.overlap)
             append_rows(rows, grid, mapped.legend, edges, lambda top: stripes(top=top), rough.name)
             tags = {
@@ -288,11 +311,11 @@ def refine(
 # --- what is given ---------------------------------------------------------------------------------------------------
 
 
-def _check_output(image: Path, rough: Path, out: Path) -> None:
-    for what, path in (("image", image), ("class map", rough)):
+def _check_output(sources: Mapping[str, Path], out: Path) -> None:
+    for what, path in sources.items():
         if out.resolve() == path.resolve():
             raise TerraSynthError(f"the output would replace the {what}", path=path, fix="choose another --out")
-    suffixes = (*TIFF_SUFFIXES, ".png") if rough.suffix.lower() == ".png" else TIFF_SUFFIXES
+    suffixes = (*TIFF_SUFFIXES, ".png") if sources["class map"].suffix.lower() == ".png" else TIFF_SUFFIXES
     if out.suffix.lower() not in suffixes:
         raise TerraSynthError(
             "a refined map is a TIFF, or a PNG if the class map is one",
@@ -312,6 +335,19 @@ def _common_grid(image: Raster, rough: Raster) -> Grid:
     return grid
 
 
+def _check_confidence(confidence: Raster, rough: Raster, grid: Grid) -> None:
+    its = confidence.grid.completed(grid)
+    check_aligned(rough.path, grid.completed(its), confidence.path, its, name="confidence", other="class map")
+    if confidence.count > 1 or confidence.dtype.kind not in "iuf":
+        raise TerraSynthError(
+            "not a confidence of the class map",
+            path=confidence.path,
+            found=f"{confidence.count} {'band' if confidence.count == 1 else 'bands'} of {confidence.dtype}",
+            expected="one band of numbers: the probability of the map's class in each pixel, or its margin",
+            fix="of the probabilities of all classes, store the largest",
+        )
+
+
 def _check_factor(size: int, factor: int) -> None:
     if size % factor:
         raise TerraSynthError(
@@ -326,7 +362,7 @@ def _nothing_to_refine(rough: RoughMap) -> str:
     """What to say of a map of one class."""
     path = rough.raster.path
     text = f"{path} has pixels of {rough.names[int(rough.counts.argmax())]} alone: there is no boundary to refine."
-    if rough.raster.nodata is None:
+    if rough.raster.nodata is None or rough.counts.sum() == rough.raster.grid.width * rough.raster.grid.height:
         return text
     return (
         f"{text} Its nodata value, {rough.raster.nodata:g}, counts as unlabelled; if these pixels are a class as well, "
@@ -350,52 +386,68 @@ def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
 # --- what changes ----------------------------------------------------------------------------------------------------
 
 
-def _may_change(
-    rough: RoughMap, reach: float | None, top: int, height: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """The classes of some rows, whole width, and which labelled pixels have another class within `reach` of them."""
-    margin = 0 if reach is None else len(disc(reach)) - 1
-    first, end = max(0, top - margin), min(rough.raster.grid.height, top + height + margin)
-    classes = rough.classes(Window(0, first, rough.raster.grid.width, end - first))
-    may = classes != UNLABELLED
-    if reach is not None:
-        labels = as_labels(classes, rough.num_classes, ~may)
-        may &= mixed(dilate(planes(labels, rough.num_classes), disc(reach)))
-    rows = slice(top - first, top - first + height)
-    return classes[rows], may[rows]
+@dataclass(frozen=True)
+class _Where:
+    """Which pixels of a map may change: those with another class within `reach`, of which it is not sure."""
+
+    rough: RoughMap
+    reach: float | None
+    confidence: Raster | None = None
+    below: float = math.inf
+
+    def may_change(self, top: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The classes of some rows, whole width, and which of their pixels may change."""
+        rough, grid = self.rough, self.rough.raster.grid
+        margin = 0 if self.reach is None else len(disc(self.reach)) - 1
+        first, end = max(0, top - margin), min(grid.height, top + height + margin)
+        classes = rough.classes(Window(0, first, grid.width, end - first))
+        may = classes != UNLABELLED
+        if self.reach is not None:
+            labels = as_labels(classes, rough.num_classes, ~may)
+            may &= mixed(dilate(planes(labels, rough.num_classes), disc(self.reach)))
+        rows = slice(top - first, top - first + height)
+        classes, may = classes[rows], may[rows]
+        if self.confidence is not None:
+            window = Window(0, top, grid.width, height)
+            values = self.confidence.read(window)
+            known = self.confidence.valid(values, window)
+            sure = values[0] >= self.below  # NaN is not
+            may &= ~(sure if known is None else sure & known)
+        return classes, may
 
 
 def _stripes(
-    refiner: Refiner, image: Raster, rough: RoughMap, settings: RefineSettings, reach: float | None, *, top: int
+    refiner: Refiner, image: Raster, where: _Where, settings: RefineSettings, *, top: int
 ) -> Iterator[NDArray[Any]]:
     """The rows of the refined map, as stored."""
+    rough = where.rough
     grid = rough.raster.grid
     absent = torch.from_numpy(rough.counts == 0)
-    compute = partial(_parts, refiner, image, rough, settings, reach)
+    compute = partial(_parts, refiner, image, where, settings)
     for first, scores, valid in blend(grid, settings.size, settings.overlap, rough.num_classes, compute, top=top):
         window = Window(0, first, grid.width, valid.shape[0])
         classes = rough.classes(window)
         stored = rough.stored(window, classes)
         scores[absent] = -math.inf
-        highest, best = scores.movedim(0, -1).contiguous().max(-1)
-        own = torch.from_numpy(classes).long().clamp_(max=rough.num_classes - 1)
-        # Of equals, what is there already.
-        better = valid & (scores.gather(0, own[None])[0] < highest)
-        yield np.where(better.numpy(), rough.written[best.numpy()], stored)
+        for columns, score, best in highest(scores):
+            own = torch.from_numpy(classes[:, columns]).long().clamp_(max=rough.num_classes - 1)
+            # Of equals, what is there already.
+            better = valid[:, columns] & (scores[..., columns].gather(0, own[None])[0] < score)
+            stored[:, columns] = np.where(better.numpy(), rough.written[best.numpy()], stored[:, columns])
+        yield stored
 
 
 @torch.inference_mode()
 def _parts(
     refiner: Refiner,
     image: Raster,
-    rough: RoughMap,
+    where: _Where,
     settings: RefineSettings,
-    reach: float | None,
     windows: Sequence[Window],
 ) -> Iterator[Part]:
     """The scores in the windows of a row; one in which no pixel may change is not computed."""
     top, height, width = windows[0].row_off, windows[0].height, windows[0].width
-    classes, wanted = _may_change(rough, reach, top, height)
+    classes, wanted = where.may_change(top, height)
     columns = {window.col_off: slice(window.col_off, window.col_off + width) for window in windows}
     todo = []
     for window in windows:
@@ -410,11 +462,11 @@ def _parts(
         scores = refiner.scores(
             torch.from_numpy(images).movedim(-1, 1).float().div_(255),
             torch.from_numpy(maps).long(),
-            num_classes=rough.num_classes,
+            num_classes=where.rough.num_classes,
             # Of the place alone, so that it is the same whatever else is computed.
             seeds=[int(digest(settings.seed, window.row_off, window.col_off), 16) >> 1 for window in batch],
         )
-        expected = (len(batch), rough.num_classes, settings.size, settings.size)
+        expected = (len(batch), where.rough.num_classes, settings.size, settings.size)
         if scores.shape != expected or not scores.isfinite().all():
             raise TerraSynthError(
                 "the refiner gives no scores",
