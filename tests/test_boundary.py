@@ -102,6 +102,11 @@ class ByHand:
         band = [p for p in self.pixels if self.border(self.truth, p, lambda y, x: y + x <= 1)]
         yield sum(self.truth[p] == self.guess[p] for p in band) / len(band) if band else math.nan
 
+    def iou(self):
+        for k in range(K):
+            a, b = ({p for p in self.pixels if labels[p] == k} for labels in (self.truth, self.guess))
+            yield len(a & b) / len(a | b) if a | b else math.nan
+
     def trimap_iou(self, distance):
         band = [p for p in self.pixels if self.border(self.truth, p, lambda y, x: math.hypot(y, x) <= distance)]
         for k in range(K):
@@ -118,6 +123,7 @@ def test_every_metric_by_class_equals_a_brute_force_count(pair):
         equal(result.bf(pooled=pooled), [*by_hand.bf(1.5)])
         equal(result.mba(pooled=pooled), [*by_hand.mba()])
         equal(result.trimap_iou(pooled=pooled), [*by_hand.trimap_iou(2.3)])
+        equal(result.iou(pooled=pooled), [*by_hand.iou()])
 
 
 @settings(max_examples=40, deadline=None)
@@ -506,6 +512,7 @@ def test_the_border_of_a_class_with_unlabelled_pixels_and_with_the_frame_is_no_b
     metrics = score(truth, truth).metrics()
     assert metrics.pop("no_class") == 0
     assert metrics.pop("wf") == metrics.pop("wf/non-edge") == 1
+    assert metrics.pop("iou") == metrics.pop("iou/land") == 1
     assert set(metrics.values()) == {None}
     framed = score(truth, truth, BoundarySettings(band=Tolerance(2), frame=True))
     assert framed.maps["a"].band[:, 0].tolist() == [30**2 - 26**2] * 3
@@ -565,7 +572,7 @@ def test_a_map_without_a_class_leaves_the_mean_of_the_class():
     assert metrics["bf/water"] is None
     assert metrics["bf"] == pytest.approx(before[:2].mean())
     assert metrics["mba"] == scores.mba()[-1]
-    assert list(metrics)[:4] == ["boundary_iou", "bf", "trimap_iou", "mba"]
+    assert list(metrics)[:5] == ["iou", "boundary_iou", "bf", "trimap_iou", "mba"]
 
 
 # --- tolerances ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ COMMANDS = [
     "audit",
     "study",
     "refine",
+    "boundaries",
     "report",
     "recipe",
     "doctor",

@@ -184,7 +184,15 @@ def test_what_is_no_mask_is_refused(tmp_path, monkeypatch):
     many = save(tmp_path / "a.tif", RANDOM.integers(0, 256, (40, 50, 3)).astype(np.uint8))
     floats = save(tmp_path / "b.tif", areas().astype(np.float32))
     wide = save(tmp_path / "c.tif", np.dstack([areas()] * 5))
-    for path, message in ((many, "JPEG"), (floats, "float32"), (wide, "5 bands")):
+    # Rounded to whole numbers, as `gdal_translate -ot Byte` would, probabilities are no classes.
+    shares = save(tmp_path / "d.tif", RANDOM.random((40, 50, 3)).astype(np.float32))
+    for path, message in (
+        (many, "JPEG"),
+        (floats, "float32"),
+        (floats, "if they are probabilities of one class, `gdal_calc.py"),
+        (wide, "5 bands"),
+        (shares, "store the number of the largest in each pixel"),
+    ):
         with pytest.raises(TerraSynthError) as caught, open_raster(path) as raster:
             survey(raster)
         assert message in str(caught.value)

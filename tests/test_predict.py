@@ -231,7 +231,7 @@ def test_a_run_killed_after_any_stripe_ends_as_one_that_was_not(folder, scene, t
 
 
 def test_rows_of_other_settings_are_thrown_away(folder, scene, tmp_path):
-    work = tmp_path / "out.unfinished"
+    work = tmp_path / "out.tif.unfinished"
     work.mkdir()
     (work / "run.json").write_text("{}")
     (work / "rows.raw").write_bytes(bytes(101 * 70))
@@ -247,7 +247,7 @@ def test_rows_of_other_settings_are_thrown_away(folder, scene, tmp_path):
 
 @pytest.mark.parametrize("left", [("run.json", ".lock"), (".lock",), ()])
 def test_what_a_run_left_that_was_killed_as_it_cleared_up_goes(folder, scene, tmp_path, left):
-    out, work = tmp_path / "out.tif", tmp_path / "out.unfinished"
+    out, work = tmp_path / "out.tif", tmp_path / "out.tif.unfinished"
     predict(folder, [scene], out, SETTINGS)
     finished = out.stat()
     work.mkdir()
@@ -301,7 +301,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_leaves_its_files(fold
 
 
 def test_rows_that_somebody_else_wrote_into_become_no_map(folder, scene, tmp_path, monkeypatch):
-    rows, out, fsync = tmp_path / "out.unfinished" / "rows.raw", tmp_path / "out.tif", os.fsync
+    rows, out, fsync = tmp_path / "out.tif.unfinished" / "rows.raw", tmp_path / "out.tif", os.fsync
 
     def beside(descriptor):
         fsync(descriptor)
@@ -338,8 +338,8 @@ def test_a_full_disk_is_not_the_fault_of_the_scene(folder, tmp_path, monkeypatch
         patch.setattr(module, "write_map", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             predict(folder, [scene], out, windows)
-    assert (tmp_path / "out.unfinished" / "rows.raw").stat().st_size == 300 * 301
-    assert on_a_full_disk() == str(tmp_path / "out.unfinished" / "map.tif")
+    assert (tmp_path / "out.tif.unfinished" / "rows.raw").stat().st_size == 300 * 301
+    assert on_a_full_disk() == str(tmp_path / "out.tif.unfinished" / "map.tif")
     predict(folder, [scene], out, windows)
     assert out.read_bytes() == (tmp_path / "whole.tif").read_bytes()
 
@@ -400,7 +400,7 @@ def test_a_scene_too_wide_for_the_memory_is_told_from_its_header(folder, tmp_pat
     profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "tiled": True, "SPARSE_OK": True, "compress": "deflate"}
     with rasterio.open(path, "w", width=size, height=512, **profile, **PLACE):
         pass
-    with pytest.raises(TerraSynthError, match=r"too wide.*\n.*2000000 columns, 3 classes, windows of 512: 11.4 GiB"):
+    with pytest.raises(TerraSynthError, match=r"too wide.*\n.*2000000 columns, 3 classes, windows of 512: 57.2 GiB"):
         predict(folder, [path], tmp_path / "out.tif", PredictSettings())
 
 

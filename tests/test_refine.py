@@ -25,7 +25,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.tasks import refine as module
 from terrasynth.tasks.bands import Tolerance
-from terrasynth.tasks.refine import RefineSettings, load_refiner, refine
+from terrasynth.tasks.refine import Confidence, RefineSettings, load_refiner, refine
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((60, 16, 152), (110, 193, 228), (226, 169, 41)), 255, ((0, 0, 0),))
 PLACE = {"crs": "EPSG:32640", "transform": Affine(0.5, 0, 300_000, 0, -0.5, 2_800_000)}
@@ -44,6 +44,8 @@ class Blurred:
     num_classes: int | None = None
     schema: LabelSchema | None = None
     batches: list = field(default_factory=list)
+    image_size: int = 32
+    factor: int = 1
 
     def scores(self, images, rough, *, num_classes, seeds):
         assert images.dtype == torch.float32
@@ -178,6 +180,14 @@ def test_windows_say_what_the_refiner_says_of_the_whole_raster(tmp_path, height,
     assert (may & (found == classes)).any()
 
 
+@pytest.mark.parametrize("columns", [1, 7, 101])
+def test_however_many_columns_are_decided_at_a_time(tmp_path, image, rough, monkeypatch, columns):
+    monkeypatch.setattr("terrasynth.tasks.stripes._COLUMNS", columns)
+    refine(image, rough, tmp_path / "out.tif", Blurred(), SETTINGS)
+    expected, _ = by_hand(Blurred(), picture(), areas(), 4)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), expected)
+
+
 @pytest.mark.parametrize("band", [1, 1.5, 2, 4, 9.9])
 def test_the_band_reaches_as_far_as_asked_and_nothing_else_changes(tmp_path, image, band):
     # Windows begin at rows 0, 19 and 38, and the bands at row 34 end in the last, which does not see the boundary.
@@ -218,6 +228,44 @@ def test_windows_in_which_nothing_may_change_are_not_computed(tmp_path):
     changed = np.zeros(classes.shape, bool)
     changed[:, 146:154] = True
     np.testing.assert_array_equal(read(tmp_path / "banded.tif"), np.where(changed, 1 - classes, classes))
+
+
+@pytest.mark.parametrize("kind", ["float", "byte"])
+@pytest.mark.parametrize("band", [4, None])
+def test_pixels_that_the_map_is_sure_of_stay(tmp_path, image, rough, kind, band):
+    sure = ndimage.uniform_filter(np.random.default_rng(2).random((70, 101)), 9).astype(np.float32)
+    sure[:40, :60] = 0.9  # a window and more
+    if kind == "float":
+        below, sure[50, 40:50], sure[60:, 50:] = 0.5, np.nan, -9999.0
+        raster = tiff(tmp_path / "sure.tif", sure, nodata=-9999.0, **PLACE)
+    else:
+        below, sure = 128, (255 * sure).astype(np.uint8)
+        raster = tiff(tmp_path / "sure.tif", sure)  # lies where the map lies
+    settings = RefineSettings(size=32, overlap=16, band=band and Tolerance(band))
+    refiner, everywhere = Next(), Next()
+    refine(image, rough, tmp_path / "out.tif", refiner, settings, confidence=Confidence(raster, below))
+    may = (areas() != 255) & ~(sure >= below) & (band is None or distance_to_another(areas()) <= band)
+    assert 0.02 < may.mean() < 0.6
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), np.where(may, (areas() + 1) % 3, areas()))
+    refine(image, rough, tmp_path / "all.tif", everywhere, settings)
+    assert sum(len(s) for _, s in refiner.batches) < sum(len(s) for _, s in everywhere.batches)
+    for other in (None, Confidence(raster, below + 1)):
+        assert "made of something else" in refused(
+            image, rough, tmp_path / "out.tif", settings=settings, confidence=other
+        )
+
+
+def test_a_confidence_of_other_pixels_is_refused(tmp_path, image, rough):
+    moved = {**PLACE, "transform": PLACE["transform"] @ Affine.translation(1, 0)}
+    sure = np.ones((70, 101), np.float32)
+    for name, bands, place, text in (
+        ("moved", sure, moved, "class map and confidence do not lie on the same pixels"),
+        ("small", sure[1:], PLACE, "the confidence is not as large as its class map"),
+        ("all", np.stack([sure] * 3), PLACE, "3 bands of float32"),
+    ):
+        raster = tiff(tmp_path / f"{name}.tif", bands, **place)
+        assert text in refused(image, rough, tmp_path / "out.tif", confidence=Confidence(raster, 0.5))
+    assert "would replace the confidence" in refused(image, rough, raster, confidence=Confidence(raster, 0.5))
 
 
 def test_ground_without_data_in_the_image_stays(tmp_path, rough):
@@ -308,7 +356,7 @@ def test_a_refiner_that_fails_leaves_its_rows_to_the_next_run(image, rough, tmp_
     refine(image, rough, tmp_path / "whole.tif", whole, SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         refine(image, rough, tmp_path / "out.tif", Failing(), SETTINGS)
-    kept = (tmp_path / "out.unfinished" / "rows.raw").stat().st_size
+    kept = (tmp_path / "out.tif.unfinished" / "rows.raw").stat().st_size
     assert 0 < kept < 70 * 101
     assert kept % 101 == 0
     refine(image, rough, tmp_path / "out.tif", rest, SETTINGS)
@@ -379,7 +427,7 @@ CODES = (111, 112, -3, -9999)
 def test_values_of_any_size_stay_what_they_are(image, tmp_path, dtype):
     rough = tiff(tmp_path / "rough.tif", areas(values=CODES).astype(dtype), nodata=-9999, **PLACE)
     if dtype == np.float64:
-        with pytest.raises(TerraSynthError, match="holds no class indices or colours"):
+        with pytest.raises(TerraSynthError, match="the class map holds no class indices or colours"):
             refine(image, rough, tmp_path / "out.tif", Blurred(), SETTINGS)
         return
     refine(image, rough, tmp_path / "out.tif", Next(), EVERYWHERE)
@@ -557,7 +605,30 @@ def test_a_second_run_is_refused_while_the_first_lives(image, rough, tmp_path):
 
     refine(image, rough, out, Meanwhile(), SETTINGS)
     assert "out.tif: another process is at it" in second[0]
-    assert not (tmp_path / "out.unfinished").exists()
+    assert not (tmp_path / "out.tif.unfinished").exists()
+
+
+def test_maps_that_differ_in_their_suffix_alone_do_not_meet(tmp_path):
+    Image.fromarray(np.moveaxis(picture(), 0, -1)).save(tmp_path / "image.png")
+    classes = areas(values=(0, 1, 2, 1)).astype(np.uint8)
+    Image.fromarray(classes).save(tmp_path / "rough.png")
+    files, begun = (tmp_path / "image.png", tmp_path / "rough.png"), []
+
+    class Meanwhile(Next):
+        def scores(self, images, rough, **options):
+            if not begun:
+                begun.append(tmp_path / "out.incomplete-1.tif")  # of the first, as if it were writing its file
+                begun[0].touch()
+                refine(*files, tmp_path / "out.png", Blurred(), SETTINGS)
+                assert begun[0].exists()
+            return super().scores(images, rough, **options)
+
+    refine(*files, tmp_path / "out.tif", Meanwhile(), EVERYWHERE)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), (classes + 1) % 3)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "out.png")), by_hand(Blurred(), picture(), classes, 4)[0]
+    )
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_another_place_is_told_with_the_command_that_mends_it(image, rough, tmp_path):
@@ -656,7 +727,8 @@ def test_settings_that_do_not_fit_are_refused():
 
 
 def test_a_raster_too_wide_for_the_memory_is_told_from_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr("terrasynth.tasks.stripes._MAX_STRIPE", 4 * 3 * 32 * 100)
+    # Beside the scores, in float32, are classes, bands and copies.
+    monkeypatch.setattr("terrasynth.tasks.stripes._MAX_STRIPE", (4 * 3 + 48) * 32 * 100)
     image = tiff(tmp_path / "image.tif", picture(), **PLACE)
     rough = tiff(tmp_path / "rough.tif", areas().astype(np.uint8), nodata=255, **PLACE)
     assert "101 columns, 3 classes, windows of 32" in refused(image, rough, tmp_path / "out.tif")
@@ -665,13 +737,12 @@ def test_a_raster_too_wide_for_the_memory_is_told_from_its_header(tmp_path, monk
 # --- refiners from files, and the command ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A refiner of random weights for one class against the rest, which sees image and map."""
+def saved(path, schema=None, **options):
+    """A refiner of random weights, which sees image and map."""
     from terrasynth.systems.idgbr import IDGBRPipeline
 
-    path = tmp_path_factory.mktemp("model") / "refiner"
-    pipeline = IDGBRPipeline.from_scratch(widths=(8, 8), patch_size=4, image_size=32, guidance_width=8)
+    options = {"patch_size": 4, "image_size": 32, **options}
+    pipeline = IDGBRPipeline.from_scratch(schema, widths=(8, 8), guidance_width=8, **options)
     torch.manual_seed(0)
     for parameter in pipeline.guidance_net.parameters():  # of which the last begin at zero
         nn.init.normal_(parameter, std=0.3)
@@ -679,39 +750,147 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for any class against the rest."""
+    return saved(tmp_path_factory.mktemp("model") / "refiner")
+
+
+def by_pipeline(folder, bands, classes, seed=0, band=3, **sampling):
+    """What a refiner makes of a map of one window."""
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+    pipeline = IDGBRPipeline.from_pretrained(folder)
+    ignored = classes == 255
+    return (
+        pipeline.refine(
+            torch.from_numpy(bands)[None].float() / 255,
+            torch.from_numpy(np.where(ignored, pipeline.ignore_index, classes))[None],
+            band=torch.from_numpy(~ignored & (distance_to_another(classes) <= band))[None],
+            seeds=[int(module.digest(seed, 0, 0), 16) >> 1],
+            each_class=pipeline.schema is None,
+            precision="auto",
+            **sampling,
+        )[0]
+        .numpy()
+        .astype(int)
+    )
+
+
 def command(*arguments):
     return CliRunner().invoke(app, ["refine", *map(str, arguments)])
 
 
 def test_the_command_refines_as_the_pipeline_does(tmp_path, folder):
-    from terrasynth.systems.idgbr import IDGBRPipeline
-
     bands, classes = picture(32, 32), areas(32, 32, side=8)
     image = tiff(tmp_path / "image.tif", bands, **PLACE)
     rough = tiff(tmp_path / "rough.tif", classes.astype(np.uint8), nodata=255, **PLACE)
-    options = ["--model", folder, "--size", 32, "--steps", 2, "--band", "1.5m", "--seed", 3]
+    options = ["--model", folder, "--steps", 2, "--band", "1.5m", "--seed", 3]
     result = command(image, rough, "--out", tmp_path / "out.tif", *options)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'out.tif'}\n"
-    refined = (
-        IDGBRPipeline.from_pretrained(folder)
-        .refine(
-            torch.from_numpy(bands)[None].float() / 255,
-            torch.from_numpy(classes)[None],
-            band=torch.from_numpy((classes != 255) & (distance_to_another(classes) <= 3))[None],
-            seeds=[int(module.digest(3, 0, 0), 16) >> 1],
-            num_steps=2,
-            each_class=True,
-        )[0]
-        .numpy()
-    )
+    refined = by_pipeline(folder, bands, classes, 3, num_steps=2)
     np.testing.assert_array_equal(read(tmp_path / "out.tif"), refined)
     assert (refined != classes).any()
     again = command(image, rough, "--out", tmp_path / "out.tif", *options[:-1], 4)
     assert (again.exit_code, "was made of something else" in again.stderr) == (2, True)
     other = command(image, rough, "--out", tmp_path / "other.tif", *options[:-3], "1.5", "--everywhere")
     assert other.exit_code == 2
-    assert command(image, rough, "--out", tmp_path / "other.tif", *options[:6], "--band", "0").exit_code == 2
+    assert command(image, rough, "--out", tmp_path / "other.tif", *options[:4], "--band", "0").exit_code == 2
+    alone = command(image, rough, "--out", tmp_path / "other.tif", *options[:4], "--below", "0.5")
+    assert (alone.exit_code, "one needs the other" in alone.stderr) == (2, True)
+
+
+def test_the_command_starts_from_the_map_and_exaggerates_as_the_pipeline_does(tmp_path, folder):
+    bands, classes = picture(32, 32), areas(32, 32, side=8)
+    image = tiff(tmp_path / "image.tif", bands, **PLACE)
+    rough = tiff(tmp_path / "rough.tif", classes.astype(np.uint8), nodata=255, **PLACE)
+    found = []
+    for name, options in {
+        "plain": {},
+        "strength": {"strength": 0.4},
+        "guidance": {"guidance_scale": 3.0},
+    }.items():
+        flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)]
+        asked = [image, rough, "--model", folder, "--steps", 2, "--band", "3px", *flags]
+        assert command(*asked, "--out", tmp_path / f"{name}.tif").exit_code == 0
+        found.append(read(tmp_path / f"{name}.tif"))
+        np.testing.assert_array_equal(found[-1], by_pipeline(folder, bands, classes, num_steps=2, **options))
+        if options:
+            again = command(*asked, "--out", tmp_path / "plain.tif")
+            assert (again.exit_code, "was made of something else" in again.stderr) == (2, True)
+            assert (found[-1] != found[0]).any()
+
+
+@pytest.mark.parametrize("ignore_index", [3, 9])
+def test_unlabelled_pixels_are_so_to_a_refiner_with_another_ignore_index(tmp_path, ignore_index):
+    schema = LabelSchema(SCHEMA.names, SCHEMA.colors, ignore_index)
+    folder = saved(tmp_path / "refiner", schema)
+    bands, classes = picture(32, 32), areas(32, 32, side=8)
+    image = tiff(tmp_path / "image.tif", bands, **PLACE)
+    stored = np.where(classes == 255, ignore_index, classes)
+    assert (classes == 255).any()
+    rough = tiff(tmp_path / "rough.tif", stored.astype(np.uint8), nodata=ignore_index, **PLACE)
+    settings = RefineSettings(size=32, overlap=8, band=Tolerance(3))
+    refine(image, rough, tmp_path / "out.tif", load_refiner(folder, steps=2), settings)
+    refined = by_pipeline(folder, bands, classes, num_steps=2)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), refined)
+    assert (refined != stored).any()
+
+
+def test_windows_are_as_large_as_the_refiner_was_trained_on(image, rough, tmp_path):
+    folder = saved(tmp_path / "refiner", image_size=30)
+    out = [image, rough, "--model", folder, "--steps", 1, "--out", tmp_path / "out.tif"]
+    assert command(*out).exit_code == 0
+    assert command(*out, "--size", 32).exit_code == 0  # 30, in whole patches of 4: it is there already
+    other = command(*out[:-1], tmp_path / "other.tif", "--size", 34)
+    assert other.exit_code == 2
+    assert "a multiple of 4" in other.stderr
+    assert "give --size 36" in other.stderr
+
+
+def test_numbers_that_leave_nothing_to_sample_are_told_by_their_options(image, rough, tmp_path, folder):
+    asked = [image, rough, "--model", folder, "--out", tmp_path / "out.tif"]
+    many = command(*asked, "--steps", 2000)
+    assert (many.exit_code, "--steps 2000 at --strength 1" in many.stderr) == (2, True)
+    assert "at most 1000" in many.stderr
+    few = command(*asked, "--strength", 0.005, "--steps", 6)
+    assert (few.exit_code, "at most 5" in few.stderr) == (2, True)
+    none = command(*asked, "--strength", 0)
+    assert (none.exit_code, "--strength is above 0" in none.stderr) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.tif", "rough.tif"]
+
+
+def test_a_model_that_is_no_refiner_is_refused_at_once(image, rough, tmp_path, sd15):
+    for model, found in ((sd15[0], "a model of StableDiffusionPipeline"), ("terrasynth-tiny", "a model of")):
+        result = command(image, rough, "--model", model, "--out", tmp_path / "out.tif")
+        assert (result.exit_code, "not the folder of a refiner" in result.stderr) == (2, True)
+        assert found in result.stderr
+    assert not (tmp_path / "out.tif").exists()
+
+
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+def test_a_map_of_one_class_is_told_with_what_may_be_wrong(image, tmp_path, schema, capsys, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "")
+    # As a map of one class against the rest, whose rest its writer called nodata.
+    binary = (areas() == 1).astype(np.uint8)
+    rough = tiff(tmp_path / "rough.tif", binary, nodata=0, **PLACE)
+    if schema is None:
+        refine(image, rough, tmp_path / "out.tif", Next(), SETTINGS)
+        said = " ".join(capsys.readouterr().err.split())
+        assert "has pixels of value 1 alone: there is no boundary to refine" in said
+        assert "Its nodata value, 0, counts as unlabelled" in said
+        assert f"`gdal_edit.py -unsetnodata {rough}`" in said
+        np.testing.assert_array_equal(read(tmp_path / "out.tif"), binary)
+    else:
+        assert "nodata value of the mask is a class as well" in refused(
+            image, rough, tmp_path / "out.tif", schema=schema
+        )
+    whole = tiff(tmp_path / "whole.tif", np.ones_like(binary), **PLACE)
+    refine(image, whole, tmp_path / "same.tif", Next(), SETTINGS, schema=schema)
+    said = capsys.readouterr().err
+    assert "there is no boundary to refine" in said
+    assert "unsetnodata" not in said
 
 
 def test_a_refiner_knows_its_classes(tmp_path, folder):
@@ -723,7 +902,7 @@ def test_a_refiner_knows_its_classes(tmp_path, folder):
     three = load_refiner(tmp_path / "three", steps=1)
     assert (three.num_classes, three.schema) == (3, SCHEMA)
     assert len({one.identity, three.identity, load_refiner(folder, steps=1).identity}) == 3
-    with pytest.raises(TerraSynthError, match="not the folder of a model"):
+    with pytest.raises(TerraSynthError, match="not the folder of a refiner"):
         load_refiner(tmp_path)
 
 

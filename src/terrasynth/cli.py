@@ -130,7 +130,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _distance(text: str) -> tuple[float, str]:
-    return float(text.removesuffix("m")), "m" if text.endswith("m") else "px"
+    return float(text.removesuffix("px").removesuffix("m")), "m" if text.endswith("m") else "px"
 
 
 Bands = Annotated[
@@ -915,8 +915,41 @@ def refine(
     everywhere: Annotated[
         bool, typer.Option("--everywhere", help="Instead of --band: all pixels may change, far from boundaries too.")
     ] = False,
+    confidence: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Raster of how sure MAP is of each pixel: the probability of its class, or the margin over the next.",
+        ),
+    ] = None,
+    below: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="With --confidence: pixels keep their class that have this much or more."),
+    ] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations of the network for every window.")] = 4,
-    size: Annotated[int, typer.Option(metavar="PIXELS", min=32, help="Side of the windows.")] = 256,
+    strength: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            min=0,
+            max=1,
+            help="How much noise it starts from: 1 for noise alone, below for the map itself under so much noise.",
+        ),
+    ] = 1.0,
+    guidance_scale: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            min=0,
+            help="By how much image and map are exaggerated against none, at twice the cost; 1 is off.",
+        ),
+    ] = 1.0,
+    size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", min=8, help="Side of the windows. (default: that of the refiner's training)"),
+    ] = None,
     overlap: Annotated[
         int | None,
         typer.Option(
@@ -940,19 +973,74 @@ def refine(
 
     if everywhere and band is not None:
         raise typer.BadParameter("with --everywhere there is no band", param_hint="--band, --everywhere")
+    if (confidence is None) != (below is None):
+        raise typer.BadParameter("one needs the other", param_hint="--confidence, --below")
     # What is wrong with the options shows before torch is loaded.
     shown = Stretch(bands, _pairs(stretch))
     schema = None if labels is None else LabelSchema.load(labels)
 
     from terrasynth.tasks.bands import Tolerance
-    from terrasynth.tasks.refine import RefineSettings, load_refiner
+    from terrasynth.tasks.refine import Confidence, RefineSettings, load_refiner
     from terrasynth.tasks.refine import refine as refine_map
 
     reach = None if everywhere else Tolerance(*(band or (8, "px")))
-    settings = RefineSettings(size, size // 4 if overlap is None else overlap, batch_size, shown, reach, seed)
-    refiner = load_refiner(model, steps=steps)
+    refiner = load_refiner(model, steps=steps, strength=strength, guidance_scale=guidance_scale)
+    side = size or refiner.image_size
+    settings = RefineSettings(side, side // 4 if overlap is None else overlap, batch_size, shown, reach, seed)
     _silence_libraries()
-    typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema))
+    unsure = None if confidence is None or below is None else Confidence(confidence, below)
+    typer.echo(refine_map(image, class_map, out, refiner, settings, schema=schema, confidence=unsure))
+
+
+@app.command(epilog=_example("terrasynth boundaries refined.tif truth.tif --labels classes.yaml --tolerance 1m"))
+def boundaries(
+    prediction: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PREDICTION",
+            exists=True,
+            help="A class map of the values that the label schema names, or a folder of such.",
+        ),
+    ],
+    truth: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRUTH", exists=True, help="Its true mask; or a folder of masks, with the names of the predictions."
+        ),
+    ],
+    labels: Annotated[str, typer.Option(metavar="NAME|FILE", help="Label schema of both.")],
+    tolerance: Annotated[
+        Any,
+        typer.Option(
+            metavar="PIXELSpx|METRESm",
+            parser=_distance,
+            help="How far from a boundary boundary IoU, BF and the trimap look, as 3px or 1m. (default: 2 % and 0.75 % "
+            "of the diagonal, and 3px, as published)",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write all numbers to FILE as well."),
+    ] = None,
+) -> None:
+    """Score how well the boundaries in class maps lie: IoU, boundary IoU, BF, mBA, trimap IoU, weighted F of edges.
+
+    Prints one line a class, and last the means over classes (of mBA, all classes at once). Both rasters must have the
+    same size, CRS and transform. Unlabelled true pixels are left out; predicted pixels that are no class are wrong, and
+    a truth without a prediction is an error. docs/rasters.md says what each metric is.
+    """
+    from terrasynth.data.schema import LabelSchema
+
+    schema = LabelSchema.load(labels)
+
+    from terrasynth.io import write_json
+    from terrasynth.tasks.bands import Tolerance
+    from terrasynth.tasks.boundary_files import as_json, score_files, table
+
+    scores = score_files(prediction, truth, schema, None if tolerance is None else Tolerance(*tolerance))
+    typer.echo(table(scores))
+    if json_file is not None:
+        write_json(json_file, as_json(scores))
 
 
 @app.command(epilog=_example("terrasynth report runs/demo"))

@@ -494,15 +494,17 @@ def alone(folder: Path, busy: TerraSynthError) -> Iterator[None]:
         yield
 
 
-def remove_incomplete(folder: str | Path, name: str | None = None) -> None:
+def remove_incomplete(folder: str | Path, name: str | None = None, suffix: str = "") -> None:
     """Delete what a killed run left half-written directly in `folder`, and bring back what it was about to replace.
 
     Args:
         folder: where to look; one that is not there has nothing.
         name: without suffix, of the one file or folder whose leftovers go, where others may be at work beside it; None
             takes all.
+        suffix: of that file, where one of another suffix may be written beside it.
     """
-    for leftover in Path(folder).glob(f"{'*' if name is None else glob.escape(name)}{_INCOMPLETE}-*"):
+    stem, ending = "*" if name is None else glob.escape(name), f"{glob.escape(suffix)}*" if suffix else ""
+    for leftover in Path(folder).glob(f"{stem}{_INCOMPLETE}-*{ending}"):
         target = leftover.with_name(leftover.name.partition(_INCOMPLETE)[0])
         if f"{_RETIRED}-" in leftover.name and not target.exists():
             leftover.replace(target)

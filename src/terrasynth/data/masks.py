@@ -74,23 +74,24 @@ class Lookup:
         return np.where(known, self.classes[position], np.uint8(self.ignore_index))
 
 
-def survey(raster: Raster, windows: Iterator[Window] | None = None) -> Survey:
+def survey(raster: Raster, windows: Iterator[Window] | None = None, *, name: str = "mask") -> Survey:
     """Collect the different pixels of a mask raster, a stripe at a time.
 
     Args:
         raster: the mask.
         windows: `raster.stripes()`, by default.
+        name: what messages call it.
 
     Raises:
         TerraSynthError: it can not be read, or its pixels can not stand for classes.
     """
     if raster.dtype.kind not in "iu" or (raster.count > 1 and (raster.dtype != np.uint8 or raster.count > 4)):
         raise TerraSynthError(
-            "the mask holds no class indices or colours",
+            f"the {name} holds no class indices or colours",
             path=raster.path,
             found=f"{raster.count} {'band' if raster.count == 1 else 'bands'} of {raster.dtype}",
             expected="one band of whole numbers, or RGB colours in uint8",
-            fix="convert it, for example with `gdal_translate -ot Byte`, and check the values",
+            fix=_to_classes(raster),
         )
     keys, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     for window in windows or raster.stripes():
@@ -100,11 +101,11 @@ def survey(raster: Raster, windows: Iterator[Window] | None = None) -> Survey:
             keys, counts = _counted(keys, counts, found)
         if len(keys) > _MOST:
             raise TerraSynthError(
-                "the mask has too many different values to be one of classes",
+                f"the {name} has too many different values to be one of classes",
                 path=raster.path,
                 found=f"more than {_MOST:,}",
                 expected="one value or colour a class",
-                fix="masks must not be compressed with loss (JPEG) or resized with interpolation; export it again",
+                fix=f"export it again: a {name} must not be compressed with loss (JPEG) or resized with interpolation",
             )
     nodata = None
     if raster.nodata is not None and raster.nodata == int(raster.nodata):
@@ -114,6 +115,16 @@ def survey(raster: Raster, windows: Iterator[Window] | None = None) -> Survey:
             keys, counts = keys[~empty], counts[~empty]
     pixels = Pixels(_unpacked(keys, raster), raster.palette, class_names=raster.class_names)
     return Survey(raster.path, raster.grid, keys, pixels, counts[None], nodata)
+
+
+def _to_classes(raster: Raster) -> str:
+    """How a raster of other numbers becomes one of classes; `-ot Byte` alone would round probabilities to 0 or 1."""
+    if raster.count == 1:
+        return (
+            "if its values are class indices, `gdal_translate -ot Int32 IN OUT` stores them as such; if they are "
+            "probabilities of one class, `gdal_calc.py -A IN --calc='A > 0.5' --type=Byte --outfile=OUT` decides"
+        )
+    return "if its bands are probabilities of the classes, store the number of the largest in each pixel, in one band"
 
 
 def _keys(values: NDArray[Any]) -> NDArray[np.int64]:

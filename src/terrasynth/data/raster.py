@@ -80,6 +80,13 @@ class Grid:
         """Whether the file says anything about where it lies."""
         return self.crs is not None or self.transform is not None
 
+    @property
+    def gsd(self) -> float | None:
+        """Metres per pixel, of pixels that are not square by their area; None without a projected CRS and a place."""
+        if self.crs is None or not self.crs.is_projected or self.transform is None:
+            return None
+        return float(math.sqrt(abs(self.transform.determinant)) * self.crs.linear_units_factor[1])
+
     def completed(self, other: Grid) -> Grid:
         """With the CRS and transform of another file as large as this one, where this one names none."""
         if (self.width, self.height) != (other.width, other.height):

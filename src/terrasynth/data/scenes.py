@@ -258,7 +258,9 @@ def _common_grid(scene: Scene, image: Grid, mask: Grid) -> Grid:
     return image
 
 
-def check_aligned(image: Path, its_grid: Grid, mask: Path, grid: Grid, *, name: str = "mask") -> None:
+def check_aligned(
+    image: Path, its_grid: Grid, mask: Path, grid: Grid, *, name: str = "mask", other: str = "image"
+) -> None:
     """Refuse an image and a mask that do not have the same pixels.
 
     Args:
@@ -267,6 +269,7 @@ def check_aligned(image: Path, its_grid: Grid, mask: Path, grid: Grid, *, name: 
         mask: its file.
         grid: where it lies.
         name: what messages call it.
+        other: what they call the image.
 
     Raises:
         TerraSynthError: they differ in size, CRS, or by more than a hundredth of a pixel in place.
@@ -274,39 +277,39 @@ def check_aligned(image: Path, its_grid: Grid, mask: Path, grid: Grid, *, name: 
     placed = its_grid.is_georeferenced and grid.is_georeferenced
     if (its_grid.width, its_grid.height) != (grid.width, grid.height):
         raise TerraSynthError(
-            f"the {name} is not as large as its image",
+            f"the {name} is not as large as its {other}",
             path=mask,
             found=f"{grid.width} x {grid.height}, and {its_grid.width} x {its_grid.height} in {image}",
-            fix="export both from the same window" + (f"; or {_warp(mask, its_grid, name)}" if placed else ""),
+            fix="export both from the same window" + (f"; or {_warp(mask, its_grid, name, other)}" if placed else ""),
         )
     if (its_grid.crs is None) != (grid.crs is None):
-        without, other, its_file = (image, grid, mask) if its_grid.crs is None else (mask, its_grid, image)
+        without, known, its_file = (image, grid, mask) if its_grid.crs is None else (mask, its_grid, image)
         raise TerraSynthError(
-            f"one of image and {name} has a CRS, the other has none",
+            f"one of {other} and {name} has a CRS, the other has none",
             path=without,
-            found=f"no CRS, and {other.crs} in {its_file}",
+            found=f"no CRS, and {known.crs} in {its_file}",
             fix="if they lie on the same pixels: `gdal_edit.py -a_srs EPSG:… -a_ullr LEFT TOP RIGHT BOTTOM FILE`",
         )
     if its_grid.crs != grid.crs:
         raise TerraSynthError(
-            f"image and {name} have different CRSs",
+            f"{other} and {name} have different CRSs",
             path=mask,
             found=f"{grid.crs}, and {its_grid.crs} in {image}",
-            fix=_warp(mask, its_grid, name),
+            fix=_warp(mask, its_grid, name, other),
         )
     if not its_grid.coincides(grid):
         # Where the first pixel begins: of a mask stored in another order, the box on the ground is the same.
         (left, top), (its_left, its_top) = ((g.transform or Affine.identity()) * (0, 0) for g in (its_grid, grid))
         raise TerraSynthError(
-            f"image and {name} do not lie on the same pixels",
+            f"{other} and {name} do not lie on the same pixels",
             path=mask,
             found=f"upper left {its_left:.10g}, {its_top:.10g}, and {left:.10g}, {top:.10g} in {image}",
             expected="the same transform, to a hundredth of a pixel",
-            fix=_warp(mask, its_grid, name),
+            fix=_warp(mask, its_grid, name, other),
         )
 
 
-def _warp(mask: Path, grid: Grid, name: str) -> str:
+def _warp(mask: Path, grid: Grid, name: str, other: str) -> str:
     """The command that brings a mask to the pixels of an image."""
     crs, box = "…", "…"
     transform = grid.transform or Affine.identity()
@@ -315,4 +318,4 @@ def _warp(mask: Path, grid: Grid, name: str) -> str:
     if transform.b == transform.d == 0 and transform.a > 0 > transform.e:  # as gdalwarp writes every raster
         box = " ".join(f"{value:.12g}" for value in grid.bounds())
     size = f"-ts {grid.width} {grid.height}"
-    return f"warp the {name} to the image: `gdalwarp -t_srs {crs} -te {box} {size} -r near {mask} OUT`"
+    return f"warp the {name} to the {other}: `gdalwarp -t_srs {crs} -te {box} {size} -r near {mask} OUT`"

@@ -111,7 +111,8 @@ class BoundaryCounts:
             one near the predicted, all of them; int64 (4, K).
         accuracy: pixels around the true boundary of class k that are right about k, and all of them, at five radii; and
             last the same around all boundaries, where only the true class is right; int64 (2, 5, K + 1).
-        trimap: pixels of the trimap by true class and by predicted class, K where it is none; int64 (K, K + 1).
+        confusion: labelled pixels by true class and by predicted class, K where it is none; int64 (K, K + 1).
+        trimap: the same of the pixels of the trimap.
         weighted_f: of the non-edge and of the edge; float64 (2,), NaN where the truth has none.
         repair: IoU_imp by class; float64 (K,), NaN without a rough map.
         labelled: true pixels that are labelled, and how many of them are predicted as no class; int64 (2,).
@@ -120,6 +121,7 @@ class BoundaryCounts:
     band: _Counts
     contour: _Counts
     accuracy: _Counts
+    confusion: _Counts
     trimap: _Counts
     weighted_f: _Values
     repair: _Values
@@ -190,6 +192,10 @@ class BoundaryScores:
             repair = repair_score(predicted, labels(rough, "rough map"), truth_labels, classes, self.settings.damage)
         self.maps[name] = _count(predicted, truth_labels, classes, self.settings, self.gsd, repair)
 
+    def iou(self, *, pooled: bool = True) -> _Values:
+        """IoU by class, float64 (K,), of all labelled pixels; what boundary metrics are read beside."""
+        return self._over("confusion", _confusion_iou, pooled)
+
     def boundary_iou(self, *, pooled: bool = True) -> _Values:
         """Boundary IoU by class, float64 (K,); 0 for a class that has a boundary in one of the two only.
 
@@ -234,18 +240,23 @@ class BoundaryScores:
         """The headline numbers by name, JSON-able: None where a metric has no value.
 
         Returns:
-            `boundary_iou`, `bf`, `trimap_iou`: means over classes, pooled or averaged over maps as in their methods; of
-            every class as `bf/NAME`. `mba`: of all classes at once, and `mba/NAME`. `wf`: the lesser of the weighted
-            F of edges and non-edges that is above 0, as published; `wf/edge` and `wf/non-edge`. `no_class`: the share
-            of labelled pixels that are predicted as no class. If there were rough maps, `iou_imp`, `iou_imp/NAME`, and
-            of all classes of all maps the shares whose repair is `repair/complete` (IoU_imp >= 0.8), `repair/partial`
-            or `repair/error` (< 0).
+            `iou`, `boundary_iou`, `bf`, `trimap_iou`: means over classes, pooled or averaged over maps as in their
+            methods; of every class as `bf/NAME`. `mba`: of all classes at once, and `mba/NAME`. `wf`: the lesser of the
+            weighted F of edges and non-edges that is above 0, as published; `wf/edge` and `wf/non-edge`. `no_class`:
+            the share of labelled pixels that are predicted as no class. If there were rough maps, `iou_imp`,
+            `iou_imp/NAME`, and of all classes of all maps the shares whose repair is `repair/complete` (IoU_imp >=
+            0.8), `repair/partial` or `repair/error` (< 0).
 
         Raises:
             TerraSynthError: no map was counted.
         """
         names = self.schema.names
-        rows = {"boundary_iou": self.boundary_iou(), "bf": self.bf(), "trimap_iou": self.trimap_iou()}
+        rows = {
+            "iou": self.iou(),
+            "boundary_iou": self.boundary_iou(),
+            "bf": self.bf(),
+            "trimap_iou": self.trimap_iou(),
+        }
         values: dict[str, float] = {name: float(_mean(row)) for name, row in rows.items()}
         mba = self.mba()
         values["mba"] = float(mba[-1])
@@ -412,14 +423,18 @@ def _count(
 
     # Trimap.
     trimap = mixed(dilate(true_bits, disc(settings.trimap.pixels(shape, gsd)))) & known
-    cells = truth[trimap].astype(np.int64) * (classes + 1) + labels[trimap]
+
+    def confusion(where: NDArray[np.bool_]) -> _Counts:
+        cells = truth[where].astype(np.int64) * (classes + 1) + labels[where]
+        return np.bincount(cells, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
 
     edges, true_edges = (edge_map(x, classes, settings.edge_size) for x in (labels, truth))
     return BoundaryCounts(
         band,
         lines,
         accuracy,
-        np.bincount(cells, minlength=classes * (classes + 1)).reshape(classes, classes + 1),
+        confusion(known),
+        confusion(trimap),
         np.array([weighted_f(~edges, ~true_edges, known), weighted_f(edges, true_edges, known)]),
         repair,
         np.array([known.sum(), (labels == classes).sum()]),

@@ -2,9 +2,9 @@
 
 Rows that are finished are kept in a folder beside the output until all are there:
 
-    classes.unfinished/run.json    what the run was begun with
-    classes.unfinished/rows.raw    finished rows, as the map stores them
-    classes.unfinished/.lock       held by the process that is at it
+    classes.tif.unfinished/run.json    what the run was begun with
+    classes.tif.unfinished/rows.raw    finished rows, as the map stores them
+    classes.tif.unfinished/.lock       held by the process that is at it
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def is_finished(target: Path, identity: str, sources: Mapping[str, Path]) -> boo
 
 
 def _work(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.unfinished")
+    return target.with_name(f"{target.name}.unfinished")
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def alone_at(target: Path) -> Iterator[Path]:
         with alone(work, busy):
             # Nobody else is here, so whatever is half-written was left by a process that is gone.
             remove_incomplete(work)
-            remove_incomplete(target.parent, target.stem)
+            remove_incomplete(target.parent, target.stem, target.suffix)
             if not (work / _MARKER).exists() and any(path.name != LOCK for path in work.iterdir()):
                 (work / LOCK).unlink()
                 raise TerraSynthError(

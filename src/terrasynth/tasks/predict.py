@@ -28,7 +28,7 @@ from terrasynth.io import IDENTITY_TAG, IMAGE_SUFFIXES, TIFF_SUFFIXES, digest, w
 from terrasynth.progress import say
 from terrasynth.tasks.class_map import Legend, alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.description import Description
-from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width
+from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest
 
 if TYPE_CHECKING:
     from terrasynth.tasks.segmentation import Segmentor
@@ -228,9 +228,9 @@ def _predict_scene(
 
     def stripes(top: int) -> Iterator[NDArray[np.uint8]]:
         for _, shares, valid in blended(segmentor, raster, settings.stretch, settings, top=top):
-            # With the classes last in memory the search is several times faster.
-            likeliest = shares.movedim(0, -1).contiguous().argmax(-1)
-            classes = torch.where(valid, likeliest, segmentor.ignore_index).byte().numpy()
+            classes = np.empty(valid.shape, dtype=np.uint8)
+            for columns, _, likeliest in highest(shares):
+                classes[:, columns] = torch.where(valid[:, columns], likeliest, segmentor.ignore_index).byte().numpy()
             yield classes if schema is None else schema.to_index(classes)
 
     with open_raster(scene) as raster:

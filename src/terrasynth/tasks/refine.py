@@ -8,7 +8,8 @@ all are, so a run that was killed goes on, and ends with the same file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -26,17 +27,17 @@ from terrasynth.data.raster import Grid, Raster, Stretch, crs_name, open_raster
 from terrasynth.data.scenes import check_aligned
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, weights_digest
+from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, read_json, weights_digest
 from terrasynth.progress import say
 from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
 from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.rough_map import UNLABELLED, RoughMap, read_rough_map
-from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width
+from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest
 
 if TYPE_CHECKING:
     from terrasynth.systems.idgbr import IDGBRPipeline
 
-__all__ = ["RefineSettings", "Refiner", "load_refiner", "refine"]
+__all__ = ["Confidence", "RefineSettings", "Refiner", "load_refiner", "refine"]
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -55,6 +56,14 @@ class Refiner(Protocol):
     @property
     def schema(self) -> LabelSchema | None:
         """The classes it was made for; None if it refines any, or does not know them by name."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the windows that it was trained on, in pixels."""
+
+    @property
+    def factor(self) -> int:
+        """Sides of windows must be multiples of it."""
 
     def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
         """Scores of the classes; the highest wins. Those of a window depend on its own image, map and seed alone.
@@ -75,18 +84,31 @@ class _IDGBR:
     """A refiner of `systems.idgbr`, which is loaded when something is asked of it."""
 
     folder: Path
+    index: Mapping[str, Any]
     steps: int
+    strength: float
+    guidance_scale: float
 
     @cached_property
     def identity(self) -> str:
-        return digest(weights_digest(self.folder), self.steps)
+        return digest(weights_digest(self.folder), self.index, self.steps, self.strength, self.guidance_scale)
 
     @cached_property
     def pipeline(self) -> IDGBRPipeline:
         # The libraries of the networks take longer to load than all that is done before.
         from terrasynth.systems.idgbr import IDGBRPipeline
 
-        return IDGBRPipeline.from_pretrained(self.folder).place("cuda" if torch.cuda.is_available() else "cpu", "fp32")
+        pipeline = IDGBRPipeline.from_pretrained(self.folder)
+        most = math.floor(self.strength * pipeline.scheduler.config.num_train_timesteps + 1e-6)
+        if self.steps > most:
+            raise TerraSynthError(
+                "more steps than the model has timesteps",
+                path=self.folder,
+                found=f"--steps {self.steps} at --strength {self.strength:g}",
+                expected=f"at most {most}",
+                fix="lower --steps; a few are enough",
+            )
+        return pipeline.place("cuda" if torch.cuda.is_available() else "cpu", "auto")
 
     @property
     def num_classes(self) -> int | None:
@@ -98,34 +120,60 @@ class _IDGBR:
     def schema(self) -> LabelSchema | None:
         return self.pipeline.schema
 
+    @property
+    def image_size(self) -> int:
+        # Of the index alone, so that nothing is loaded before the files are looked at.
+        size, patch = (int(self.index.get(key) or least) for key, least in (("image_size", 256), ("patch_size", 1)))
+        return -(-size // patch) * patch
+
+    @property
+    def factor(self) -> int:
+        return self.pipeline.factor
+
     def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
-        each_class = self.num_classes is None
         return self.pipeline.scores(
-            images, rough, seeds=seeds, num_steps=self.steps, each_class=each_class, num_classes=num_classes
+            images,
+            rough.where(rough != UNLABELLED, self.pipeline.ignore_index),
+            seeds=seeds,
+            num_steps=self.steps,
+            strength=self.strength,
+            guidance_scale=self.guidance_scale,
+            each_class=self.num_classes is None,
+            num_classes=num_classes,
         )
 
 
-def load_refiner(model: str | Path, *, steps: int = 4) -> Refiner:
+def load_refiner(model: str | Path, *, steps: int = 4, strength: float = 1.0, guidance_scale: float = 1.0) -> Refiner:
     """An IDGBR refiner that TerraSynth saved, or one that comes with the package, by its name.
+
+    It computes in bfloat16 where the processor has instructions for it, else in float32.
 
     Args:
         model: a folder or a name.
         steps: evaluations of the network for every window.
+        strength: how much noise it starts from: 1 for noise alone, below for the rough map under so much noise.
+        guidance_scale: by how much image and map are exaggerated against none; 1 is off.
 
     Raises:
-        TerraSynthError: the folder is no model's. What is wrong with its parts shows when it is used.
+        TerraSynthError: the folder is no refiner's, or the strength is not above 0 and up to 1. What is wrong with its
+            parts shows when it is used.
     """
     packaged = _WEIGHTS / str(model)
     folder = packaged if packaged.is_dir() else Path(model)
-    if not (folder / "model_index.json").is_file():
+    path = folder / "model_index.json"
+    index = read_json(path, fix="copy the folder again") if path.is_file() else None
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(index, dict) or kind != "IDGBRPipeline":
         raise TerraSynthError(
-            "not the folder of a model",
+            "not the folder of a refiner",
             path=folder,
-            found="no model_index.json",
-            expected="a refiner that IDGBRPipeline.save_pretrained wrote",
-            fix="correct --model",
+            found="no model_index.json" if index is None else f"a model of {kind}",
+            expected="a refiner that `terrasynth train --what refiner` or IDGBRPipeline.save_pretrained wrote",
+            fix="correct --model; Stable Diffusion must be trained to refine first",
         )
-    return _IDGBR(folder, steps)
+    if not 0 < strength <= 1:
+        raise TerraSynthError("--strength is above 0 and up to 1", found=strength)
+    return _IDGBR(folder, index, steps, strength, guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -166,6 +214,20 @@ class RefineSettings:
         }
 
 
+@dataclass(frozen=True)
+class Confidence:
+    """How sure a class map is of its pixels.
+
+    Attributes:
+        path: raster of the same pixels, one band of numbers that grow with it: the probability of the map's class, or
+            its margin over the next.
+        below: pixels may change whose number is below this one, and those without a number.
+    """
+
+    path: Path
+    below: float
+
+
 def refine(
     image: Path,
     rough: Path,
@@ -174,6 +236,7 @@ def refine(
     settings: RefineSettings | None = None,
     *,
     schema: LabelSchema | None = None,
+    confidence: Confidence | None = None,
 ) -> Path:
     """Refine the boundaries of a class map.
 
@@ -185,6 +248,7 @@ def refine(
         settings: how.
         schema: the classes of the map; by default those that the refiner was made for, and without such, every value or
             colour that occurs is a class.
+        confidence: leaves pixels as they are that the map is sure of, within the band as well.
 
     Returns:
         The file: a cloud-optimised GeoTIFF with the CRS, transform, values, nodata value, colours and class names of
@@ -196,32 +260,41 @@ def refine(
             them, or exists and was made of something else; or another process is at it.
     """
     settings = settings or RefineSettings()
-    _check_output(image, rough, out)
+    sources = {"image": image, "class map": rough} | ({} if confidence is None else {"confidence": confidence.path})
+    _check_output(sources, out)
     made_of = {
         "refiner": refiner.identity,
         "schema": None if schema is None else schema.to_dict(),
         **settings.to_dict(),
-        "files": [[path.name, path.stat().st_size] for path in (image, rough) if path.exists()],
+        "below": None if confidence is None else confidence.below,
+        "files": [[path.name, path.stat().st_size] for path in sources.values() if path.exists()],
     }
     identity = digest(made_of)
-    finished = partial(is_finished, out, identity, {"image": image, "class map": rough})
+    finished = partial(is_finished, out, identity, sources)
     if finished():
         say(f"{out} is there already")
         tidy(out)
         return out
-    with open_raster(image) as picture, open_raster(rough) as raster:
+    with ExitStack() as opened:
+        picture, raster, *sure = (opened.enter_context(open_raster(path)) for path in sources.values())
         grid = _common_grid(picture, raster)
+        for other in sure:
+            _check_confidence(other, raster, grid)
         reach = None if settings.band is None else _pixels(settings.band, grid, rough)
         settings.stretch.chosen(picture)
         mapped = read_rough_map(raster, schema or refiner.schema, refiner.num_classes)
+        _check_factor(settings.size, refiner.factor)
         check_width(rough, grid, settings.size, mapped.num_classes)
         say(f"read as: {mapped.shares()}")
+        if (mapped.counts > 0).sum() == 1:
+            say(_nothing_to_refine(mapped))
         with alone_at(out) as work:
             # Another process may have finished it since.
             if finished():
                 return out
-            rows = open_rows(work, {**made_of, "times": [path.stat().st_mtime_ns for path in (image, rough)]})
-            stripes = partial(_stripes, refiner, picture, mapped, settings, reach)
+            rows = open_rows(work, {**made_of, "times": [path.stat().st_mtime_ns for path in sources.values()]})
+            where = _Where(mapped, reach, *((sure[0], confidence.below) if confidence is not None else ()))
+            stripes = partial(_stripes, refiner, picture, where, settings)
             edges = borders(grid, settings.size, settings.overlap)
             append_rows(rows, grid, mapped.legend, edges, lambda top: stripes(top=top), rough.name)
             tags = {
@@ -238,11 +311,11 @@ def refine(
 # --- what is given ---------------------------------------------------------------------------------------------------
 
 
-def _check_output(image: Path, rough: Path, out: Path) -> None:
-    for what, path in (("image", image), ("class map", rough)):
+def _check_output(sources: Mapping[str, Path], out: Path) -> None:
+    for what, path in sources.items():
         if out.resolve() == path.resolve():
             raise TerraSynthError(f"the output would replace the {what}", path=path, fix="choose another --out")
-    suffixes = (*TIFF_SUFFIXES, ".png") if rough.suffix.lower() == ".png" else TIFF_SUFFIXES
+    suffixes = (*TIFF_SUFFIXES, ".png") if sources["class map"].suffix.lower() == ".png" else TIFF_SUFFIXES
     if out.suffix.lower() not in suffixes:
         raise TerraSynthError(
             "a refined map is a TIFF, or a PNG if the class map is one",
@@ -262,12 +335,44 @@ def _common_grid(image: Raster, rough: Raster) -> Grid:
     return grid
 
 
+def _check_confidence(confidence: Raster, rough: Raster, grid: Grid) -> None:
+    its = confidence.grid.completed(grid)
+    check_aligned(rough.path, grid.completed(its), confidence.path, its, name="confidence", other="class map")
+    if confidence.count > 1 or confidence.dtype.kind not in "iuf":
+        raise TerraSynthError(
+            "not a confidence of the class map",
+            path=confidence.path,
+            found=f"{confidence.count} {'band' if confidence.count == 1 else 'bands'} of {confidence.dtype}",
+            expected="one band of numbers: the probability of the map's class in each pixel, or its margin",
+            fix="of the probabilities of all classes, store the largest",
+        )
+
+
+def _check_factor(size: int, factor: int) -> None:
+    if size % factor:
+        raise TerraSynthError(
+            "the windows do not divide into what the refiner sees as one",
+            found=f"--size {size}",
+            expected=f"a multiple of {factor}",
+            fix=f"give --size {-(-size // factor) * factor}",
+        )
+
+
+def _nothing_to_refine(rough: RoughMap) -> str:
+    """What to say of a map of one class."""
+    path = rough.raster.path
+    text = f"{path} has pixels of {rough.names[int(rough.counts.argmax())]} alone: there is no boundary to refine."
+    if rough.raster.nodata is None or rough.counts.sum() == rough.raster.grid.width * rough.raster.grid.height:
+        return text
+    return (
+        f"{text} Its nodata value, {rough.raster.nodata:g}, counts as unlabelled; if these pixels are a class as well, "
+        f"`gdal_edit.py -unsetnodata {path}` says so"
+    )
+
+
 def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
-    """How far a band reaches, in pixels; of pixels that are not square, by their area."""
-    gsd = None
-    if grid.crs is not None and grid.crs.is_projected and grid.transform is not None:
-        gsd = math.sqrt(abs(grid.transform.determinant)) * grid.crs.linear_units_factor[1]
-    if band.unit == "m" and gsd is None:
+    """How far a band reaches, in pixels."""
+    if band.unit == "m" and grid.gsd is None:
         raise TerraSynthError(
             "the band is in metres, and the size of the pixels is not known in metres",
             path=path,
@@ -275,58 +380,74 @@ def _pixels(band: Tolerance, grid: Grid, path: Path) -> float:
             expected="a projected CRS",
             fix=f"give --band in pixels, as --band {max(1, round(band.value))}",
         )
-    return band.pixels((grid.height, grid.width), gsd)
+    return band.pixels((grid.height, grid.width), grid.gsd)
 
 
 # --- what changes ----------------------------------------------------------------------------------------------------
 
 
-def _may_change(
-    rough: RoughMap, reach: float | None, top: int, height: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """The classes of some rows, whole width, and which labelled pixels have another class within `reach` of them."""
-    margin = 0 if reach is None else len(disc(reach)) - 1
-    first, end = max(0, top - margin), min(rough.raster.grid.height, top + height + margin)
-    classes = rough.classes(Window(0, first, rough.raster.grid.width, end - first))
-    may = classes != UNLABELLED
-    if reach is not None:
-        labels = as_labels(classes, rough.num_classes, ~may)
-        may &= mixed(dilate(planes(labels, rough.num_classes), disc(reach)))
-    rows = slice(top - first, top - first + height)
-    return classes[rows], may[rows]
+@dataclass(frozen=True)
+class _Where:
+    """Which pixels of a map may change: those with another class within `reach`, of which it is not sure."""
+
+    rough: RoughMap
+    reach: float | None
+    confidence: Raster | None = None
+    below: float = math.inf
+
+    def may_change(self, top: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The classes of some rows, whole width, and which of their pixels may change."""
+        rough, grid = self.rough, self.rough.raster.grid
+        margin = 0 if self.reach is None else len(disc(self.reach)) - 1
+        first, end = max(0, top - margin), min(grid.height, top + height + margin)
+        classes = rough.classes(Window(0, first, grid.width, end - first))
+        may = classes != UNLABELLED
+        if self.reach is not None:
+            labels = as_labels(classes, rough.num_classes, ~may)
+            may &= mixed(dilate(planes(labels, rough.num_classes), disc(self.reach)))
+        rows = slice(top - first, top - first + height)
+        classes, may = classes[rows], may[rows]
+        if self.confidence is not None:
+            window = Window(0, top, grid.width, height)
+            values = self.confidence.read(window)
+            known = self.confidence.valid(values, window)
+            sure = values[0] >= self.below  # NaN is not
+            may &= ~(sure if known is None else sure & known)
+        return classes, may
 
 
 def _stripes(
-    refiner: Refiner, image: Raster, rough: RoughMap, settings: RefineSettings, reach: float | None, *, top: int
+    refiner: Refiner, image: Raster, where: _Where, settings: RefineSettings, *, top: int
 ) -> Iterator[NDArray[Any]]:
     """The rows of the refined map, as stored."""
+    rough = where.rough
     grid = rough.raster.grid
     absent = torch.from_numpy(rough.counts == 0)
-    compute = partial(_parts, refiner, image, rough, settings, reach)
+    compute = partial(_parts, refiner, image, where, settings)
     for first, scores, valid in blend(grid, settings.size, settings.overlap, rough.num_classes, compute, top=top):
         window = Window(0, first, grid.width, valid.shape[0])
         classes = rough.classes(window)
         stored = rough.stored(window, classes)
         scores[absent] = -math.inf
-        highest, best = scores.movedim(0, -1).contiguous().max(-1)
-        own = torch.from_numpy(classes).long().clamp_(max=rough.num_classes - 1)
-        # Of equals, what is there already.
-        better = valid & (scores.gather(0, own[None])[0] < highest)
-        yield np.where(better.numpy(), rough.written[best.numpy()], stored)
+        for columns, score, best in highest(scores):
+            own = torch.from_numpy(classes[:, columns]).long().clamp_(max=rough.num_classes - 1)
+            # Of equals, what is there already.
+            better = valid[:, columns] & (scores[..., columns].gather(0, own[None])[0] < score)
+            stored[:, columns] = np.where(better.numpy(), rough.written[best.numpy()], stored[:, columns])
+        yield stored
 
 
 @torch.inference_mode()
 def _parts(
     refiner: Refiner,
     image: Raster,
-    rough: RoughMap,
+    where: _Where,
     settings: RefineSettings,
-    reach: float | None,
     windows: Sequence[Window],
 ) -> Iterator[Part]:
     """The scores in the windows of a row; one in which no pixel may change is not computed."""
     top, height, width = windows[0].row_off, windows[0].height, windows[0].width
-    classes, wanted = _may_change(rough, reach, top, height)
+    classes, wanted = where.may_change(top, height)
     columns = {window.col_off: slice(window.col_off, window.col_off + width) for window in windows}
     todo = []
     for window in windows:
@@ -341,11 +462,11 @@ def _parts(
         scores = refiner.scores(
             torch.from_numpy(images).movedim(-1, 1).float().div_(255),
             torch.from_numpy(maps).long(),
-            num_classes=rough.num_classes,
+            num_classes=where.rough.num_classes,
             # Of the place alone, so that it is the same whatever else is computed.
             seeds=[int(digest(settings.seed, window.row_off, window.col_off), 16) >> 1 for window in batch],
         )
-        expected = (len(batch), rough.num_classes, settings.size, settings.size)
+        expected = (len(batch), where.rough.num_classes, settings.size, settings.size)
         if scores.shape != expected or not scores.isfinite().all():
             raise TerraSynthError(
                 "the refiner gives no scores",

@@ -89,7 +89,7 @@ def read_rough_map(raster: Raster, schema: LabelSchema | None, num_classes: int 
         TerraSynthError: the map can not be read so, or has no labelled pixel or other classes.
     """
     refuse_jpeg(raster.path)
-    found = survey(raster)
+    found = survey(raster, name="class map")
     if not len(found.keys):
         raise TerraSynthError("the class map has no labelled pixel", path=raster.path, fix="check its nodata value")
     if schema is not None:

@@ -21,10 +21,14 @@ from terrasynth.data.raster import Grid
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import MAX_BYTES
 
-__all__ = ["Part", "batches", "blend", "borders", "check_width"]
+__all__ = ["Part", "batches", "blend", "borders", "check_width", "highest"]
 
-#: Most bytes that the scores of a stripe as wide as the raster may take.
+#: Most bytes that a stripe as wide as the raster may take.
 _MAX_STRIPE = 8 * MAX_BYTES
+#: Bytes that a pixel of it takes beside its scores, as measured in refinement: classes, bands, copies.
+_BESIDE = 48
+#: Columns that are decided at a time.
+_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,25 @@ def blend(
         if end > top:
             yield start, total[:, :done], valid[:done]
         kept = down.size - done
-        total[:, :kept] = total[:, done:].clone()
-        total[:, kept:] = 0
+        for plane in total:  # one after the other, because what moves is copied
+            plane[:kept] = plane[done:].clone()
+            plane[kept:] = 0
+
+
+def highest(scores: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The highest score of every pixel and its class, some columns at a time.
+
+    Args:
+        scores: (K, rows, W).
+
+    Yields:
+        The columns; the score and the class, int64, both (rows, columns).
+    """
+    for left in range(0, scores.shape[-1], _COLUMNS):
+        columns = slice(left, left + _COLUMNS)
+        # With the classes last in memory the search is several times faster.
+        value, best = scores[..., columns].movedim(0, -1).contiguous().max(-1)
+        yield columns, value, best
 
 
 def borders(grid: Grid, size: int, overlap: int) -> list[int]:
@@ -100,12 +121,12 @@ def check_width(path: Path, grid: Grid, size: int, num_classes: int) -> None:
     """Refuse a raster that is too wide for memory.
 
     Raises:
-        TerraSynthError: the scores of a row of windows would take more than 8 GiB.
+        TerraSynthError: a row of windows would take more than 8 GiB, the networks aside.
     """
-    needed = 4 * num_classes * min(size, grid.height) * grid.width
+    needed = (4 * num_classes + _BESIDE) * min(size, grid.height) * grid.width
     if needed > _MAX_STRIPE:
         raise TerraSynthError(
-            "the scene is too wide: the probabilities of a row of windows do not fit in memory",
+            "the scene is too wide: a row of windows does not fit in memory",
             path=path,
             found=f"{grid.width} columns, {num_classes} classes, windows of {size}: {needed / 2**30:.1f} GiB",
             expected=f"at most {_MAX_STRIPE / 2**30:.1f} GiB",
