@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from affine import Affine
+from rasterio.crs import CRS
+
+from terrasynth.data.raster import Grid
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import read_json
 from terrasynth.recipe import DataConfig
@@ -91,12 +94,7 @@ def _folder(config: DataConfig) -> Path | None:
 
 def _gsd(crs: str | None, transform: Sequence[float] | None) -> float | None:
     """Metres per pixel; None if the CRS is not metric."""
-    from rasterio.crs import CRS
-
     if crs is None or transform is None:
         return None
-    found = CRS.from_string(crs)
-    if not found.is_projected:
-        return None
-    a, b, _, d, e, _ = transform
-    return round(math.sqrt(abs(a * e - b * d)) * found.linear_units_factor[1], 6)
+    gsd = Grid(1, 1, CRS.from_string(crs), Affine(*transform)).gsd
+    return None if gsd is None else round(gsd, 6)

@@ -387,7 +387,8 @@ class IDGBRPipeline(SavedPipeline):
         Args:
             images: (B, 3, H, W) in [0, 1]; H and W divisible by `factor`.
             rough: class maps (B, H, W) of any integer type; `ignore_index` is unlabelled.
-            band: which pixels may change, boolean (B, H, W); None for all. All others keep their class exactly.
+            band: which pixels may change, boolean (B, H, W); None for all, unlabelled ones too. Others keep their
+                class exactly.
             sampling: see `scores`.
 
         Returns:
