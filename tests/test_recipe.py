@@ -383,26 +383,26 @@ def test_aliases_that_stay_small_are_fine(write):
     assert recipe.segmentor.train.steps == recipe.generator.train.steps == 77
 
 
+def mistakes(name):
+    """`name` with one letter more, less or other, or two exchanged."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    cuts = [(name[:place], name[place:]) for place in range(len(name) + 1)]
+    more = {left + letter + right for left, right in cuts for letter in letters}
+    less = {left + right[1:] for left, right in cuts}
+    other = {left + letter + right[1:] for left, right in cuts for letter in letters}
+    swapped = {left + right[1::-1] + right[2:] for left, right in cuts}
+    return (more | less | other | swapped) - {name}
+
+
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.data())
 def test_a_typing_mistake_in_any_key_is_answered_with_that_key(data):
-    """One letter more, less or other, or two exchanged, in a key of five letters or more."""
+    """In a key of five letters or more, and if no other key beside it may be meant as well (`world`, `worlds`)."""
     key = data.draw(st.sampled_from([key for key in dotted() if len(key.rpartition(".")[2]) >= 5]))
     parents, dot, name = key.rpartition(".")
-    place = data.draw(st.integers(0, len(name) - 2))
-    letter = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz"))
-    typed = data.draw(
-        st.sampled_from(
-            [
-                name[:place] + letter + name[place:],
-                name[:place] + name[place + 1 :],
-                name[:place] + letter + name[place + 1 :],
-                name[:place] + name[place + 1] + name[place] + name[place + 2 :],
-            ]
-        )
-    )
-    siblings = {other.rpartition(".")[2] for other in dotted() if other.rpartition(".")[0] == parents}
-    assume(typed not in siblings)
+    typed = data.draw(st.sampled_from(sorted(mistakes(name))))
+    siblings = {other.rpartition(".")[2] for other in dotted() if other.rpartition(".")[0] == parents} - {name}
+    assume(not any(typed == other or typed in mistakes(other) for other in siblings))
     assert f"did you mean `{key}`?" in fault("demo", [f"{parents}{dot}{typed}=1"])
 
 
