@@ -768,7 +768,7 @@ def by_pipeline(folder, bands, classes, seed=0, band=3, **sampling):
             torch.from_numpy(np.where(ignored, pipeline.ignore_index, classes))[None],
             band=torch.from_numpy(~ignored & (distance_to_another(classes) <= band))[None],
             seeds=[int(module.digest(seed, 0, 0), 16) >> 1],
-            each_class=pipeline.schema is None,
+            each_class=pipeline.config.each_class,
             precision="auto",
             **sampling,
         )[0]
@@ -904,6 +904,23 @@ def test_a_refiner_knows_its_classes(tmp_path, folder):
     assert len({one.identity, three.identity, load_refiner(folder, steps=1).identity}) == 3
     with pytest.raises(TerraSynthError, match="not the folder of a refiner"):
         load_refiner(tmp_path)
+
+
+def test_two_classes_without_names_are_not_one_against_the_rest(image, rough, tmp_path, folder):
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+    IDGBRPipeline.from_pretrained(folder, each_class=False).save_pretrained(tmp_path / "two")
+    two = load_refiner(tmp_path / "two", steps=2)
+    assert (two.num_classes, two.schema) == (2, None)
+    with pytest.raises(TerraSynthError, match=r"(?s)not those that the refiner was made for.*values 0 to 1"):
+        refine(image, rough, tmp_path / "out.tif", two, SETTINGS)
+    bands, classes = picture(32, 32), areas(32, 32, values=(0, 1, 0, 1), side=8)
+    image = tiff(tmp_path / "small.tif", bands, **PLACE)
+    rough = tiff(tmp_path / "binary.tif", classes.astype(np.uint8), **PLACE)
+    refine(image, rough, tmp_path / "out.tif", two, RefineSettings(size=32, overlap=8, band=Tolerance(3)))
+    expected = by_pipeline(tmp_path / "two", bands, classes, num_steps=2)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), expected)
+    assert (expected != classes).any()
 
 
 def test_what_is_wrong_with_the_files_shows_before_the_refiner_is_loaded(image, rough, tmp_path, folder, monkeypatch):

@@ -112,9 +112,7 @@ class _IDGBR:
 
     @property
     def num_classes(self) -> int | None:
-        # Of one class against the rest, without names: of every class in turn.
-        count = self.pipeline.num_classes
-        return None if self.schema is None and count == 2 else count
+        return None if self.pipeline.config.each_class else self.pipeline.num_classes
 
     @property
     def schema(self) -> LabelSchema | None:
@@ -138,7 +136,7 @@ class _IDGBR:
             num_steps=self.steps,
             strength=self.strength,
             guidance_scale=self.guidance_scale,
-            each_class=self.num_classes is None,
+            each_class=self.pipeline.config.each_class,
             num_classes=num_classes,
         )
 
