@@ -160,6 +160,21 @@ Percentiles = Annotated[
         help="Instead of --stretch: these percentiles of each band over all scenes together, as 2,98.",
     ),
 ]
+WindowSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS", min=8, help="Side of the windows. (default: 512; of a refiner, the side that it learned from)"
+    ),
+]
+Overlap = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS",
+        min=0,
+        help="What neighbouring windows share, where what they say is blended. (default: --size / 4)",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
@@ -836,16 +851,9 @@ def predict(
             "--out", metavar="FILE|DIR", help="The class map of one scene (.tif), or a folder for those of all."
         ),
     ],
-    size: Annotated[int, typer.Option(metavar="PIXELS", min=32, help="Side of the windows.")] = 512,
-    overlap: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            min=0,
-            help="What neighbouring windows share, where their probabilities are blended. (default: --size / 4)",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
+    size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 8,
     bands: Bands = None,
     stretch: StretchRange = None,
     labels: Annotated[
@@ -871,7 +879,8 @@ def predict(
     from terrasynth.tasks.predict import PredictSettings
     from terrasynth.tasks.predict import predict as map_classes
 
-    settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown)
+    side = size or 512
+    settings = PredictSettings(side, side // 4 if overlap is None else overlap, batch_size, shown)
     for path in map_classes(segmentor, scenes, out, settings, schema=schema):
         typer.echo(path)
 
@@ -900,8 +909,8 @@ def refine(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Label schema of the map. (default: that of the refiner, or every value or colour that occurs is a "
-            "class)",
+            help="Label schema of the map. (default: that of the refiner; of one for any class, every value or colour "
+            "that occurs is a class; of another, the values are class indices)",
         ),
     ] = None,
     band: Annotated[
@@ -946,19 +955,9 @@ def refine(
             help="By how much image and map are exaggerated against none, at twice the cost; 1 is off.",
         ),
     ] = 1.0,
-    size: Annotated[
-        int | None,
-        typer.Option(metavar="PIXELS", min=8, help="Side of the windows. (default: that of the refiner's training)"),
-    ] = None,
-    overlap: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            min=0,
-            help="What neighbouring windows share, where their scores are blended. (default: --size / 4)",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
+    size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 8,
     bands: Bands = None,
     stretch: StretchRange = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; that of a window derives from its place.")] = 0,
