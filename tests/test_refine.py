@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import warnings
@@ -20,6 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from terrasynth.cli import app
+from terrasynth.data.blending import cover
 from terrasynth.data.raster import Stretch
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
@@ -290,6 +292,73 @@ def test_no_class_is_invented_and_of_equals_the_rough_one_stays(tmp_path, image)
 
     refine(image, rough, tmp_path / "out.tif", One("one", 4), EVERYWHERE)
     np.testing.assert_array_equal(read(tmp_path / "out.tif"), values)
+
+
+@dataclass
+class ClassByClass(Noise):
+    """Scores of the classes that a window has, as the seeds say, and nothing about others."""
+
+    identity: str = "class by class"
+    absent: float = math.nan
+
+    def scores(self, images, rough, *, num_classes, seeds):
+        scores = super().scores(images, rough, num_classes=num_classes, seeds=seeds)
+        there = F.one_hot(rough.clamp(max=num_classes), num_classes + 1).flatten(1, 2).any(1)[:, :num_classes]
+        return torch.where(there[..., None, None], 2 * scores, self.absent)  # above 0 where a class is likely
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(32, 16), (24, 17), (32, 4)])
+def test_a_class_has_the_mean_of_the_windows_that_were_asked_about_it(tmp_path, size, overlap):
+    bands, classes = picture(70, 101), areas(values=(0, 1, 2, 3))
+    classes[:40, :30], classes[20:, 60:] = 3, classes[20:, 60:] % 2
+    image = tiff(tmp_path / "image.tif", bands, **PLACE)
+    rough = tiff(tmp_path / "rough.tif", classes.astype(np.uint8), **PLACE)
+    settings = RefineSettings(size=size, overlap=overlap, batch_size=3, band=None)
+    # Window by window, in float64.
+    down, across = cover(70, size, overlap), cover(101, size, overlap)
+    sums, weights = np.zeros((4, 70, 101)), np.zeros((4, 70, 101))
+    for top, vertical in zip(down.starts, down.weights.astype(float), strict=True):
+        for left, horizontal in zip(across.starts, across.weights.astype(float), strict=True):
+            place = np.s_[top : top + size, left : left + size]
+            shown = torch.from_numpy(bands[:, *place])[None].float() / 255
+            seed = int(module.digest(0, top, left), 16) >> 1
+            map_ = torch.from_numpy(classes[place])[None]
+            found = ClassByClass().scores(shown, map_, num_classes=4, seeds=[seed])[0].numpy()
+            weight = np.outer(vertical, horizontal)
+            for k in np.unique(classes[place]):
+                sums[k][place] += weight * found[k]
+                weights[k][place] += weight
+    with np.errstate(invalid="ignore"):
+        means = np.where(weights > 0, sums / weights, -np.inf)
+    refine(image, rough, tmp_path / "out.tif", ClassByClass(), settings)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), means.argmax(0))
+    # What a class loses if windows that were not asked count as 0.
+    assert (sums.argmax(0) != means.argmax(0)).mean() > 0.01
+
+
+def test_equals_stay_equal_where_windows_overlap(tmp_path, image, rough):
+    class Ones(ClassByClass):
+        def scores(self, *given, **options):
+            scores = super().scores(*given, **options)
+            return torch.where(scores.isnan(), scores, 0.7)
+
+    for size, overlap in ((32, 16), (24, 17), (32, 4)):
+        settings = RefineSettings(size=size, overlap=overlap, band=None)
+        refine(image, rough, out := tmp_path / f"{size} {overlap}.tif", Ones(), settings)
+        np.testing.assert_array_equal(read(out), areas())
+
+
+def test_a_refiner_says_nothing_about_a_class_that_a_window_has_not(folder):
+    images, rough = torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
+    rough[0, 8:20, 4:16], rough[1, 16:], rough[1, :4] = 2, 3, 255
+    refiner = load_refiner(folder, steps=1)
+    found = refiner.scores(images, rough, num_classes=5, seeds=[0, 1])
+    assert (~found.isnan()).flatten(2).all(2).tolist() == [
+        [True, False, True, False, False],
+        [True] + [False] * 2 + [True, False],
+    ]
+    plain = refiner.pipeline.scores(images, rough, seeds=[0, 1], num_steps=1, each_class=True, num_classes=5)
+    assert torch.equal(found.nan_to_num(0), plain)
 
 
 # --- the same whatever happens ---------------------------------------------------------------------------------------

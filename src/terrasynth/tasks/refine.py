@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Confidence", "RefineSettings", "Refiner", "load_refiner", "refine"]
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
+#: Scores that differ by less are equal.
+_EQUAL = 1e-6
 
 
 class Refiner(Protocol):
@@ -75,7 +77,8 @@ class Refiner(Protocol):
             seeds: of each window.
 
         Returns:
-            float (B, K, H, W), on any device. Where windows overlap their mean counts, so probabilities are best.
+            float (B, K, H, W), on any device. Where windows overlap their mean counts, so probabilities are best. NaN
+            throughout a class says nothing about it: its mean is that of other windows.
         """
 
 
@@ -129,16 +132,22 @@ class _IDGBR:
         return self.pipeline.factor
 
     def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
-        return self.pipeline.scores(
+        each_class = self.pipeline.config.each_class
+        scores = self.pipeline.scores(
             images,
             rough.where(rough != UNLABELLED, self.pipeline.ignore_index),
             seeds=seeds,
             num_steps=self.steps,
             strength=self.strength,
             guidance_scale=self.guidance_scale,
-            each_class=self.pipeline.config.each_class,
+            each_class=each_class,
             num_classes=num_classes,
         )
+        if each_class:
+            # It was not asked about a class that a window has not; its 0 would count against a neighbour's score.
+            there = torch.stack([(rough == k).flatten(1).any(1) for k in range(num_classes)], dim=1)
+            scores[~there.to(scores.device)] = math.nan
+        return scores
 
 
 def load_refiner(model: str | Path, *, steps: int = 4, strength: float = 1.0, guidance_scale: float = 1.0) -> Refiner:
@@ -429,8 +438,8 @@ def _stripes(
         scores[absent] = -math.inf
         for columns, score, best in highest(scores):
             own = torch.from_numpy(classes[:, columns]).long().clamp_(max=rough.num_classes - 1)
-            # Of equals, what is there already.
-            better = valid[:, columns] & (scores[..., columns].gather(0, own[None])[0] < score)
+            # Of equals, what is there already; where windows overlap, equals differ by rounding.
+            better = valid[:, columns] & (scores[..., columns].gather(0, own[None])[0] + _EQUAL < score)
             stored[:, columns] = np.where(better.numpy(), rough.written[best.numpy()], stored[:, columns])
         yield stored
 
@@ -465,16 +474,18 @@ def _parts(
             seeds=[int(digest(settings.seed, window.row_off, window.col_off), 16) >> 1 for window in batch],
         )
         expected = (len(batch), where.rough.num_classes, settings.size, settings.size)
-        if scores.shape != expected or not scores.isfinite().all():
+        asked = ~scores.isnan().flatten(2).all(2) if scores.shape == expected else None
+        if asked is None or not asked.any(1).all() or not scores[asked].isfinite().all():
             raise TerraSynthError(
                 "the refiner gives no scores",
-                found=f"shape {tuple(scores.shape)}" if scores.shape != expected else "NaN or infinity",
+                found=f"shape {tuple(scores.shape)}" if asked is None else "NaN or infinity",
                 expected=f"numbers of shape {expected}",
                 fix="train it again, or take another",
             )
-        for window, (_, has_data), score in zip(batch, shown, scores, strict=True):
+        for window, (_, has_data), score, of_classes in zip(batch, shown, scores, asked.cpu(), strict=True):
             valid = wanted[:, columns[window.col_off]] & has_data
-            yield Part(window.col_off, valid, score[:, :height, :width].float().cpu())
+            score = score[:, :height, :width].float().nan_to_num(0).cpu()
+            yield Part(window.col_off, valid, score, of_classes)
 
 
 def _padded(values: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
