@@ -632,6 +632,28 @@ def test_sixteen_bits_are_stretched_as_asked(rough, image, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "deep-out.tif"), read(tmp_path / "out.tif"))
 
 
+def test_no_numbers_in_a_float_image_are_told_before_anything_is_computed(rough, tmp_path):
+    bands = picture().astype(np.float32)
+    bands[1, 68, 97] = np.nan  # in the last windows
+    settings = RefineSettings(size=32, overlap=16, band=Tolerance(4), stretch=Stretch(None, ((0.0, 255.0),)))
+    image = tiff(tmp_path / "float.tif", bands, **PLACE)
+    message = refused(image, rough, tmp_path / "out.tif", settings=settings)
+    assert f"{image}: values that are no numbers, outside nodata" in message
+    assert "column 97, row 68" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.tif", "image.tif", "rough.tif"]
+    # Where no window looks, it does no harm; and as nodata neither.
+    classes = np.where(np.arange(70)[:, None] < 10, areas(), 0).astype(np.uint8)
+    above = tiff(tmp_path / "above.tif", classes, nodata=255, **PLACE)
+    refine(image, above, tmp_path / "above-out.tif", Next(), settings)
+    near = (classes != 255) & (distance_to_another(classes) <= 4)
+    np.testing.assert_array_equal(read(tmp_path / "above-out.tif"), np.where(near, (classes + 1) % 3, classes))
+    told = tiff(tmp_path / "told.tif", bands, nodata=np.nan, **PLACE)
+    refine(told, rough, tmp_path / "out.tif", Next(), settings)
+    near = (areas() != 255) & (distance_to_another(areas()) <= 4)
+    near[68, 97] = False
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), np.where(near, (areas() + 1) % 3, areas()))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,12 +26,12 @@ from terrasynth.data.raster import Grid, Raster, Stretch, crs_name, open_raster
 from terrasynth.data.scenes import check_aligned
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, read_json, weights_digest
-from terrasynth.progress import say
+from terrasynth.io import TIFF_SUFFIXES, digest, read_json, weights_digest
+from terrasynth.progress import say, track
 from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
-from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
+from terrasynth.tasks.class_map import Made, alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.rough_map import UNLABELLED, RoughMap, read_rough_map
-from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest
+from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest, rows_of_windows
 
 if TYPE_CHECKING:
     from terrasynth.systems.idgbr import IDGBRPipeline
@@ -263,8 +262,9 @@ def refine(
         no pixel gets a class that the map does not have, and pixels that change nothing keep their values.
 
     Raises:
-        TerraSynthError: the map can not be read, or image and map do not have the same pixels; the output is one of
-            them, or exists and was made of something else; or another process is at it.
+        TerraSynthError: the map can not be read, or image and map do not have the same pixels; there is NaN in the
+            image where a window will see it; the output is one of them, or exists and was made of something else; or
+            another process is at it.
     """
     settings = settings or RefineSettings()
     sources = {"image": image, "class map": rough} | ({} if confidence is None else {"confidence": confidence.path})
@@ -274,11 +274,9 @@ def refine(
         "schema": None if schema is None else schema.to_dict(),
         **settings.to_dict(),
         "below": None if confidence is None else confidence.below,
-        "files": [[path.name, path.stat().st_size] for path in sources.values() if path.exists()],
     }
-    identity = digest(made_of)
-    finished = partial(is_finished, out, identity, sources)
-    if finished():
+    made = Made(made_of, sources)
+    if is_finished(out, made):
         say(f"{out} is there already")
         tidy(out)
         return out
@@ -295,23 +293,18 @@ def refine(
         say(f"read as: {mapped.shares()}")
         if (mapped.counts > 0).sum() == 1:
             say(_nothing_to_refine(mapped))
+        where = _Where(mapped, reach, *((sure[0], confidence.below) if confidence is not None else ()))
+        _check_numbers(picture, where, settings)
         with alone_at(out) as work:
             # Another process may have finished it since.
-            if finished():
+            if is_finished(out, made):
                 return out
-            rows = open_rows(work, {**made_of, "times": [path.stat().st_mtime_ns for path in sources.values()]})
-            where = _Where(mapped, reach, *((sure[0], confidence.below) if confidence is not None else ()))
+            rows = open_rows(work, made)
             stripes = partial(_stripes, refiner, picture, where, settings)
             edges = borders(grid, settings.size, settings.overlap)
             append_rows(rows, grid, mapped.legend, edges, lambda top: stripes(top=top), rough.name)
-            tags = {
-                IDENTITY_TAG: identity,
-                "software": f"TerraSynth {version('terrasynth')}",
-                "source": rough.name,
-                "image": image.name,
-                "refiner": refiner.identity,
-            }
-            write_map(out, work, rows, grid, mapped.legend, tags)
+            tags = {"source": rough.name, "image": image.name, "refiner": refiner.identity}
+            write_map(out, work, rows, grid, mapped.legend, made, tags)
     return out
 
 
@@ -421,6 +414,24 @@ class _Where:
             sure = values[0] >= self.below  # NaN is not
             may &= ~(sure if known is None else sure & known)
         return classes, may
+
+
+def _check_numbers(image: Raster, where: _Where, settings: RefineSettings) -> None:
+    """Read what will be seen of an image of floating-point numbers, so that a NaN shows before anything is computed.
+
+    To mend it is to change the file, and with it all rows that were finished would be lost. Whole numbers are none, and
+    are not read twice.
+    """
+    if image.dtype.kind != "f":
+        return
+    rows = rows_of_windows(image.grid, settings.size, settings.overlap)
+    with track(len(rows), f"checking {image.path.name}", unit="rows of windows") as progress:
+        for windows in rows:
+            _, wanted = where.may_change(windows[0].row_off, windows[0].height)
+            for window in windows:
+                if wanted[:, window.col_off : window.col_off + window.width].any():
+                    settings.stretch.rgb(image, window)
+            progress.advance()
 
 
 def _stripes(

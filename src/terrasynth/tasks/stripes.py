@@ -22,7 +22,7 @@ from terrasynth.data.raster import Grid
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import MAX_BYTES
 
-__all__ = ["Part", "batches", "blend", "borders", "check_width", "highest"]
+__all__ = ["Part", "batches", "blend", "borders", "check_width", "highest", "rows_of_windows"]
 
 #: Most bytes that a stripe as wide as the raster may take.
 _MAX_STRIPE = 8 * MAX_BYTES
@@ -74,17 +74,19 @@ def blend(
         are overwritten in the next step.
     """
     down, across = cover(grid.height, size, overlap), cover(grid.width, size, overlap)
+    rows = rows_of_windows(grid, size, overlap)
     total = torch.zeros(num_classes, down.size, grid.width)
     valid = torch.zeros(down.size, grid.width, dtype=torch.bool)
     weights = dict(zip(across.starts, across.weights, strict=True))
     ends = [*down.starts[1:], grid.height]
     heard: list[_Heard] = []
-    for start, end, weight in zip(down.starts, ends, down.weights, strict=True):
+    for windows, end, weight in zip(rows, ends, down.weights, strict=True):
+        start = windows[0].row_off
         if start + down.size <= top:
             continue
         heard = [row for row in heard if row.top + down.size > start]
         heard.append(_Heard(start, torch.from_numpy(weight), torch.zeros(num_classes, grid.width)))
-        for part in compute([Window(left, start, across.size, down.size) for left in across.starts]):
+        for part in compute(windows):
             columns = slice(part.left, part.left + across.size)
             valid[:, columns] = torch.from_numpy(part.valid)
             if part.scores is not None:
@@ -135,6 +137,12 @@ def highest(scores: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         # With the classes last in memory the search is several times faster.
         value, best = scores[..., columns].movedim(0, -1).contiguous().max(-1)
         yield columns, value, best
+
+
+def rows_of_windows(grid: Grid, size: int, overlap: int) -> list[list[Window]]:
+    """The windows of `blend`, row by row from top to bottom, from left to right."""
+    down, across = cover(grid.height, size, overlap), cover(grid.width, size, overlap)
+    return [[Window(left, top, across.size, down.size) for left in across.starts] for top in down.starts]
 
 
 def borders(grid: Grid, size: int, overlap: int) -> list[int]:
