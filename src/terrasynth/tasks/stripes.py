@@ -119,7 +119,8 @@ def _divide(total: Tensor, top: int, heard: Sequence[_Heard]) -> None:
     for k, plane in enumerate(total):  # one after the other, to hold one plane of weights
         weight = torch.zeros_like(plane)
         for row in heard:
-            weight.addr_(row.down[top - row.top :][: len(plane)], row.shares[k])
+            down = row.down[top - row.top :][: len(plane)]
+            weight[: len(down)].addr_(down, row.shares[k])
         plane.div_(weight).masked_fill_(weight == 0, -math.inf)
 
 
