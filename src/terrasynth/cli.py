@@ -1089,6 +1089,9 @@ def doctor(
             "processor)",
         ),
     ] = None,
+    what: Annotated[
+        Literal["generator", "refiner", "pairs"], typer.Option(help="With --plan: which of RECIPE's trainings.")
+    ] = "generator",
     overrides: Overrides = None,
 ) -> None:
     """Check this machine: Python, torch, the device, memory, disk, dependencies, extras, the hub.
@@ -1100,10 +1103,10 @@ def doctor(
 
     if plan is not None:
         _silence_libraries()
-        machine.plan(plan, card or (), overrides or ())
+        machine.plan(plan, card or (), overrides or (), what=what)
         return
-    if card or overrides:
-        raise typer.BadParameter("these belong to a plan", param_hint="--card, --set")
+    if card or overrides or what != "generator":
+        raise typer.BadParameter("these belong to a plan", param_hint="--card, --what, --set")
     raise typer.Exit(0 if machine.run() else 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,16 @@ from terrasynth.training.processes import process_state
 __all__ = ["PairViews", "build_pairs", "fit_pairs", "generate_pairs", "paint_pairs"]
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-#: Paintings in a preview, and their steps.
-_SHOWN, _PREVIEW_STEPS = 8, 20
+
+
+class _Preview(NamedTuple):
+    """Paintings in a preview, and their steps."""
+
+    count: int
+    steps: int
+
+
+PREVIEW = _Preview(8, 20)
 
 
 class PairViews(Dataset[dict[str, Tensor]]):
@@ -82,7 +90,7 @@ def fit_pairs(tiles: Tiles, config: PairsConfig, folder: Path, *, max_minutes: f
     pipeline.place(_DEVICE, config.train.precision)
 
     def preview(step: int) -> dict[str, float]:
-        painted = pipeline(seeds=range(_SHOWN), num_steps=_PREVIEW_STEPS)
+        painted = pipeline(seeds=range(PREVIEW.count), num_steps=PREVIEW.steps)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
             contact_sheet({"painted": painted.images.cpu()}, painted.masks.cpu(), tiles.schema).save(partial)
         return {}
