@@ -1,4 +1,4 @@
-"""What the refiner and the painter of pairs are said to need, against the same at work and against the training loop."""
+"""What refiner and painter of pairs are said to need, against the same at work and against the training loop."""
 
 from __future__ import annotations
 
