@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +70,7 @@ def _refiner(config: RefinerConfig, base: str, schema: LabelSchema, side: int) -
         IDGBRPipeline,
         base,
         _REFINER,
+        tokenizer=None,
         label_schema=None if config.each_class else schema.to_dict(),
         each_class=config.each_class,
         codes=config.codes,
@@ -142,8 +143,11 @@ def train(
 @contextmanager
 def _nothing_given() -> Iterator[None]:
     """What pairs are given is drawn and read, which a pretended number can not be; the network sees as much without."""
-    drawn = satsynth._given
-    satsynth._given = lambda size, *_: torch.zeros(2, *size, dtype=torch.bool)
+
+    def nothing(size: Sequence[int], dropout: float, generator: torch.Generator) -> Tensor:
+        return torch.zeros(2, *size, dtype=torch.bool)
+
+    drawn, satsynth._given = satsynth._given, nothing
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -156,7 +156,7 @@ def on_card(precision: Precision, *, gpu: bool) -> Precision:
     return "bf16" if precision == "auto" and gpu else precision
 
 
-def modules(pipeline: TODSynthPipeline) -> list[nn.Module]:
+def modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """The networks of a pipeline."""
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
