@@ -175,7 +175,7 @@ def _plan_diffusion(recipe: Recipe, schema: LabelSchema, what: Diffuses, notes: 
         else:
             size, sampling = recipe.data.image_size, recipe.pairs.sampling
             count, precision = sampling.batch_size, sampling.precision
-            shown = diffusion.paint(recipe, pipeline, PREVIEW.count, PREVIEW.steps, config.train.precision, gpu=gpu)
+            shown = diffusion.paint(recipe, pipeline, *PREVIEW, config.train.precision, gpu=gpu)
             used, name = diffusion.paint(recipe, pipeline, count, sampling.steps, precision, gpu=gpu), f"paint {count}"
         preview = replace(counted("preview", shown), optimizer=stages[0].optimizer, average=stages[0].average)
         stages += [preview, counted(name, used)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,8 @@ from terrasynth.training.processes import process_state
 __all__ = ["PairViews", "build_pairs", "fit_pairs", "generate_pairs", "paint_pairs"]
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class _Preview(NamedTuple):
-    """Paintings in a preview, and their steps."""
-
-    count: int
-    steps: int
-
-
-PREVIEW = _Preview(8, 20)
+#: Paintings in a preview, and their steps.
+PREVIEW = 8, 20
 
 
 class PairViews(Dataset[dict[str, Tensor]]):
@@ -89,8 +81,10 @@ def fit_pairs(tiles: Tiles, config: PairsConfig, folder: Path, *, max_minutes: f
     pipeline = build_pairs(config, tiles.schema, tiles.images.shape[-1])
     pipeline.place(_DEVICE, config.train.precision)
 
+    shown, steps = PREVIEW
+
     def preview(step: int) -> dict[str, float]:
-        painted = pipeline(seeds=range(PREVIEW.count), num_steps=PREVIEW.steps)
+        painted = pipeline(seeds=range(shown), num_steps=steps)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
             contact_sheet({"painted": painted.images.cpu()}, painted.masks.cpu(), tiles.schema).save(partial)
         return {}
