@@ -28,8 +28,9 @@ WAVELENGTHS = (128, 64, 32, 16, 8, 4, 2)
 
 
 def spectrum(maps: Tensor, tiles: Tiles) -> NDArray[np.float64]:
-    """Power of the errors at every whole frequency, in cycles a tile; its sum is the mean square of an error, summed over
-    the classes. Half a cycle a pixel is S / 2; what is beyond lies in the corners of the plane.
+    """Power of the errors at every whole frequency, in cycles a tile, over all classes.
+
+    Its sum is the mean square of an error. Half a cycle a pixel is S / 2; what is beyond lies in the plane's corners.
     """
     size = tiles.masks.shape[-1]
     rows, columns = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij")
