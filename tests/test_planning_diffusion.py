@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from terrasynth.data.world import WORLD_SCHEMA
 from terrasynth.errors import TerraSynthError
 from terrasynth.planning import diffusion
 from terrasynth.planning.footprint import count, flops, pretend
-from terrasynth.planning.plan import make_plan
 from terrasynth.recipe import Recipe
 from terrasynth.systems.idgbr import IDGBRPipeline
 from terrasynth.training.loop import train
@@ -59,9 +57,6 @@ def test_a_pretended_step_needs_what_the_training_loop_needs(recipe_of, tmp_path
     recipe = recipe_of(what, changes)
     with pretend(gpu=False):
         said = diffusion.train(recipe, diffusion.pretended(recipe, WORLD_SCHEMA, what), gpu=False).count("")
-    done = diffusion.train(recipe, at_work(recipe, what), gpu=False).count("")
-    assert said.flops == done.flops > 0
-    assert said.peak == pytest.approx(done.peak, rel=0.01)
     assert said.weights + said.gradients + said.optimizer + said.average < said.peak
 
     pipeline, config = at_work(recipe, what), getattr(recipe, what).train
@@ -77,7 +72,7 @@ def test_a_pretended_step_needs_what_the_training_loop_needs(recipe_of, tmp_path
 
     with diffusion._nothing_given(), count(held(pipeline)) as needs:
         train(pipeline.network, pipeline.training_loss, Rows(), config, tmp_path, seed=0)
-    assert flops(needs.operations) == 2 * said.flops
+    assert flops(needs.operations) == 2 * said.flops > 0
     assert said.peak == pytest.approx(needs.peak, rel=0.05)
 
 
@@ -100,18 +95,16 @@ def nbytes_of_alignment(pipeline):
     return 0 if part is None else sum(4 * x.numel() for x in (*part.parameters(), *part.buffers()))
 
 
-@pytest.mark.parametrize("scale", [None, 1.0, 2.0])
-@pytest.mark.parametrize("changes", [kind[1] for kind in KINDS if kind[0] == "pairs"])
+@pytest.mark.parametrize(("changes", "scale"), [({}, 1.0), ({}, 2.0), (KINDS[-1][1], None)])
 def test_painting_pairs_needs_what_was_said(recipe_of, changes, scale):
-    asked = changes.get("asks_classes", True) and scale is not None
-    shares = {WORLD_SCHEMA.names[1]: 0.2}
-    sampling = {"steps": 3, "shares": shares, "guidance_scale": scale} if asked else {"steps": 3}
+    shares = None if scale is None else {WORLD_SCHEMA.names[1]: 0.2}
+    sampling = {"steps": 3} if shares is None else {"steps": 3, "shares": shares, "guidance_scale": scale}
     recipe = recipe_of("pairs", changes | {"sampling": sampling})
     with pretend(gpu=False):
         pipeline = diffusion.pretended(recipe, WORLD_SCHEMA, "pairs")
         said = diffusion.paint(recipe, pipeline, 2, 3, "fp32", gpu=False).count("")
     pipeline = at_work(recipe, "pairs")
-    given = {"shares": pipeline.ask(shares, 2), "guidance_scale": scale} if asked else {}
+    given = {} if shares is None else {"shares": pipeline.ask(shares, 2), "guidance_scale": scale}
     with count(held(pipeline)) as needs:
         pipeline(seeds=[0, 1], num_steps=3, **given)
     assert said.flops == flops(needs.operations)
@@ -151,23 +144,17 @@ def test_stable_diffusion_has_the_published_number_of_parameters(tiny_recipe):
 
 def test_the_doctor_plans_what_is_asked_for(recipe_of, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(recipe_of("pairs", {}).model_dump_json(), encoding="utf-8")
-    for what, uses in (("refiner", "refine 8 windows"), ("pairs", "paint [0-9]+")):
+    saving = SMALL["train"] | {"precision": "bf16", "offload_optimizer": True}
+    for what, uses, train in (
+        ("refiner", "offload_optimizer|refine 8 windows", SMALL["train"]),
+        ("pairs", "paint [0-9]+", saving),
+    ):
+        path.write_text(recipe_of(what, {"train": train}).model_dump_json(), encoding="utf-8")
         command = ["doctor", "--plan", str(path), "--card", "H100", "--what", what]
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
-        stages = f"training step|preview|{uses}|offload_optimizer"
-        assert len(re.findall(rf"^  (?:{stages}) .* s$", result.stdout, re.MULTILINE)) == 4
+        rows = re.findall(rf"^  (?:training step|preview|{uses}) .* s$", result.stdout, re.MULTILINE)
+        assert len(rows) == 4 - (train is saving)
+        assert ("memory; the time of its update there is not counted" in result.stdout) == (train is saving)
         assert "steps on H100, at the data sheet's speed, so at least" in result.stdout
     assert CliRunner().invoke(app, ["doctor", "--what", "pairs"]).exit_code == 2
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("gpu", [True, False])
-def test_every_precision_is_planned(recipe_of, gpu, precision):
-    train = SMALL["train"] | {"precision": precision, "offload_optimizer": gpu}
-    for what in ("refiner", "pairs"):
-        plan = make_plan(recipe_of(what, {"train": train}), Path(), gpu=gpu, what=what)
-        assert all(stage.flops > 0 for stage in plan.stages)
-        assert bool(plan.stages[0].optimizer) != gpu
-        assert len(plan.choices) == 1 - gpu
