@@ -204,25 +204,27 @@ def paint(
 ) -> Work:
     """Pairs, by all steps, asked for and guided as the recipe has it."""
     sampling, side = recipe.pairs.sampling, recipe.data.image_size
-    rows = pairs * len(guidance_chain({"told": sampling.guidance_scale if sampling.shares else 1.0}))
-    images, masks = torch.zeros(rows, 3, side, side), torch.zeros(rows, side, side, dtype=torch.long)
-    joint = pipeline.encode(images, masks)
-    known = torch.zeros(rows, side, side, dtype=torch.bool)
-    condition = pipeline.see(joint, known, known)[0] if pipeline.config.condition == "given" else None
-    told = torch.zeros(rows, 2 * pipeline.num_classes) if pipeline.config.asks_classes else None
-    timestep = torch.zeros(rows, dtype=torch.long)
+    terms = len(guidance_chain({"told": sampling.guidance_scale if sampling.shares else 1.0}))
+    images = torch.zeros(pairs, 3, side, side, dtype=torch.uint8)
+    masks, known = torch.zeros(pairs, side, side, dtype=torch.long), torch.zeros(pairs, side, side, dtype=torch.bool)
+    joint = pipeline.encode(images.float(), masks)
+    given = pipeline.see(joint, known, known)
+    told = torch.zeros(terms * pairs, 2 * pipeline.num_classes)
+    latents, clean, timestep = torch.zeros_like(joint), torch.zeros_like(joint), torch.zeros(pairs, dtype=torch.long)
 
     @torch.no_grad()
     def evaluate() -> None:
-        pipeline._evaluate(joint, timestep, condition, told)
+        x = latents.repeat(terms, 1, 1, 1)
+        condition = given[0].repeat(terms, 1, 1, 1) if pipeline.config.condition == "given" else None
+        pipeline._evaluate(x, timestep.repeat(terms), condition, told if pipeline.config.asks_classes else None)
 
     @torch.no_grad()
     def decode() -> None:
-        pipeline.decode(joint[:pairs])
+        pipeline.decode(latents)
 
     return Work(
         [(evaluate, steps), (decode, 1)],
         tensors(*modules(pipeline)),
-        others=[joint, *(x for x in (condition, told) if x is not None)],
+        others=[images, masks, known, joint, *given, told, latents, clean],
         around=lambda: autocast(torch.device("cpu"), on_card(precision, gpu=gpu)),
     )
