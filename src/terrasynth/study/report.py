@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,8 +20,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, open_image, read_json
 from terrasynth.recipe import ArmConfig, PairsConfig, Recipe, SteeringConfig, TrainConfig
-from terrasynth.study.figures import Color, arm_color, class_figure, curve_figure, difference_figure
+from terrasynth.study.canvas import Color, arm_color
+from terrasynth.study.figures import class_figure, curve_figure, difference_figure
 from terrasynth.study.statistics import Difference, Summary, compare, difference_text, points, summarise
+from terrasynth.study.sweep import ClassGains, Line, class_gains, ratio_lines
+from terrasynth.study.sweep_figures import frequency_figure, frequency_picture, ratio_figure, ratio_picture
 
 __all__ = ["Results", "Verdict", "read_results", "verdict", "write_report"]
 
@@ -54,6 +57,10 @@ class _Arm(_Part):
 
     def summary(self, metric: str = "miou") -> Summary:
         return summarise(self.values(metric))
+
+    def by_class(self, classes: Sequence[_Class]) -> list[tuple[_Score, ...]]:
+        """IoU by seed of every class."""
+        return [self.values(f"iou/{entry.name}") for entry in classes]
 
     def minus(self, other: _Arm, *, confidence: float = 0.95) -> Difference:
         return compare(self.values(), other.values(), confidence=confidence)
@@ -210,6 +217,25 @@ class Results(_Part):
         return tuple(arm for arm in self.arms[1:] if arm.name in painted)
 
     @property
+    def scored_classes(self) -> list[_Class]:
+        """The classes that the test tiles have a score for."""
+        return [entry for entry in self.classes if f"iou/{entry.name}" in self.arms[0].metrics]
+
+    @property
+    def lines(self) -> list[Line]:
+        """The arms by what they add, where one of them was given several numbers of paintings; else none."""
+        lines = ratio_lines(self.recipe.study, {arm.name: arm.values() for arm in self.arms})
+        return lines if any(len([1 for ratio, _ in line.points if ratio]) > 1 for line in lines) else []
+
+    @property
+    def class_gains(self) -> list[ClassGains]:
+        """Of every arm but the baseline, where there are shares of the classes and a correlation can be told."""
+        classes, baseline = self.scored_classes, self.arms[0]
+        shares, theirs = [entry.share for entry in classes], baseline.by_class(classes)
+        gains = [class_gains(arm.name, shares, arm.by_class(classes), theirs) for arm in self.arms[1:]]
+        return [each for each in gains if each.correlation is not None]
+
+    @property
     def under_masks(self) -> bool:
         """Whether anything was painted under masks, which a generator does."""
         return any(kind != "pairs" for kind in self.synthetic)
@@ -333,6 +359,8 @@ def verdict(results: Results) -> Verdict:
 def write_report(folder: Path) -> Path:
     """Write `report.html` of a study: one file that needs nothing else, from nowhere.
 
+    Beside it, `ratio.png` and `frequency.png` have two of its charts, where it has them.
+
     Args:
         folder: holds `results.json` and, if anything was painted, `gallery.json` (a list of `mask`, `real`, `reference`
             and the kinds of painted tiles: picture files relative to `folder`, all but `mask` optional; and `caption`).
@@ -349,13 +377,36 @@ def write_report(folder: Path) -> Path:
         "difference": difference_text,
         "score": _score,
         "kind": kind_name,
+        "signed": lambda number: f"{number + 0.0:+.2f}".replace("-", "−"),
     }
     template = environment.from_string(files("terrasynth.study").joinpath("report.html.j2").read_text("utf-8"))
     page = template.render(_context(results, folder))
+    _write_pictures(results, folder)
     report = folder / "report.html"
     with atomic_write(report) as partial:
         partial.write_text(page, encoding="utf-8")
     return report
+
+
+def _write_pictures(results: Results, folder: Path) -> None:
+    pictures: dict[str, bytes | None] = {"ratio.png": None, "frequency.png": None}
+    if lines := results.lines:
+        pictures["ratio.png"] = ratio_picture(lines, results.arms[0].name)
+    if gains := _shown_gains(results, verdict(results)):
+        classes = [(entry.name, entry.color) for entry in results.scored_classes]
+        pictures["frequency.png"] = frequency_picture(gains, classes)
+    for name, picture in pictures.items():
+        if picture is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            with atomic_write(folder / name) as partial:
+                partial.write_bytes(picture)
+
+
+def _shown_gains(results: Results, answer: Verdict) -> ClassGains | None:
+    """Of the synthetic arm of the answer, else of the first arm."""
+    gains = results.class_gains
+    return next((each for each in gains if each.arm == answer.best), next(iter(gains), None))
 
 
 # --- the verdict's sentences -----------------------------------------------------------------------------------------
@@ -472,10 +523,12 @@ def _context(results: Results, folder: Path) -> dict[str, Any]:
             for position, arm in enumerate(results.arms)
         ],
         "class_rows": [
-            (entry, [arm.summary(f"iou/{entry.name}") for arm in results.arms])
-            for entry in results.classes
-            if f"iou/{entry.name}" in baseline.metrics
+            (entry, [arm.summary(f"iou/{entry.name}") for arm in results.arms]) for entry in results.scored_classes
         ],
+        "lines": results.lines,
+        "ratios": sorted({ratio for line in results.lines for ratio, _ in line.points}),
+        "class_gains": results.class_gains,
+        "shown_gains": _shown_gains(results, answer),
         "figures": _figures(results, answer),
         "gallery": _gallery(folder),
         "labels": _labels(results),
@@ -493,7 +546,7 @@ def _context(results: Results, folder: Path) -> dict[str, Any]:
 def _figures(results: Results, answer: Verdict) -> dict[str, dict[str, Markup] | None]:
     baseline = results.arms[0]
     position = {arm.name: index for index, arm in enumerate(results.arms)}
-    classes = [entry for entry in results.classes if f"iou/{entry.name}" in baseline.metrics]
+    classes = results.scored_classes
     by_class = {arm.name: [arm.summary(f"iou/{entry.name}") for entry in classes] for arm in results.arms}
     differences = [(arm.name, arm.minus(baseline), position[arm.name]) for arm in results.arms[1:]]
     best = next((arm for arm in results.arms if arm.name == answer.best), None)
@@ -505,9 +558,12 @@ def _figures(results: Results, answer: Verdict) -> dict[str, dict[str, Markup] |
     ]
     curves = {name: [(curve.steps, curve.miou) for curve in seeds] for name, seeds in results.curves.items() if seeds}
     colors = [(entry.name, entry.color) for entry in classes]
+    lines, gains = results.lines, _shown_gains(results, answer)
     return {
         "classes": _both(lambda width: class_figure(colors, by_class, width=width)) if classes else None,
         "differences": _both(lambda width: difference_figure(differences, width=width)) if differences else None,
+        "ratios": _both(lambda width: ratio_figure(lines, baseline.name, width=width)) if lines else None,
+        "frequencies": _both(lambda width: frequency_figure(gains, colors, width=width)) if gains else None,
         "curves": _both(lambda width: curve_figure(curves, width=width)) if curves else None,
     }
 

@@ -16,6 +16,7 @@ from terrasynth.study.gallery import write_gallery, write_pairs
 from terrasynth.study.products import AUDIT, painted_tiles
 from terrasynth.study.quality import label_histogram
 from terrasynth.study.statistics import compare, summarise
+from terrasynth.study.sweep import class_gains
 
 if TYPE_CHECKING:
     from terrasynth.study.run import Study
@@ -62,6 +63,9 @@ def write_results(of: Study, command: str) -> None:
                 name: [{"seed": seed, **unit.result["curve"]} for seed, unit in zip(study.seeds, units, strict=True)]
                 for name, units in cells.items()
             },
+            "class_gains": _class_gains(
+                metrics, study.arms[0].name, dict(zip(schema.names, real.tolist(), strict=True))
+            ),
             "plateaus": [
                 _plateau(arm.name, metrics[arm.name], twice[arm.name], of.settings(arm).train.steps)
                 for arm in of.checked
@@ -147,6 +151,23 @@ def _statistics(metrics: Mapping[str, list[dict[str, float]]], baseline: str) ->
             for name, v in scores.items()
         ],
     }
+
+
+def _class_gains(
+    metrics: Mapping[str, list[dict[str, float]]], baseline: str, shares: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Of every arm but the baseline, how its gains correlate with the classes' shares of the training pixels."""
+    names = [name for name in shares if f"iou/{name}" in metrics[baseline][0]]
+
+    def by_class(arm: str) -> list[list[float]]:
+        return [[seed[f"iou/{name}"] for seed in metrics[arm]] for name in names]
+
+    gains = [
+        class_gains(arm, [shares[name] for name in names], by_class(arm), by_class(baseline))
+        for arm in metrics
+        if arm != baseline
+    ]
+    return [{"arm": each.arm, **each.correlation.to_dict()} for each in gains if each.correlation is not None]
 
 
 def _plateau(arm: str, once: list[dict[str, float]], twice: list[dict[str, float]], steps: int) -> dict[str, Any]:
