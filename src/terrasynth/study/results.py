@@ -37,7 +37,7 @@ def write_results(of: Study, command: str) -> None:
     agreement = {kind: [of.agreement(kind, seed) for seed in study.seeds] for kind in kinds}
     audits = {kind: [of.audited(kind, seed) for seed in study.seeds] for kind in kinds}
     of_splits = of.audited_splits()
-    real = label_histogram(of.train.masks, schema.num_classes)
+    shares = label_histogram(of.train.masks, schema.num_classes).tolist()
     labels = [of.label_shares(seed) for seed in study.seeds] if of.paints_pairs else None
     seconds = of.timing()
     _write_galleries(of)
@@ -49,7 +49,7 @@ def write_results(of: Study, command: str) -> None:
             "recipe": of.recipe.model_dump(mode="json"),
             "classes": [
                 {"name": name, "color": list(color), "share": share}
-                for name, color, share in zip(schema.names, schema.colors, real.tolist(), strict=True)
+                for name, color, share in zip(schema.names, schema.colors, shares, strict=True)
             ],
             "data": {
                 **{name: len(split) for name, split in tiles.items()},
@@ -63,9 +63,7 @@ def write_results(of: Study, command: str) -> None:
                 name: [{"seed": seed, **unit.result["curve"]} for seed, unit in zip(study.seeds, units, strict=True)]
                 for name, units in cells.items()
             },
-            "class_gains": _class_gains(
-                metrics, study.arms[0].name, dict(zip(schema.names, real.tolist(), strict=True))
-            ),
+            "class_gains": _class_gains(metrics, study.arms[0].name, dict(zip(schema.names, shares, strict=True))),
             "plateaus": [
                 _plateau(arm.name, metrics[arm.name], twice[arm.name], of.settings(arm).train.steps)
                 for arm in of.checked

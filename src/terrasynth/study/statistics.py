@@ -90,7 +90,7 @@ class Correlation:
 
 
 def correlate(x: Sequence[float | None], y: Sequence[float | None]) -> Correlation | None:
-    """Pearson's correlation over the pairs that have both values; None for fewer than three, or if either is constant."""
+    """Pearson's correlation over pairs that have both values; None for fewer than three, or if either is constant."""
     from scipy.stats import pearsonr
 
     pairs = [(a, b) for a, b in zip(summarise(x).values, summarise(y).values, strict=True) if None not in (a, b)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,10 +70,9 @@ def _without_paintings(arm: ArmConfig) -> ArmConfig:
 
 
 def _common(names: Sequence[str]) -> str:
-    """What names have in common, without the beginning of a ratio."""
-    if len(names) == 1:
-        return names[0]
-    return re.sub(r"[\s(,]*(1\s*:\s*\d*)?[\s(,]*$", "", os.path.commonprefix(list(names))) or names[0]
+    """What names have in common that end in ratios; else the first."""
+    bare = {re.sub(r"\s*\(?1\s*:\s*\d+\)?$", "", name) for name in names}
+    return bare.pop() if len(names) > len(bare) == 1 else names[0]
 
 
 @dataclass(frozen=True)
