@@ -188,6 +188,8 @@ class Results(_Part):
 
     name: str
     recipe: Recipe
+    other_arms: tuple[str, ...] = ()
+    """Of the recipe, that were not asked for."""
     classes: tuple[_Class, ...]
     data: _Data
     arms: tuple[_Arm, ...] = Field(min_length=1)

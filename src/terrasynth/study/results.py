@@ -39,7 +39,7 @@ def write_results(of: Study, command: str) -> None:
     of_splits = of.audited_splits()
     shares = label_histogram(of.train.masks, schema.num_classes).tolist()
     labels = [of.label_shares(seed) for seed in study.seeds] if of.paints_pairs else None
-    seconds = of.timing()
+    seconds = {group: sum(each) for group, each in of.timing().items()}
     _write_galleries(of)
     write_json(
         of.out / "results.json",
@@ -47,6 +47,7 @@ def write_results(of: Study, command: str) -> None:
             "name": of.recipe.name,
             "task": "segmentation",
             "recipe": of.recipe.model_dump(mode="json"),
+            "other_arms": list(of.others),
             "classes": [
                 {"name": name, "color": list(color), "share": share}
                 for name, color, share in zip(schema.names, schema.colors, shares, strict=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,12 +41,20 @@ from terrasynth.tasks.refiner_scores import score_refiner
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
 from terrasynth.training.units import Busy, Clock, OutOfTime, Unit, do, store_tensors, stored_tensors
 
-__all__ = ["Study"]
+__all__ = ["Study", "Task"]
 
 _MASKS = "masks.safetensors"
 #: To be raised when audits tell otherwise: these are made again, which takes seconds, and no training is.
 _AUDITED = 3
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Task(NamedTuple):
+    """Something to be done under a seed, or once for all: a unit of work, with all that it needs."""
+
+    group: str
+    seed: int | None
+    work: Callable[[], object]
 
 
 class Study:
@@ -60,13 +68,17 @@ class Study:
         base: folder that relative paths in the recipe start from.
         out: where the units, `results.json` and `report.html` go.
         max_minutes: stop at a checkpoint after about this long, with `OutOfTime`; the same call goes on from there.
+        others: names of the arms that the recipe has beside these, for the report.
 
     Raises:
         TerraSynthError: bad data, tiles shared between splits, or an impossible recipe.
     """
 
-    def __init__(self, recipe: Recipe, base: Path, out: Path, *, max_minutes: float | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, base: Path, out: Path, *, max_minutes: float | None = None, others: Sequence[str] = ()
+    ) -> None:
         self.recipe = recipe
+        self.others = others
         self.out = out
         self.clock = Clock(max_minutes)
         self.baseline = recipe.study.arms[0]
@@ -482,11 +494,11 @@ class Study:
         }
         return self.unit("audit", "audits", f"{kind} seed {seed}", inputs, work, products=(AUDIT, "audit.json"))
 
-    def timing(self) -> dict[str, float]:
-        """Seconds by groups of work, of the units that were asked for."""
-        seconds: dict[str, float] = {}
+    def timing(self) -> dict[str, list[float]]:
+        """Seconds of the finished units that were asked for, by groups of work."""
+        seconds: dict[str, list[float]] = {}
         for group, unit in self._used.values():
-            seconds[group] = seconds.get(group, 0.0) + unit.seconds
+            seconds.setdefault(group, []).append(unit.seconds)
         return seconds
 
     def check_clock(self) -> None:
@@ -496,38 +508,63 @@ class Study:
 
     # The whole
 
-    def work(self) -> None:
-        """Do every unit that is not done. What another process is at is left to it: several share the work."""
+    def tasks(self) -> list[Task]:
+        """All that is to be done, in this order; what is done costs nothing."""
         study = self.recipe.study
-        self.test  # noqa: B018 (before anything is trained: no tile is in two splits)
-        tasks: list[Callable[[], object]] = [
-            partial(self.cell, arm, seed)
-            for arm in dict.fromkeys((study.arms[0], self.teacher))
-            for seed in study.seeds
+        teachers = dict.fromkeys((study.arms[0], self.teacher))
+        tasks = [
+            Task(f"train: {arm.name}", seed, partial(self.cell, arm, seed)) for arm in teachers for seed in study.seeds
         ]
         if any(kind != "pairs" for kind in self.kinds):
-            tasks.append(lambda: self.generator)
+            tasks.append(Task("train the generator", None, lambda: self.generator))
+        kinds = self.kinds
         if self.paints_pairs:
-            tasks.append(lambda: self.pairs)
-            tasks += [partial(self.painted, "pairs", seed) for seed in study.seeds]
-            tasks += [partial(self.label_shares, seed) for seed in study.seeds]
-        tasks += [partial(self.painted, kind, seed) for kind in self.kinds for seed in study.seeds]
-        tasks += [partial(self.metrics, arm, seed) for arm in study.arms for seed in study.seeds]
-        tasks += [partial(self.metrics, arm, seed, times=2) for arm in self.checked for seed in study.seeds]
-        tasks += [partial(self.agreement, kind, seed) for kind in self.kinds for seed in study.seeds]
-        tasks += [partial(self.audited, kind, seed) for kind in self.kinds for seed in study.seeds]
-        tasks.append(self.audited_splits)
+            tasks.append(Task("train what paints pairs", None, lambda: self.pairs))
+            kinds = list(dict.fromkeys(["pairs", *kinds]))  # whose masks others are painted under
+
+        def each(group: str, work: Callable[[Any, int], object], names: Sequence[Any], **named: Any) -> None:
+            for name in names:
+                label = group.format(getattr(name, "name", name))
+                tasks.extend(Task(label, seed, partial(work, name, seed, **named)) for seed in study.seeds)
+
+        each("paint ({})", self.painted, kinds)
+        each("train: {}", self.metrics, study.arms)
+        each("plateau check", self.metrics, self.checked, times=2)
+        each("test", self.agreement, self.kinds)
+        each("audit", self.audited, self.kinds)
+        if self.paints_pairs:
+            tasks += [Task("audit", seed, partial(self.label_shares, seed)) for seed in study.seeds]
+        return [*tasks, Task("audit", None, self.audited_splits)]
+
+    def work(self) -> None:
+        """Do every unit that is not done. What another process is at is left to it: several share the work."""
+        self.test  # noqa: B018 (before anything is trained: no tile is in two splits)
+        tasks = self.tasks()
         while tasks:
-            left: list[tuple[Callable[[], object], Busy]] = []
+            left: list[tuple[Task, Busy]] = []
             for task in tasks:
                 try:
-                    task()
+                    task.work()
                 except Busy as busy:
                     left.append((task, busy))
             while len(left) == len(tasks) and not any(busy.over() for _, busy in left):
                 self.check_clock()
                 time.sleep(0.5)
             tasks = [task for task, _ in left]
+
+    def left(self) -> list[Task]:
+        """What is still to be done; nothing is computed. `timing` then tells the times of what is done."""
+        clock, self.clock = self.clock, Clock(0.0)
+        left = []
+        try:
+            for task in self.tasks():
+                try:
+                    task.work()
+                except (OutOfTime, Busy):
+                    left.append(task)
+        finally:
+            self.clock = clock
+        return left
 
     @property
     def kinds(self) -> list[str]:
