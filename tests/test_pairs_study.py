@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from typer.testing import CliRunner
 
+from terrasynth.cli import app
 from terrasynth.data.folder import load_synthetic, load_tiles
+from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import Recipe
+from terrasynth.recipe_io import choose_arms
+from terrasynth.study.left import outlook
 from terrasynth.study.run import Study
 from terrasynth.systems.satsynth import SatSynthPipeline
 
@@ -24,7 +30,6 @@ PAIRS = {
 }
 ARMS = [
     {"name": "real"},
-    {"name": "ClassMix", "mix": "classmix"},
     {"name": "pairs", "synthetic": "pairs", "ratio": [1, 2]},
     {"name": "ClassMix + pairs", "mix": "classmix", "synthetic": "pairs"},
     {"name": "painted masks", "synthetic": "plain", "layouts": "pairs"},
@@ -61,9 +66,9 @@ def results_of(out):
 
 def test_a_list_of_ratios_is_an_arm_of_each(recipe):
     arms = recipe.study.arms
-    assert [arm.name for arm in arms[2:4]] == ["pairs 1:1", "pairs 1:2"]
-    assert [arm.ratio for arm in arms] == [None, None, 1, 2, None, None]
-    assert [arm.kind for arm in arms] == ["none", "none", "pairs", "pairs", "pairs", "plain-on-pairs"]
+    assert [arm.name for arm in arms[1:3]] == ["pairs 1:1", "pairs 1:2"]
+    assert [arm.ratio for arm in arms] == [None, 1, 2, None, None]
+    assert [arm.kind for arm in arms] == ["none", "pairs", "pairs", "pairs", "plain-on-pairs"]
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
@@ -106,7 +111,7 @@ def test_the_generator_paints_each_painted_mask_once_and_as_it_is(finished):
 
 def test_more_of_them_continue_both_sets_and_change_nothing_that_was_painted(finished, tiny_recipe, tmp_path):
     shutil.copytree(finished, tmp_path / "study")
-    arms = [*ARMS[:1], {**ARMS[4], "ratio": [1, 3]}]
+    arms = [*ARMS[:1], {**ARMS[3], "ratio": [1, 3]}]
     before = {path: path.read_bytes() for path in (tmp_path / "study" / "synthetic").glob("*/dataset/*/*.png")}
     study = Study(with_arms(tiny_recipe, arms), Path(), tmp_path / "study")
     for seed in (0, 1):
@@ -163,7 +168,7 @@ def test_the_report_shows_pairs_with_their_masks_and_the_audit_compares_them(fin
 
 def test_a_study_of_pairs_alone_trains_no_generator(finished, tiny_recipe, tmp_path):
     shutil.copytree(finished, tmp_path / "study", ignore=shutil.ignore_patterns("generator-*", "scores", "audits"))
-    Study(with_arms(tiny_recipe, ARMS[:3]), Path(), tmp_path / "study").run()
+    Study(with_arms(tiny_recipe, ARMS[:2]), Path(), tmp_path / "study").run()
     assert not list((tmp_path / "study").glob("generator-*"))
     page = (tmp_path / "study" / "report.html").read_text()
     assert "One painter of pairs painted for all seeds" in page
@@ -202,3 +207,71 @@ def test_a_size_that_pairs_can_not_have_is_refused_before_anything_is_trained(ti
     values["pairs"]["patch_size"] = 3
     with pytest.raises(ValueError, match=r"image_size \(32\) must be a multiple of 6"):
         Recipe.model_validate(values)
+
+
+# Parts of a study
+
+
+def test_some_arms_are_run_alone_and_the_report_names_the_others(finished, recipe, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("unit.json")}
+    some, others = choose_arms(recipe, ["pairs"])
+    assert [arm.name for arm in some.study.arms] == ["real", "pairs 1:1", "pairs 1:2"]
+    assert others == ("ClassMix + pairs", "painted masks")
+    study = Study(some, Path(), tmp_path / "study", others=others)
+    assert study.left() == []
+    study.run()
+    # As many pairs as before, so nothing is done again; what other arms made stays.
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("unit.json")} == stamps
+    results = results_of(tmp_path / "study")
+    assert [arm["name"] for arm in results["arms"]] == ["real", "pairs 1:1", "pairs 1:2"]
+    assert results["other_arms"] == ["ClassMix + pairs", "painted masks"]
+    assert "It has 2 more: ClassMix + pairs, painted masks." in (tmp_path / "study" / "report.html").read_text()
+    assert results["arms"][1] == results_of(finished)["arms"][1]
+
+
+def test_one_ratio_the_baseline_and_the_teacher_may_be_all(recipe):
+    values = recipe.model_dump(mode="json")
+    values["study"]["arms"].append({"name": "teacher", "mix": "cutmix"})
+    values["study"]["teacher"] = "teacher"
+    some, others = choose_arms(Recipe.model_validate(values), ["pairs 1:2"])
+    assert [arm.name for arm in some.study.arms] == ["real", "pairs 1:2", "teacher"]
+    assert len(others) == 3
+    with pytest.raises(TerraSynthError, match="no such arm"):
+        choose_arms(recipe, ["pair"])
+
+
+def test_what_is_left_is_told_with_the_times_of_what_is_done(finished, recipe, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    study = Study(recipe, Path(), tmp_path / "study")
+    assert outlook(study) == "All is done but the report."
+    seconds = []
+    for path in (tmp_path / "study" / "cells").glob("*/unit.json"):
+        if path.parent.name.startswith("pairs-1-1-seed-1"):
+            path.unlink()
+        else:
+            seconds.append(json.loads(path.read_text())["seconds"])
+    study = Study(recipe, Path(), tmp_path / "study", max_minutes=5)
+    assert [(task.group, task.seed) for task in study.left()] == [("train: pairs 1:1", 1)]
+    told = outlook(study)
+    assert "train: pairs 1:1, seed 1: about" in told
+    assert told.endswith("given are 5 min.")
+    (time,) = re.findall(r"By the times of what is done: about (\d+) s;", told)
+    # The other seed's; every cell here takes about as long.
+    assert int(time) <= round(max(seconds)) + 1
+
+
+def test_out_of_minutes_the_command_says_what_is_left_and_how_to_go_on(recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    options = ["--out", str(tmp_path / "out"), "--max-minutes", "0", "--arms", "painted masks"]
+    done = CliRunner().invoke(app, ["study", str(file), *options])
+    assert done.exit_code == 75
+    for line in (
+        "train: real, seeds 0, 1: not known yet",
+        "train what paints pairs: not known",
+        "To go on: terrasynth",
+    ):
+        assert line in done.stderr
+    assert "ClassMix" not in done.stderr
+    assert not list((tmp_path / "out").rglob("unit.json"))
