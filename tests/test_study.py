@@ -659,7 +659,7 @@ def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path, mon
     other = Study(Recipe.model_validate(values), Path(), tmp_path)
     assert other.painted("plain", 0).key == study.painted("plain", 0).key
     keys = []
-    monkeypatch.setattr(other, "_do", lambda group, place, name, inputs, work, **made: keys.append(inputs))
+    monkeypatch.setattr(other, "unit", lambda group, place, name, inputs, work, **made: keys.append(inputs))
     other.painted("plain-like", 0)
     assert keys[-1]["sampling"]["reference_scale"] == 1.5
 

@@ -818,6 +818,14 @@ def study(
     recipe: RecipeName,
     data: Data = None,
     out: Out = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only this arm, beside the baseline and the teacher; repeatable. A name without its ratio (`1:3`) "
+            "stands for all ratios. What other arms need is left as it is. (default: all arms)",
+        ),
+    ] = None,
     max_minutes: MaxMinutes = None,
     jobs: Jobs = 1,
     skip_bad: SkipBad = False,
@@ -826,9 +834,9 @@ def study(
     """Answer the question for RECIPE: would synthetic data help this task, by how much, and how sure is that?
 
     Trains the generator, paints, trains the segmentor once per arm and seed, and writes report.html. Stopped or
-    killed, the same command goes on from what is finished.
+    killed, the same command goes on from what is finished. With --max-minutes, what is left is told before and after.
     """
-    _study(recipe, data, out, max_minutes, _settings(overrides, skip_bad), jobs)
+    _study(recipe, data, out, max_minutes, _settings(overrides, skip_bad), jobs, arms or ())
 
 
 @app.command(
@@ -1117,17 +1125,25 @@ def _study(
     max_minutes: float | None,
     overrides: Sequence[str],
     jobs: int | None,
+    arms: Sequence[str] = (),
 ) -> None:
     """`jobs: None` takes one process for each of the cores, up to four."""
-    study = _open(name, data, out, max_minutes, overrides)
+    study = _open(name, data, out, max_minutes, overrides, arms)
 
     import torch
 
+    from terrasynth.study.left import outlook
     from terrasynth.study.workers import workers
 
-    jobs = jobs or min(4, torch.get_num_threads())
-    with workers(jobs - 1, study.recipe, study.base, study.out, max_minutes):
-        page = study.run(shlex.join(["terrasynth", *sys.argv[1:]]))
+    jobs, command = jobs or min(4, torch.get_num_threads()), shlex.join(["terrasynth", *sys.argv[1:]])
+    if max_minutes is not None:
+        typer.echo(outlook(study, jobs), err=True)
+    try:
+        with workers(jobs - 1, study.recipe, study.base, study.out, max_minutes):
+            page = study.run(command)
+    except OutOfTime:
+        typer.echo(f"{outlook(study, jobs)}\nTo go on: {command}", err=True)
+        raise
 
     from terrasynth.study.report import read_results, verdict
 
@@ -1138,17 +1154,25 @@ def _settings(overrides: list[str] | None, skip_bad: bool) -> list[str]:
     return [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])]
 
 
-def _open(name: str, data: Path | None, out: Path | None, max_minutes: float | None, overrides: Sequence[str]) -> Study:
+def _open(
+    name: str,
+    data: Path | None,
+    out: Path | None,
+    max_minutes: float | None,
+    overrides: Sequence[str],
+    arms: Sequence[str] = (),
+) -> Study:
     """The study of a recipe. The recipe is read before torch is: a typing mistake shows at once."""
-    from terrasynth.recipe_io import load_recipe
+    from terrasynth.recipe_io import choose_arms, load_recipe
 
     loaded = load_recipe(name, overrides, data=data)
+    recipe, others = choose_arms(loaded.recipe, arms) if arms else (loaded.recipe, ())
 
     from terrasynth.study.run import Study
 
     _silence_libraries()
     folder = re.sub(r"[^\w.-]+", "-", loaded.recipe.name).strip(".-") or "unnamed"
-    return Study(loaded.recipe, loaded.base, out or Path("runs", folder), max_minutes=max_minutes)
+    return Study(recipe, loaded.base, out or Path("runs", folder), max_minutes=max_minutes, others=others)
 
 
 def _silence_libraries() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
     "ArmConfig",
@@ -144,7 +144,10 @@ class DataConfig(_Config):
 
 
 #: What painted tiles there are (`ArmConfig.kind`).
-KINDS = ("plain", "steered", "plain-like", "steered-like")
+KINDS = (
+    *("plain", "steered", "plain-like", "steered-like", "pairs"),
+    *("plain-on-pairs", "steered-on-pairs", "plain-like-on-pairs", "steered-like-on-pairs"),
+)
 #: Settings of a training that change no weight: it may go on with others.
 HARMLESS = {"checkpoint_every", "log_every", "workers", "gradient_checkpointing", "offload_optimizer"}
 
@@ -609,13 +612,17 @@ class ArmConfig(_Config):
     2019), windows of four (`mosaic`, Bochkovskiy et al. 2020), half of their classes (`classmix`, Olsson et al. 2021)
     or single objects (`copy-paste`, Ghiasi et al. 2021; `plausible-copy-paste`, on what their class borders on alone).
     `cutout` hides a square of each instead (DeVries and Taylor 2017)."""
-    synthetic: Literal["none", "plain", "steered"] = "none"
-    """Painted tiles: none, without steering, or with CRFM."""
+    synthetic: Literal["none", "plain", "steered", "pairs"] = "none"
+    """Painted tiles: none; painted under masks without steering, or with CRFM; or `pairs`, with the masks, by what
+    `pairs` describes (SatSynth)."""
+    layouts: Literal["pairs"] | None = None
+    """Masks to paint, if other than those of `study.layouts`: `pairs` takes the masks of what `pairs` describes, each
+    once and as it is."""
     references: bool = False
     """Paint in the look of references: of each tile, one window of `data.unlabelled` (`generator.reference`)."""
     ratio: Positive | None = None
     """Painted tiles per real tile, if other than `study.ratio`; of arms alike in all else, a smaller set is the
-    beginning of a larger one."""
+    beginning of a larger one. A list, as `[1, 3, 5]`, makes an arm of each (`NAME 1:1`, `NAME 1:3`, `NAME 1:5`)."""
     synthetic_first: bool = False
     """Instead of mixing them in every batch, train on painted tiles alone for the first half of the steps and on real
     ones alone for the second."""
@@ -634,8 +641,11 @@ class ArmConfig(_Config):
 
     @property
     def kind(self) -> str:
-        """Of its painted tiles: `none`, `plain` or `steered`, and `-like` if these have references."""
-        return f"{self.synthetic}-like" if self.references else self.synthetic
+        """Of its painted tiles: `none`, `pairs`, `plain` or `steered`.
+
+        Behind it `-like` if these have references, and `-on-pairs` if their masks are painted too.
+        """
+        return self.synthetic + "-like" * self.references + "-on-pairs" * (self.layouts is not None)
 
     @property
     def adds_tiles(self) -> bool:
@@ -646,9 +656,15 @@ class ArmConfig(_Config):
     def _paints_something(self) -> ArmConfig:
         if self.filter and self.curate:
             raise ValueError("curate filters by its own margin, so filter must be false")
-        idle = [name for name in ("filter", "curate", "synthetic_first", "references", "ratio") if getattr(self, name)]
-        if idle and self.synthetic == "none":
-            raise ValueError(f"{idle[0]} needs painted tiles, so synthetic must be plain or steered")
+        under_masks = ("references", "layouts")
+        idle = [
+            name
+            for name in ("filter", "curate", "synthetic_first", "ratio", *under_masks)
+            if getattr(self, name) and (self.synthetic == "none" or (name in under_masks and self.synthetic == "pairs"))
+        ]
+        if idle:
+            choices = "plain or steered" if idle[0] in under_masks else "plain, steered or pairs"
+            raise ValueError(f"{idle[0]} needs painted tiles, so synthetic must be {choices}")
         return self
 
 
@@ -687,6 +703,20 @@ class StudyConfig(_Config):
     """Find learning rate and steps for each arm; null gives every arm those of `segmentor.train`."""
     plateau_check: Literal["none", "baseline", "all"] = "baseline"
     """Train the baseline, or every arm, for twice the steps as well, and say whether that moves it."""
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _one_for_each_ratio(cls, arms: Any) -> Any:
+        if not isinstance(arms, list | tuple):
+            return arms
+        spread: list[Any] = []
+        for arm in arms:
+            ratios = arm.get("ratio") if isinstance(arm, dict) and "name" in arm else None
+            if isinstance(ratios, list | tuple) and ratios:
+                spread += [{**arm, "name": f"{arm['name']} 1:{ratio}", "ratio": ratio} for ratio in ratios]
+            else:
+                spread.append(arm)
+        return spread
 
     @model_validator(mode="after")
     def _distinct(self) -> StudyConfig:
@@ -796,6 +826,13 @@ class Recipe(_Config):
         ]
         if self.generator.reference is None and any(arm.references for arm in study.arms):
             faults.append("references of an arm need a generator that learned to look at them: generator.reference")
+        token = self.pairs.patch_size * 2 ** (len(self.pairs.widths) - 1)
+        pairs = [arm.name for arm in study.arms if "pairs" in arm.kind]
+        if pairs and self.pairs.base is None and self.data.image_size % token:
+            faults.append(
+                f"data.image_size ({self.data.image_size}) must be a multiple of {token} (pairs.patch_size, doubled "
+                f"for each of pairs.widths but one) in the arm {pairs[0]!r}"
+            )
         faults += self._untrained_nulls()
         if faults:
             raise ValueError("\n".join(faults))
@@ -809,7 +846,7 @@ class Recipe(_Config):
         """
         generator, sampling = self.generator, self.sampling
         order = ("text", "reference", "mask") if generator.system == "todsynth" else ("mask", "reference", "text")
-        painted = {arm.references for arm in self.study.arms if arm.synthetic != "none"} or {False}
+        painted = {arm.references for arm in self.study.arms if arm.synthetic not in ("none", "pairs")} or {False}
         faults = []
         for looks in sorted(painted):
             names = [name for name in order if looks or name != "reference"]

@@ -21,7 +21,16 @@ from pydantic.fields import FieldInfo
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import CurationConfig, Recipe
 
-__all__ = ["LoadedRecipe", "curation_config", "explain", "load_recipe", "load_yaml", "override_defaults", "packaged"]
+__all__ = [
+    "LoadedRecipe",
+    "choose_arms",
+    "curation_config",
+    "explain",
+    "load_recipe",
+    "load_yaml",
+    "override_defaults",
+    "packaged",
+]
 
 _FOLDER = Path(__file__).parent / "recipes"
 _WIDTH = 110
@@ -86,6 +95,25 @@ def load_recipe(
         values["data"]["root"] = str(data)
         recipe = _validate(values, "--data")
     return LoadedRecipe(recipe, path.parent)
+
+
+def choose_arms(recipe: Recipe, names: Sequence[str]) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with some arms of its study, and the names of the others.
+
+    The baseline and the teacher stay. `NAME` stands for all of `NAME 1:1`, `NAME 1:3`, ... as well.
+
+    Raises:
+        TerraSynthError: there is no such arm.
+    """
+    study, chosen = recipe.study, {recipe.study.arms[0].name, recipe.study.teacher}
+    for name in names:
+        found = {arm.name for arm in study.arms if re.fullmatch(re.escape(name) + r"( 1:\d+)?", arm.name)}
+        if not found:
+            raise TerraSynthError("no such arm", found=name, expected=", ".join(arm.name for arm in study.arms))
+        chosen |= found
+    kept = tuple(arm for arm in study.arms if arm.name in chosen)
+    others = tuple(arm.name for arm in study.arms if arm.name not in chosen)
+    return recipe.model_copy(update={"study": study.model_copy(update={"arms": kept})}), others
 
 
 def override_defaults(overrides: Sequence[str], sections: Sequence[str]) -> Recipe:

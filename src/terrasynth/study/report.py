@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,9 +19,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_write, open_image, read_json
-from terrasynth.recipe import ArmConfig, Recipe, SteeringConfig, TrainConfig
-from terrasynth.study.figures import Color, arm_color, class_figure, curve_figure, difference_figure
+from terrasynth.recipe import ArmConfig, PairsConfig, Recipe, SteeringConfig, TrainConfig
+from terrasynth.study.canvas import Color, arm_color
+from terrasynth.study.figures import class_figure, curve_figure, difference_figure
 from terrasynth.study.statistics import Difference, Summary, compare, difference_text, points, summarise
+from terrasynth.study.sweep import ClassGains, Line, class_gains, ratio_lines
+from terrasynth.study.sweep_figures import frequency_figure, frequency_picture, ratio_figure, ratio_picture
 
 __all__ = ["Results", "Verdict", "read_results", "verdict", "write_report"]
 
@@ -55,6 +58,10 @@ class _Arm(_Part):
     def summary(self, metric: str = "miou") -> Summary:
         return summarise(self.values(metric))
 
+    def by_class(self, classes: Sequence[_Class]) -> list[tuple[_Score, ...]]:
+        """IoU by seed of every class."""
+        return [self.values(f"iou/{entry.name}") for entry in classes]
+
     def minus(self, other: _Arm, *, confidence: float = 0.95) -> Difference:
         return compare(self.values(), other.values(), confidence=confidence)
 
@@ -62,6 +69,8 @@ class _Arm(_Part):
 class _Class(_Part):
     name: str
     color: Color
+    share: _Score = None
+    """Of the labelled pixels of the training tiles."""
 
 
 class _Data(_Part):
@@ -107,6 +116,13 @@ class _Duration(_Part):
 class _Painted(_Part):
     count: int
     agreement: _Score
+
+
+class _Labels(_Part):
+    """Of painted pairs: the share of each class, and how far that is from the training tiles (total variation)."""
+
+    shares: tuple[_Score, ...]
+    distance: _Score
 
 
 class _Nearest(_Part):
@@ -172,6 +188,8 @@ class Results(_Part):
 
     name: str
     recipe: Recipe
+    other_arms: tuple[str, ...] = ()
+    """Of the recipe, that were not asked for."""
     classes: tuple[_Class, ...]
     data: _Data
     arms: tuple[_Arm, ...] = Field(min_length=1)
@@ -181,6 +199,8 @@ class Results(_Part):
     timing: tuple[_Duration, ...]
     total_seconds: float
     synthetic: dict[str, _Painted]
+    labels: _Labels | None = None
+    """Where masks were painted too, what is in them."""
     audit: tuple[_Audit, ...] = ()
     """Copies among the painted tiles, by kind and seed."""
     audit_of_splits: _Splits | None = None
@@ -197,6 +217,30 @@ class Results(_Part):
         """The arms with synthetic data."""
         painted = {arm.name for arm in self.recipe.study.arms if arm.synthetic != "none"}
         return tuple(arm for arm in self.arms[1:] if arm.name in painted)
+
+    @property
+    def scored_classes(self) -> list[_Class]:
+        """The classes that the test tiles have a score for."""
+        return [entry for entry in self.classes if f"iou/{entry.name}" in self.arms[0].metrics]
+
+    @property
+    def lines(self) -> list[Line]:
+        """The arms by what they add, where one of them was given several numbers of paintings; else none."""
+        lines = ratio_lines(self.recipe.study, {arm.name: arm.values() for arm in self.arms})
+        return lines if any(len([1 for ratio, _ in line.points if ratio]) > 1 for line in lines) else []
+
+    @property
+    def class_gains(self) -> list[ClassGains]:
+        """Of every arm but the baseline, where there are shares of the classes and a correlation can be told."""
+        classes, baseline = self.scored_classes, self.arms[0]
+        shares, theirs = [entry.share for entry in classes], baseline.by_class(classes)
+        gains = [class_gains(arm.name, shares, arm.by_class(classes), theirs) for arm in self.arms[1:]]
+        return [each for each in gains if each.correlation is not None]
+
+    @property
+    def under_masks(self) -> bool:
+        """Whether anything was painted under masks, which a generator does."""
+        return any(kind != "pairs" for kind in self.synthetic)
 
     @property
     def plateau(self) -> _Plateau | None:
@@ -317,6 +361,8 @@ def verdict(results: Results) -> Verdict:
 def write_report(folder: Path) -> Path:
     """Write `report.html` of a study: one file that needs nothing else, from nowhere.
 
+    Beside it, `ratio.png` and `frequency.png` have two of its charts, where it has them.
+
     Args:
         folder: holds `results.json` and, if anything was painted, `gallery.json` (a list of `mask`, `real`, `reference`
             and the kinds of painted tiles: picture files relative to `folder`, all but `mask` optional; and `caption`).
@@ -333,13 +379,36 @@ def write_report(folder: Path) -> Path:
         "difference": difference_text,
         "score": _score,
         "kind": kind_name,
+        "signed": lambda number: f"{number + 0.0:+.2f}".replace("-", "−"),
     }
     template = environment.from_string(files("terrasynth.study").joinpath("report.html.j2").read_text("utf-8"))
     page = template.render(_context(results, folder))
+    _write_pictures(results, folder)
     report = folder / "report.html"
     with atomic_write(report) as partial:
         partial.write_text(page, encoding="utf-8")
     return report
+
+
+def _write_pictures(results: Results, folder: Path) -> None:
+    pictures: dict[str, bytes | None] = {"ratio.png": None, "frequency.png": None}
+    if lines := results.lines:
+        pictures["ratio.png"] = ratio_picture(lines, results.arms[0].name)
+    if gains := _shown_gains(results, verdict(results)):
+        classes = [(entry.name, entry.color) for entry in results.scored_classes]
+        pictures["frequency.png"] = frequency_picture(gains, classes)
+    for name, picture in pictures.items():
+        if picture is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            with atomic_write(folder / name) as partial:
+                partial.write_bytes(picture)
+
+
+def _shown_gains(results: Results, answer: Verdict) -> ClassGains | None:
+    """Of the synthetic arm of the answer, else of the first arm."""
+    gains = results.class_gains
+    return next((each for each in gains if each.arm == answer.best), next(iter(gains), None))
 
 
 # --- the verdict's sentences -----------------------------------------------------------------------------------------
@@ -456,12 +525,15 @@ def _context(results: Results, folder: Path) -> dict[str, Any]:
             for position, arm in enumerate(results.arms)
         ],
         "class_rows": [
-            (entry, [arm.summary(f"iou/{entry.name}") for arm in results.arms])
-            for entry in results.classes
-            if f"iou/{entry.name}" in baseline.metrics
+            (entry, [arm.summary(f"iou/{entry.name}") for arm in results.arms]) for entry in results.scored_classes
         ],
+        "lines": results.lines,
+        "ratios": sorted({ratio for line in results.lines for ratio, _ in line.points}),
+        "class_gains": results.class_gains,
+        "shown_gains": _shown_gains(results, answer),
         "figures": _figures(results, answer),
         "gallery": _gallery(folder),
+        "labels": _labels(results),
         "steered": _any_steered(results),
         "audit": _audit(results, folder),
         "splits": _splits(results, folder),
@@ -476,7 +548,7 @@ def _context(results: Results, folder: Path) -> dict[str, Any]:
 def _figures(results: Results, answer: Verdict) -> dict[str, dict[str, Markup] | None]:
     baseline = results.arms[0]
     position = {arm.name: index for index, arm in enumerate(results.arms)}
-    classes = [entry for entry in results.classes if f"iou/{entry.name}" in baseline.metrics]
+    classes = results.scored_classes
     by_class = {arm.name: [arm.summary(f"iou/{entry.name}") for entry in classes] for arm in results.arms}
     differences = [(arm.name, arm.minus(baseline), position[arm.name]) for arm in results.arms[1:]]
     best = next((arm for arm in results.arms if arm.name == answer.best), None)
@@ -488,9 +560,12 @@ def _figures(results: Results, answer: Verdict) -> dict[str, dict[str, Markup] |
     ]
     curves = {name: [(curve.steps, curve.miou) for curve in seeds] for name, seeds in results.curves.items() if seeds}
     colors = [(entry.name, entry.color) for entry in classes]
+    lines, gains = results.lines, _shown_gains(results, answer)
     return {
         "classes": _both(lambda width: class_figure(colors, by_class, width=width)) if classes else None,
         "differences": _both(lambda width: difference_figure(differences, width=width)) if differences else None,
+        "ratios": _both(lambda width: ratio_figure(lines, baseline.name, width=width)) if lines else None,
+        "frequencies": _both(lambda width: frequency_figure(gains, colors, width=width)) if gains else None,
         "curves": _both(lambda width: curve_figure(curves, width=width)) if curves else None,
     }
 
@@ -517,13 +592,18 @@ def _gallery(folder: Path) -> dict[str, Any] | None:
         "reference": "Reference",
         "plain-like": "Painted like it",
         "steered-like": "Painted like it, CRFM",
+        "painted-mask": "Mask, painted",
+        "pairs": "Painted with it",
+        "plain-on-pairs": "Painted under it",
+        "steered-on-pairs": "Painted under it, CRFM",
+        "plain-like-on-pairs": "Painted under it, like another",
+        "steered-like-on-pairs": "Painted under it, like another, CRFM",
     }
     # A mask that segmentors read is often wrong about the tile beside it; it must not pass for a label.
     for entry in entries:
         if not entry.get("labelled", True):
             entry["read"] = entry.pop("mask")
     kinds = [kind for kind in titles if any(entry.get(kind) for entry in entries)]
-    columns = len(kinds) - ({"mask", "read"} <= set(kinds))
     rows = [
         {
             "caption": entry["caption"],
@@ -531,7 +611,15 @@ def _gallery(folder: Path) -> dict[str, Any] | None:
         }
         for entry in entries
     ]
-    return {"columns": columns, "rows": rows} if rows else None
+    return {"columns": max(len(row["pictures"]) for row in rows), "rows": rows} if rows else None
+
+
+def _labels(results: Results) -> list[tuple[_Class, str, str]] | None:
+    """Every class with its share of the pixels of the training tiles and of pairs, in percent."""
+    if results.labels is None:
+        return None
+    shares = zip(results.classes, results.labels.shares, strict=True)
+    return [(entry, points(entry.share, signed=False), points(painted, signed=False)) for entry, painted in shares]
 
 
 def _audit(results: Results, folder: Path) -> dict[str, Any] | None:
@@ -629,6 +717,18 @@ def _setup(results: Results) -> list[tuple[str, str]]:
         ),
     ]
     if results.painted_arms:
+        counts = ", ".join(f"{painted.count} ({kind_name(kind)})" for kind, painted in results.synthetic.items())
+        rows.insert(
+            1,
+            (
+                "Painted tiles",
+                f"per seed {counts}; {100 * study.real_fraction:g} % of each training batch stays real"
+                + "".join(f"; {exception}" for exception in _exceptions(results)),
+            ),
+        )
+    if results.labels is not None:
+        rows.insert(1, ("Pairs", _pairs(recipe.pairs)))
+    if results.under_masks:
         sampling, steering = recipe.sampling, recipe.steering
         if generator.system == "tisynth":
             system = "U-Net with all-in-attention on mask and reference (TISynth)"
@@ -636,8 +736,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
         else:
             system, sizes = "text-image-mask MM-DiT (TODSynth)", f"{generator.blocks} blocks of width {generator.width}"
         origin = generator.base or f"from scratch, {sizes}"
-        referenced = any(kind.endswith("-like") for kind in results.synthetic)
-        counts = ", ".join(f"{painted.count} ({kind_name(kind)})" for kind, painted in results.synthetic.items())
+        referenced = any("-like" in kind for kind in results.synthetic)
         rows[1:1] = [
             ("Generator", f"{system}, {origin}; {_training(generator.train)}"),
             (
@@ -653,11 +752,6 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                     else ", between the noise levels {:g} and {:g}".format(*sampling.guidance_interval)
                 ),
             ),
-            (
-                "Painted tiles",
-                f"per seed {counts}; {100 * study.real_fraction:g} % of each training batch stays real"
-                + "".join(f"; {exception}" for exception in _exceptions(results)),
-            ),
         ]
         if _any_steered(results):
             rows.insert(
@@ -668,6 +762,7 @@ def _setup(results: Results) -> list[tuple[str, str]]:
                     f"{steering.strength:g}, {steering.schedule}, normalisation: {steering.normalise}",
                 ),
             )
+    if results.painted_arms:
         if results.filtered:
             drops = "; ".join(
                 f"{arm}: {points(shares['dropped'], signed=False)} % ({_by_class(shares)})"
@@ -710,10 +805,24 @@ def _by_class(shares: dict[str, float | None]) -> str:
     )
 
 
+def _pairs(pairs: PairsConfig) -> str:
+    """What paints images and masks together, in words."""
+    origin = pairs.base or f"from scratch, levels of {', '.join(map(str, pairs.widths))} channels"
+    asked = ", ".join(f"{name} {points(share, signed=False)} %" for name, share in pairs.sampling.shares.items())
+    return (
+        f"pixel diffusion of image and mask together (SatSynth), {origin}; {_training(pairs.train)}; "
+        f"{pairs.sampling.steps} steps (DDIM)" + (f", asked for {asked} of the pixels" if asked else "")
+    )
+
+
 def kind_name(kind: str) -> str:
     """How a report calls the painted tiles of a kind (`ArmConfig.kind`)."""
-    how = {"plain": "plain", "steered": "CRFM-steered"}[kind.removesuffix("-like")]
-    return how if not kind.endswith("-like") else "referenced" if how == "plain" else f"{how}, referenced"
+    if kind == "pairs":
+        return "with their masks"
+    bare = kind.removesuffix("-on-pairs")
+    how = {"plain": "plain", "steered": "CRFM-steered"}[bare.removesuffix("-like")]
+    name = how if not bare.endswith("-like") else "referenced" if how == "plain" else f"{how}, referenced"
+    return name if bare == kind else f"{name}, under painted masks"
 
 
 def _any_steered(results: Results) -> bool:
@@ -740,9 +849,15 @@ def _touched(results: Results) -> list[tuple[str, str]]:
         ("Test tiles", f"score finished segmentors, once, and nothing else{audited}: no training, no selection"),
     ]
     if results.painted_arms:
+        painters = " and ".join(
+            name
+            for name, there in (("the generator", results.under_masks), ("what paints pairs", results.labels))
+            if there
+        )
+        of_masks = {kind for kind in results.synthetic if "pairs" not in kind}
         rows[0] = (
             "Training tiles",
-            "train every segmentor and the generator; their masks are painted",
+            f"train every segmentor and {painters}" + ("; their masks are painted" if of_masks else ""),
         )
         rows.insert(
             1, ("Painted tiles", "train the segmentors of the arms with synthetic data, beside the training tiles")
@@ -754,7 +869,7 @@ def _touched(results: Results) -> list[tuple[str, str]]:
         )
     if results.data.unlabelled:
         uses = _self_training(results.recipe, teacher)
-        if results.painted_arms:
+        if results.under_masks:
             uses.insert(
                 0, f"train the generator beside the training tiles, under {_unlabelled_masks(results.recipe, teacher)}"
             )
@@ -854,9 +969,14 @@ def _limitations(results: Results) -> list[str]:
             "would happen on your sensor and terrain."
         )
     if results.painted_arms:
+        both = results.under_masks and results.labels is not None
+        painters = "One generator and one painter of pairs painted" if both else "One generator painted"
+        if not results.under_masks:
+            painters = "One painter of pairs painted"
+        painters += " for all seeds"
         limits.append(
-            "One generator painted for all seeds. The intervals contain what varies from seed to seed (the painted "
-            "tiles and the training of the segmentor), not what another training of the generator would change."
+            f"{painters}. The intervals contain what varies from seed to seed (the painted tiles and the training of "
+            "the segmentor), not what another training of what paints would change."
         )
     if _self_training(recipe, "") or (
         results.painted_arms and (recipe.study.layouts == "all" or recipe.generator.pseudo_labels is not None)

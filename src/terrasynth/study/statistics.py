@@ -14,7 +14,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Difference", "Interval", "Summary", "compare", "difference_text", "points", "summarise", "t_quantile"]
+__all__ = [
+    "Correlation",
+    "Difference",
+    "Interval",
+    "Summary",
+    "compare",
+    "correlate",
+    "difference_text",
+    "points",
+    "summarise",
+    "t_quantile",
+]
 
 Interval = tuple[float, float]
 
@@ -55,6 +66,39 @@ class Difference:
     def to_dict(self) -> dict[str, Any]:
         """As in `results.json`."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's correlation of two quantities.
+
+    Attributes:
+        r: within ±1.
+        p: how often as strong a correlation would come by chance, if there were none (two-sided, normal quantities).
+        ci95: Fisher's interval of `r`; ±1 for three pairs, which tell nothing.
+        pairs: of how many.
+    """
+
+    r: float
+    p: float
+    ci95: Interval
+    pairs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `results.json`."""
+        return asdict(self)
+
+
+def correlate(x: Sequence[float | None], y: Sequence[float | None]) -> Correlation | None:
+    """Pearson's correlation over pairs that have both values; None for fewer than three, or if either is constant."""
+    from scipy.stats import pearsonr
+
+    pairs = [(a, b) for a, b in zip(summarise(x).values, summarise(y).values, strict=True) if None not in (a, b)]
+    if len(pairs) < 3 or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
+        return None
+    found = pearsonr(*zip(*pairs, strict=True))
+    low, high = found.confidence_interval(0.95)
+    return Correlation(float(found.statistic), float(found.pvalue), (float(low), float(high)), len(pairs))
 
 
 def summarise(values: Sequence[float | None], *, confidence: float = 0.95) -> Summary:

@@ -44,16 +44,18 @@ class Job:
     reference: int | None = None
 
 
-def plan(count: int, tiles: int, seed: int, references: int = 0) -> list[Job]:
+def plan(count: int, tiles: int, seed: int, references: int = 0, *, turned: bool = True) -> list[Job]:
     """The jobs of a run: every tile's mask in turn, each time zoomed and turned anew, and like any of the references.
 
-    A job derives from the run's seed and its own index alone, so a longer plan begins with the shorter one.
+    A job derives from the run's seed and its own index alone, so a longer plan begins with the shorter one. Masks that
+    are not `turned` are painted as they are.
     """
     jobs = []
     for index in range(count):
         sample_seed = int(digest(seed, index), 16) >> 1
         like = int(digest(seed, index, "reference"), 16) % references if references else None
-        jobs.append(Job(f"{index:06d}", sample_seed, index % tiles, _FIRST_ZOOM + sample_seed % 1_000_000, like))
+        turn = _FIRST_ZOOM + sample_seed % 1_000_000 if turned else 0
+        jobs.append(Job(f"{index:06d}", sample_seed, index % tiles, turn, like))
     return jobs
 
 
@@ -87,6 +89,7 @@ def paint(
     folder: Path,
     *,
     provenance: Mapping[str, Any],
+    layouts: str | None = None,
     references: Tiles | None = None,
     steering: Callable[[Tensor], Steering] | None = None,
     license: str | None = None,
@@ -103,6 +106,7 @@ def paint(
         sampling: steps, guidance scales, batch size.
         folder: new, or begun by the same call.
         provenance: recorded with every sample: model, recipe, steering.
+        layouts: what tells the masks from others, where more of them may be added at the end; by default a digest.
         references: the images, at the model's size, that the jobs name.
         steering: makes the steering of a batch from its masks, from `steering_for`.
         license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
@@ -129,7 +133,7 @@ def paint(
         # Not the number of jobs: a finished dataset may be continued.
         plan={
             **provenance,
-            "masks": _hash(masks),
+            "masks": _hash(masks) if layouts is None else layouts,
             **({} if references is None else {"references": _hash(references.images)}),
         },
         license=license,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,8 @@ def paint_pairs(
     seed: int = 0,
     provenance: Mapping[str, Any],
     license: str | None = None,
+    between: Callable[[], None] | None = None,
+    label: str = "painting pairs",
 ) -> Path:
     """Write a synthetic dataset of `count` pairs to `folder`; run again, it paints only what is missing.
 
@@ -134,6 +136,8 @@ def paint_pairs(
         seed: of the run.
         provenance: recorded with every pair: model, recipe.
         license: identifier of the licence of the images, for the dataset card; None leaves what the card says.
+        between: called before every batch; may raise to stop in good order.
+        label: names the progress bar.
 
     Raises:
         TerraSynthError: the folder holds another dataset; the model can not be asked, or paints no numbers.
@@ -145,12 +149,14 @@ def paint_pairs(
     if len(done) > count:
         say(f"{folder} has {len(done)} pairs already, more than the {count} asked for: it is left as it is")
     jobs = [(f"{index:06d}", int(digest(seed, index, "pair"), 16) >> 1) for index in range(count)]
-    with track(count, "painting pairs", unit="pairs", done=len(done)) as progress:
+    with track(count, label, unit="pairs", done=len(done)) as progress:
         # Batches are cut at fixed places: an interrupted run paints the same batches again, to the bit.
         for batch in (jobs[start : start + size] for start in range(0, count, size)):
             missing = {id for id, _ in batch} - done
             if not missing:
                 continue
+            if between is not None:
+                between()
             pairs = pipeline(
                 seeds=[each for _, each in batch],
                 shares=pipeline.ask(sampling.shares, len(batch)) if sampling.shares else None,
