@@ -631,7 +631,8 @@ class MaskMMDiT(SD3Transformer2DModel):
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
         layout = None
         if mask_sigma is not None:
-            assert mask is not None and self.mask_out is not None
+            assert mask is not None, "the masks have noise levels"
+            assert self.mask_out is not None
             numbers = self.mask_out(_layer_norm(mask)).transpose(1, 2)  # those of a channel side by side
             layout = F.pixel_shuffle(numbers.unflatten(2, (height // p, width // p)), p)
         if self.config.latent_std is not None:

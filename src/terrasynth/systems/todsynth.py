@@ -38,7 +38,7 @@ from terrasynth.sampling.flow import (
     seeded_noise,
 )
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
-from terrasynth.systems.loading import blind, cast, loading
+from terrasynth.systems.loading import blind, cast, loading, paints_no_layouts
 from terrasynth.systems.pipeline import MaskPipeline
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
@@ -311,9 +311,9 @@ class TODSynthPipeline(MaskPipeline):
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Flow-matching loss: mean squared error of the velocity epsilon - x_0 (spec of SD3, weighting 1).
 
-        Of the samples, `layout_share` learn the layout instead: their image is pure noise, their mask is noised, and the
-        loss is the cross-entropy of its labelled pixels. With p(mask) and p(image | mask) the joint distribution of
-        both is learned.
+        Of the samples with labels, `layout_share` learn their layout instead: the image is pure noise, the mask is
+        noised, and the loss is the cross-entropy of its labelled pixels (`sampling.categories`). So p(mask) is learned
+        beside p(image | mask), and both together are the joint distribution.
 
         Args:
             batch: `latents` (B, C, h, w); `mask` (B, H, W) uint8, or `mask_latents` when masks pass the autoencoder;
@@ -342,7 +342,8 @@ class TODSynthPipeline(MaskPipeline):
         if self.layout_share:
             w = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(latents.device)
             maps = self._noised(batch["mask"], generators)
-            learned = w < self.layout_share
+            labelled = (batch["mask"] < self.schema.num_classes).flatten(1).any(1)
+            learned = (w < self.layout_share) & labelled
             each = learned.view(-1, 1, 1, 1)
             noisy = torch.where(each, noisy + (1 - flow.sigma).view(-1, 1, 1, 1) * flow.velocity, noisy)
             timestep = torch.where(learned, 1000.0, timestep)
@@ -378,7 +379,7 @@ class TODSynthPipeline(MaskPipeline):
 
     @property
     def _layout_shift(self) -> float:
-        """Timestep shift of masks: that of the latents, for as many times more pixels a side (Esser et al. 2024, 5.3.2)."""
+        """Timestep shift of masks: the latents', times the pixels of a latent's side (Esser et al. 2024, 5.3.2)."""
         return float(self.scheduler.config.shift * self.factor)
 
     def null_mask_latents(self, like: Tensor) -> Tensor:
@@ -480,16 +481,11 @@ class TODSynthPipeline(MaskPipeline):
             Class indices, uint8 (B, H, W), of the size of the training; no pixel is unlabelled.
 
         Raises:
-            TerraSynthError: the model did not learn to paint layouts, there are not as many prompts as seeds, or what it
-                paints is no number.
+            TerraSynthError: the model did not learn to paint layouts, there are not as many prompts as seeds, or it
+                paints no numbers.
         """
         if not self.paints_layouts:
-            raise TerraSynthError(
-                "the model can not paint layouts",
-                found="a model that was trained without them",
-                expected="one trained with generator.layouts",
-                fix="give it masks, or train one: `terrasynth train RECIPE --set generator.layouts=0.5`",
-            )
+            raise paints_no_layouts()
         prompts = [""] * len(seeds) if prompts is None else prompts
         if len(prompts) != len(seeds):
             raise TerraSynthError("`prompts` and `seeds` differ in number", found=len(prompts), expected=len(seeds))
