@@ -1,17 +1,27 @@
 """Painting masks with the transformer that paints images under them."""
 
-import math
+from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.distributions import Normal
+from typer.testing import CliRunner
 
+from terrasynth.cli import app
+from terrasynth.data.folder import load_synthetic, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import MaskMMDiT
-from terrasynth.recipe import GeneratorConfig
+from terrasynth.recipe import GeneratorConfig, PairsSamplingConfig, SamplingConfig
 from terrasynth.sampling.categories import category_loss, category_scores, category_velocity, to_codes, to_points
+from terrasynth.sampling.flow import sample_flow
+from terrasynth.systems.build import build
+from terrasynth.systems.fit import fit_generator
+from terrasynth.systems.generate import load_pipeline
+from terrasynth.systems.pairs import generate_pairs
 from terrasynth.systems.todsynth import TODSynthPipeline
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((200, 150, 90), (90, 90, 90), (20, 60, 160)))
@@ -134,3 +144,271 @@ def test_a_mask_that_no_block_updates_can_not_be_painted(scheme, blocks):
 def test_noise_on_the_mask_of_a_model_without_layouts_is_refused():
     with pytest.raises(TerraSynthError, match="can not denoise masks"):
         MaskMMDiT(**SIZES)(**given(), mask_sigma=torch.zeros(2))
+
+
+# The flow
+
+
+def test_the_scores_are_those_of_bayes_and_the_context_is_the_prior():
+    z, prior, sigma = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.95])
+    probabilities = category_scores(z, sigma, prior).softmax(1)
+    for b, s in enumerate(sigma.double().tolist()):
+        joint = []
+        for k in range(3):
+            mean = torch.zeros(3, dtype=torch.float64)
+            mean[k] = (1 - s) * 3**0.5
+            likelihood = Normal(mean.view(3, 1, 1), s).log_prob(z[b].double()).sum(0).exp()
+            joint.append(prior[b, k].double().exp() * likelihood)
+        expected = torch.stack(joint) / sum(joint)
+        torch.testing.assert_close(probabilities[b].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_velocity_to_a_class_that_is_sure_is_noise_minus_its_point():
+    codes, noise, sigma = F.one_hot(torch.tensor([[[1]], [[2]]]), 3).movedim(-1, 1), torch.randn(2, 3, 1, 1), 0.4
+    points = to_points(codes.float())
+    assert points[0, :, 0, 0].tolist() == [0, pytest.approx(3**0.5), 0]
+    torch.testing.assert_close(to_codes(points), codes.float())
+    z, level = (1 - sigma) * points + sigma * noise, torch.full((2,), sigma)
+    torch.testing.assert_close(category_velocity(z, level, 100 * codes.float()), noise - points, atol=1e-5, rtol=1e-5)
+
+
+def test_from_noise_the_flow_leads_to_classes_as_often_as_the_prior_has_them():
+    # Pixels that know nothing of each other, so that the best context is known: the logarithm of their frequencies.
+    frequencies = torch.tensor([0.6, 0.35, 0.05])
+    context = frequencies.log().view(1, 3, 1, 1).expand(1, 3, 200, 200)
+
+    def velocity(z, timestep):
+        sigma = timestep / 1000
+        return category_velocity(z, sigma, category_scores(z, sigma, context))
+
+    z = sample_flow(velocity, torch.randn(1, 3, 200, 200), FlowMatchEulerDiscreteScheduler(shift=1.0), 100)
+    found = torch.bincount(z.argmax(1).flatten(), minlength=3) / 200**2
+    # Four standard deviations of the rarest are 0.0044; the steps of Euler add their own.
+    torch.testing.assert_close(found, frequencies, atol=0.01, rtol=0)
+    assert (to_codes(z).amax(1) > 0.9).float().mean() > 0.95
+
+
+def test_the_loss_is_the_mean_over_labelled_pixels_and_others_have_no_gradient():
+    scores, masks = torch.randn(3, 4, 2, 2, requires_grad=True), torch.randint(0, 4, (3, 2, 2)).byte()
+    masks[0, 0], masks[1, 0, 0], masks[2] = 255, 4, 255
+    losses = category_loss(scores, masks)
+    for b, mask in enumerate(masks):
+        log_p = scores[b].log_softmax(0)
+        each = [-log_p[mask[i, j], i, j] for i in range(2) for j in range(2) if mask[i, j] < 4]
+        expected = sum(each) / len(each) if each else torch.tensor(0.0)
+        torch.testing.assert_close(losses[b], expected)
+    losses.sum().backward()
+    assert torch.equal(scores.grad.abs().amax(1) > 0, masks < 4)
+
+
+# The pipeline
+
+
+def small_pipeline(layouts=True, **changes):
+    torch.manual_seed(0)
+    images = F.interpolate(torch.rand(4, 3, 4, 4), 32, mode="bilinear")
+    config = GeneratorConfig(width=32, heads=2, blocks=2, **changes)
+    pipeline = TODSynthPipeline.from_scratch(config, images, SCHEMA, CAPTION, ["a satellite image of land"])
+    if layouts:
+        pipeline.add_layouts()
+    scrambled(pipeline.transformer.eval())
+    return pipeline
+
+
+def some_batch(pipeline, count):
+    masks = torch.randint(0, 3, (count, 32, 32))
+    masks[0, :8], masks[1] = 255, 255
+    embeds, pooled = pipeline.prompts([SCHEMA.caption(mask, CAPTION) for mask in masks])
+    return {
+        "latents": torch.randn(count, 16, 8, 8),
+        "mask": masks.to(torch.uint8),
+        "prompt_embeds": embeds,
+        "pooled": pooled,
+        "seed": torch.arange(count),
+    }
+
+
+def test_the_training_loss_is_that_of_a_plain_loop_over_images_and_layouts():
+    pipeline = small_pipeline()
+    pipeline.layout_share = pipeline.text_dropout = pipeline.mask_dropout = 0.4
+    batch, kinds, losses = some_batch(pipeline, 16), [], []
+    null_embeds, null_pooled = pipeline.encode_prompts([""])
+    for i in range(16):
+        generator, mask = torch.Generator().manual_seed(i), batch["mask"][i]
+        u = torch.sigmoid(torch.randn((), generator=generator))
+        noise = torch.randn(16, 8, 8, generator=generator)
+        text, drop_mask = torch.rand(2, generator=generator).tolist()
+        layout = torch.rand(1, generator=generator).item() < 0.4 and bool((mask < 3).any())
+        u_mask = torch.rand((), generator=generator)
+        mask_noise = torch.randn(3, 32, 32, generator=generator)
+        drop_text = text < (0.5 if layout else 0.4)
+        kinds.append((layout, drop_text))
+        conditions = {
+            "encoder_hidden_states": null_embeds if drop_text else batch["prompt_embeds"][i : i + 1],
+            "pooled_projections": null_pooled if drop_text else batch["pooled"][i : i + 1],
+        }
+        if layout:
+            s = 12 * u_mask / (1 + 11 * u_mask)  # shift 3, and 4 pixels a latent
+            z = (1 - s) * 3**0.5 * SCHEMA.to_onehot(mask) + s * mask_noise
+            context = pipeline.transformer(
+                noise[None],
+                timestep=torch.tensor([1000.0]),
+                mask_latents=F.pixel_unshuffle(z[None] / 3**0.5, 4),
+                mask_sigma=s[None],
+                **conditions,
+            ).layout
+            scores = F.pixel_shuffle(context, 4) + 3**0.5 * (1 - s) / s**2 * z
+            losses.append(F.cross_entropy(scores, mask[None].long(), ignore_index=255))
+            continue
+        sigma = 3 * u / (1 + 2 * u)
+        seen = torch.full_like(mask, 255) if drop_mask < 0.4 else mask
+        predicted = pipeline.transformer(
+            ((1 - sigma) * batch["latents"][i] + sigma * noise)[None],
+            timestep=1000 * sigma[None],
+            mask_latents=pipeline.encode_masks(seen[None]),
+            **conditions,
+        ).sample[0]
+        losses.append(((predicted - (noise - batch["latents"][i])) ** 2).mean())
+    assert len(set(kinds)) == 4
+    torch.testing.assert_close(pipeline.training_loss(batch), torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_that_learns_no_layouts_has_the_loss_it_had_and_unlabelled_tiles_teach_none():
+    pipeline, before = small_pipeline(), small_pipeline(layouts=False)
+    before.transformer.load_state_dict(pipeline.transformer.state_dict(), strict=False)
+    batch = some_batch(pipeline, 4)
+    assert torch.equal(pipeline.training_loss(batch), before.training_loss(batch))
+    unlabelled = {name: rows[1:2] for name, rows in batch.items()}
+    pipeline.layout_share = 1.0
+    torch.testing.assert_close(pipeline.training_loss(unlabelled), before.training_loss(unlabelled))
+
+
+def layouts(pipeline, prompts=None, seeds=(1, 2, 3), **options):
+    return pipeline.layouts(prompts, seeds=seeds, num_inference_steps=4, **options)
+
+
+def test_a_layout_depends_on_its_own_seed_and_prompt_and_on_nothing_else():
+    pipeline, prompts = small_pipeline(), ["a satellite image of land", "", "water"]
+    together = layouts(pipeline, prompts, text_scale=2.0)
+    assert (together.shape, together.dtype) == ((3, 32, 32), torch.uint8)
+    assert together.max() < 3
+    assert torch.equal(layouts(pipeline, prompts, text_scale=2.0), together)
+    for i in (2, 0, 1):
+        alone = layouts(pipeline, prompts[i : i + 1], seeds=[i + 1], text_scale=2.0)
+        assert (alone[0] == together[i]).float().mean() > 0.999  # rounding may decide between near classes
+    assert (together[0] != together[1]).any()
+    other = layouts(pipeline, ["a satellite image of water", "", "land"], text_scale=2.0)
+    assert (other != together).flatten(1).any(1).tolist() == [True, False, True]
+    assert torch.equal(layouts(pipeline), layouts(pipeline, [""] * 3, text_scale=5.0))
+
+
+def test_what_is_saved_paints_the_same_layouts(tmp_path):
+    pipeline = small_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert again.paints_layouts
+    assert torch.equal(layouts(again), layouts(pipeline))
+
+
+@torch.no_grad()
+def test_classes_known_by_name_are_read_out_as_before_whatever_their_order():
+    pipeline, inputs = small_pipeline(), {"timestep": torch.full((2,), 1000.0), "mask_sigma": torch.tensor([0.5, 0.9])}
+    z, inputs["hidden_states"] = torch.randn(2, 3, 32, 32), torch.randn(2, 16, 8, 8)
+    inputs["encoder_hidden_states"], inputs["pooled_projections"] = pipeline.encode_prompts(["land", "water"])
+
+    def context(z):
+        return F.pixel_shuffle(pipeline.transformer(**inputs, mask_latents=F.pixel_unshuffle(z, 4)).layout, 4)
+
+    before = context(z)
+    pipeline.adapt(LabelSchema(("water", "lagoon", "land", "road"), ((1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 4))))
+    after = context(torch.stack([z[:, 2], torch.zeros(2, 32, 32), z[:, 0], z[:, 1]], dim=1))
+    torch.testing.assert_close(after[:, [2, 3, 0]], before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after[:, 1], before.mean(1), atol=1e-4, rtol=1e-4)
+    assert layouts(pipeline).max() <= 3
+
+
+def test_what_can_not_paint_layouts_says_what_to_do(tmp_path):
+    pipeline = small_pipeline(layouts=False)
+    with pytest.raises(TerraSynthError, match=r"can not paint layouts[\s\S]*generator.layouts"):
+        layouts(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(TerraSynthError, match="can not paint layouts"):
+        generate_pairs(tmp_path, tmp_path / "painted", PairsSamplingConfig(), count=1)
+    with pytest.raises(TerraSynthError, match=r"can not learn to paint layouts[\s\S]*bits"):
+        small_pipeline(layouts=False, mask_coding="bits").add_layouts()
+    with pytest.raises(TerraSynthError, match="differ in number"):
+        layouts(small_pipeline(), ["land"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"system": "tisynth", "reference": "view"}, "system: todsynth"),
+        ({"mask_coding": "bits"}, "mask_coding: onehot"),
+        ({"control": "adapter"}, "unified or siamese"),
+        ({"blocks": 1}, "at least 2 blocks"),
+    ],
+)
+def test_recipes_whose_generator_could_not_learn_layouts_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GeneratorConfig(layouts=0.5, **changes)
+
+
+def test_what_learns_no_layouts_has_the_identity_it_had():
+    assert "layouts" not in GeneratorConfig().identity()
+    assert GeneratorConfig(layouts=0.5).identity()["layouts"] == 0.5
+
+
+# Training and datasets
+
+
+@pytest.fixture(scope="module")
+def tiles(tiny_recipe):
+    return load_tiles(tiny_recipe.data, "train")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_recipe, tiles, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_recipe.generator.model_copy(update={"layouts": 0.5})
+    assert fit_generator(tiles, config, tiny_recipe.data, tiny_recipe.sampling, folder).finished
+    return folder
+
+
+def test_a_trained_generator_is_shown_with_its_layouts_and_may_go_on_without(trained, tiles, tiny_recipe):
+    names = {path.name for path in (trained / "previews").iterdir()}
+    assert {"layouts-00000006.png", "step-00000006.png"} <= names
+    pipeline = load_pipeline(trained / "model")
+    assert pipeline.paints_layouts
+    assert pipeline.transformer.mask_out.weight.any(), "it starts at zero"
+    further = tiny_recipe.generator.model_copy(update={"base": str(trained / "model")})
+    pipeline = build(further, tiny_recipe.data, tiles)
+    frozen = {name for name, p in pipeline.transformer.named_parameters() if not p.requires_grad}
+    assert {"mask_out.weight", "mask_time.0.weight"} <= frozen
+    pipeline = build(further.model_copy(update={"layouts": 0.5}), tiny_recipe.data, tiles)
+    assert pipeline.layout_share == 0.5
+    assert pipeline.transformer.mask_out.weight.requires_grad
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dataset_of_painted_layouts_and_images_under_them(trained, tmp_path):
+    model, how = trained / "model", PairsSamplingConfig(steps=3, batch_size=2)
+    images = SamplingConfig(steps=2, mask_scale=1.0)
+    whole = generate_pairs(model, tmp_path / "whole", how, count=3, images=images, seed=3)
+    painted = load_synthetic(whole)
+    assert len(painted) == 3
+    assert painted.masks.max() < 6
+    asked = ["--set", "pairs.sampling.steps=3", "--set", "pairs.sampling.batch_size=2", "--set", "sampling.steps=2"]
+    command = ["generate", str(model), "--pairs", "3", "--out", str(tmp_path / "command"), "--seed", "3", *asked]
+    result = CliRunner().invoke(app, [*command, "--set", "sampling.mask_scale=1.0"])
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "command") == files(whole)
+    with pytest.raises(TerraSynthError, match="another run"):
+        generate_pairs(model, whole, how, count=3, images=SamplingConfig(steps=3), seed=3)
+    shares = how.model_copy(update={"shares": {"road": 0.5}})
+    with pytest.raises(TerraSynthError, match="can not be asked for shares"):
+        generate_pairs(model, tmp_path / "asked", shares, count=1, images=images)
