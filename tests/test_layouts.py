@@ -412,3 +412,73 @@ def test_a_dataset_of_painted_layouts_and_images_under_them(trained, tmp_path):
     shares = how.model_copy(update={"shares": {"road": 0.5}})
     with pytest.raises(TerraSynthError, match="can not be asked for shares"):
         generate_pairs(model, tmp_path / "asked", shares, count=1, images=images)
+
+
+# Does it learn?
+
+HALVES = torch.tensor([[0, 0, 2, 2], [2, 2, 0, 0], [0, 2, 0, 2], [2, 0, 2, 0]])
+
+
+def toy(count, seed=0):
+    """Masks of 8 x 8 pixels whose quarters are half land and half water, beside each other; in a fifth, one is road."""
+    generator = torch.Generator().manual_seed(seed)
+    quarters = HALVES[torch.randint(4, (count,), generator=generator)]
+    rare = torch.rand(count, generator=generator) < 0.2
+    where = torch.randint(4, (count,), generator=generator)
+    quarters[rare, where[rare]] = 1
+    return quarters.view(count, 2, 2).repeat_interleave(4, 1).repeat_interleave(4, 2)
+
+
+def quarters_of(masks):
+    """The class that most pixels of every quarter have, (B, 4), and the share of pixels that have it."""
+    quarters = masks.long().view(-1, 2, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(-1, 4, 16)
+    most = quarters.mode(-1, keepdim=True).values
+    return most.squeeze(-1), (quarters == most).float().mean().item()
+
+
+def test_layouts_of_a_toy_are_learned_and_so_are_images_under_them():
+    masks, colors = toy(256), torch.tensor(SCHEMA.colors) / 255
+    images = (colors[masks].movedim(-1, 1) + 0.03 * torch.randn(256, 3, 8, 8)).clamp(0, 1)
+    config = GeneratorConfig(width=32, heads=2, blocks=3, patch_size=1)
+    pipeline = TODSynthPipeline.from_scratch(config, images, SCHEMA, CAPTION, [CAPTION]).add_layouts()
+    pipeline.tokenizer.model_max_length = 16
+    pipeline.layout_share, pipeline.text_dropout, pipeline.mask_dropout = 0.7, 0.1, 0.1
+    latents = pipeline.encode_images(images)
+    embeds, pooled = pipeline.prompts(pipeline.captions(masks))
+    parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
+    steps, size, rate = 300, 32, 4e-3
+    optimizer = torch.optim.AdamW(parameters, rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+    for step in range(steps):
+        rows = torch.randint(256, (size,), generator=torch.Generator().manual_seed(step))
+        batch = {"latents": latents[rows], "mask": masks[rows].byte(), "seed": size * step + torch.arange(size)}
+        loss = pipeline.training_loss({**batch, "prompt_embeds": embeds[rows], "pooled": pooled[rows]})
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    painted = pipeline.layouts(seeds=range(128), num_inference_steps=20)
+    most, smooth = quarters_of(painted)
+    known = {tuple(each) for each in quarters_of(toy(2000, seed=1))[0].tolist()}
+    valid = sum(tuple(each) in known for each in most.tolist()) / len(most)
+    shares = torch.bincount(painted.flatten(), minlength=3) / painted.numel()
+    distance = (shares - torch.bincount(masks.flatten()) / masks.numel()).abs().sum().item()
+    asked, unasked = (
+        (quarters_of(pipeline.layouts([text] * 64, seeds=range(64), num_inference_steps=20))[0] == 1).any(1)
+        for text in ("a satellite image of land, road, water", "a satellite image of land, water")
+    )
+    images = pipeline(painted.long(), seeds=range(128), num_inference_steps=8, mask_scale=1.0, output_type="pt").images
+    nearest = torch.cdist(images.movedim(1, -1).reshape(-1, 3), colors).argmin(1).view_as(painted)
+    agreement = (nearest == painted).float().mean().item()
+    roads = asked.float().mean().item(), unasked.float().mean().item()
+    print(f"\nlayouts that there are {valid:.2f}, pixels of their quarter's class {smooth:.3f}")
+    print(f"shares {[round(share, 3) for share in shares.tolist()]}, distance from the true ones {distance:.3f}")
+    print(f"with a road, asked for {roads[0]:.2f} and not {roads[1]:.2f}; nearest colours agree {agreement:.3f}")
+    # Of 81 choices of three classes 20 are layouts that there are, of 16 choices of land and water 4.
+    assert valid > 0.4
+    assert smooth > 0.9
+    assert distance < 0.15
+    assert roads[0] > roads[1] + 0.3
+    assert agreement > 0.85
