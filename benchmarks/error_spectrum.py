@@ -28,7 +28,10 @@ WAVELENGTHS = (128, 64, 32, 16, 8, 4, 2)
 
 
 def spectrum(maps: Tensor, tiles: Tiles) -> NDArray[np.float64]:
-    """Power of the errors at every whole frequency, from 0 to half a cycle a pixel; (S / 2 + 1,)."""
+    """Power of the errors at every whole frequency, in cycles a tile, over all classes.
+
+    Its sum is the mean square of an error. Half a cycle a pixel is S / 2; what is beyond lies in the plane's corners.
+    """
     size = tiles.masks.shape[-1]
     rows, columns = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij")
     rings = np.rint(size * np.hypot(rows, columns)).astype(int)
@@ -42,7 +45,7 @@ def spectrum(maps: Tensor, tiles: Tiles) -> NDArray[np.float64]:
             power += np.bincount(
                 rings.ravel(), weights=(twice * np.abs(np.fft.rfft2(error)) ** 2).ravel(), minlength=len(power)
             )
-    return power[: size // 2 + 1] / len(maps) / size**4  # sums to the mean square of an error
+    return power / len(maps) / size**4
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def main() -> None:
             what: np.mean(
                 [spectrum(stored_tensors(Path(one["folder"]) / "maps.safetensors")["maps"], tiles) for one in seeds], 0
             )
-            for what, seeds in results[name].items()
+            for what, seeds in results[name]["rows"].items()
             if "," not in what
         }
         frequency = np.arange(1, len(power["rough map"])) / tiles.masks.shape[-1]
@@ -71,6 +74,7 @@ def main() -> None:
         axes[0, column].set_title(f"rough maps of a {name}")
         axes[1, column].set_xticks([1 / w for w in WAVELENGTHS], [f"{w}" for w in WAVELENGTHS])
         axes[1, column].set_xlabel("wavelength in pixels")
+        axes[1, column].set_xlim(right=0.5)
         axes[1, column].set_ylim(0, 1.5)
         axes[1, column].minorticks_off()
         print(f"\n| {name}, wavelength | {' | '.join(f'{2 * w}-{w}' for w in WAVELENGTHS)} |")

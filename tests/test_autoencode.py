@@ -1,4 +1,4 @@
-"""The refiner's training: what it lowers, what it leaves alone, and that an interruption does not show."""
+"""The correction's training: what it lowers, what it leaves alone, and that an interruption does not show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.recipe import AutoencoderConfig
-from terrasynth.systems.autoencode import _Crops, fit_refiner
+from terrasynth.systems.autoencode import _Crops, fit_correction
 
 SCHEMA = LabelSchema(("x", "y"), ((1, 1, 1), (2, 2, 2)))
 BUFFERS = ("mean", "components", "scale", "std")
@@ -46,13 +46,13 @@ def fitted(tiles: Tiles) -> PatchPCA:
     return PatchPCA(4, 8, refiner_width=12, refiner_blocks=1).fit(tiles.images.float() / 127.5 - 1)
 
 
-def test_the_refiner_decodes_noisy_latents_better_than_the_components_do_and_leaves_them_as_they_are(tmp_path):
+def test_the_correction_decodes_noisy_latents_better_than_the_components_do_and_leaves_them_as_they_are(tmp_path):
     tiles, others = made_tiles(0), made_tiles(1)
     vae = fitted(tiles)
     before = {name: getattr(vae, name).clone() for name in BUFFERS}
     linear = PatchPCA(4, 8).fit(tiles.images.float() / 127.5 - 1)
     settings = config(steps=150, learning_rate=5e-3, warmup_steps=5, betas=(0.9, 0.99))
-    assert fit_refiner(vae, tiles, settings, tmp_path, seed=0).finished
+    assert fit_correction(vae, tiles, settings, tmp_path, seed=0).finished
     assert not vae.training
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     for name, tensor in before.items():
@@ -71,26 +71,26 @@ def test_the_refiner_decodes_noisy_latents_better_than_the_components_do_and_lea
 def test_interrupted_it_trains_to_the_same_bits(tmp_path, train):
     tiles = made_tiles(0)
     straight, resumed = fitted(tiles), fitted(tiles)
-    assert fit_refiner(straight, tiles, config(**train), tmp_path / "straight", seed=3).finished
-    outcome = fit_refiner(resumed, tiles, config(**train), tmp_path / "resumed", seed=3, max_minutes=0)
+    assert fit_correction(straight, tiles, config(**train), tmp_path / "straight", seed=3).finished
+    outcome = fit_correction(resumed, tiles, config(**train), tmp_path / "resumed", seed=3, max_minutes=0)
     assert (outcome.step, outcome.finished) == (1, False)
     resumed = fitted(tiles)
-    assert fit_refiner(resumed, tiles, config(**train), tmp_path / "resumed", seed=3).finished
+    assert fit_correction(resumed, tiles, config(**train), tmp_path / "resumed", seed=3).finished
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     finished = fitted(tiles)  # a third sitting has nothing to do but to load it
-    assert fit_refiner(finished, tiles, config(**train), tmp_path / "resumed", seed=3).step == 8
+    assert fit_correction(finished, tiles, config(**train), tmp_path / "resumed", seed=3).step == 8
     assert torch.equal(finished.refiner[-1].weight, straight.refiner[-1].weight)
 
 
-def test_other_tiles_or_another_refiner_are_another_training(tmp_path):
+def test_other_tiles_or_another_correction_are_another_training(tmp_path):
     tiles = made_tiles(0)
-    fit_refiner(fitted(tiles), tiles, config(), tmp_path, seed=0, max_minutes=0)
+    fit_correction(fitted(tiles), tiles, config(), tmp_path, seed=0, max_minutes=0)
     with pytest.raises(TerraSynthError, match=r"identity\.data"):
-        fit_refiner(fitted(tiles), made_tiles(1), config(), tmp_path, seed=0)
+        fit_correction(fitted(tiles), made_tiles(1), config(), tmp_path, seed=0)
     quieter = config().model_copy(update={"refiner_noise": 0.1})
     with pytest.raises(TerraSynthError, match=r"refiner_noise: 0\.5 -> 0\.1"):
-        fit_refiner(fitted(tiles), tiles, quieter, tmp_path, seed=0)
+        fit_correction(fitted(tiles), tiles, quieter, tmp_path, seed=0)
 
 
 def test_the_loss_of_the_first_step_is_that_of_the_components_written_out(tmp_path):
@@ -99,7 +99,7 @@ def test_the_loss_of_the_first_step_is_that_of_the_components_written_out(tmp_pa
 
     tiles = made_tiles(0)
     vae = fitted(tiles)
-    fit_refiner(vae, tiles, config(log_every=1), tmp_path, seed=3, max_minutes=0)
+    fit_correction(vae, tiles, config(log_every=1), tmp_path, seed=3, max_minutes=0)
     losses = []
     for key in shuffled_keys(len(tiles), 4, 3)(0):
         x = _Crops(tiles, 32)[key]["image"].double()

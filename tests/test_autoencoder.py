@@ -64,12 +64,12 @@ def test_spatial_factor_is_what_encoding_does():
 # Refiner
 
 
-def refined(**changes):
+def corrected(**changes):
     return PatchPCA(**{"patch_size": 4, "latent_channels": 12, "refiner_width": 8, "refiner_blocks": 2, **changes})
 
 
 def scramble(vae):
-    """Random values in the refiner's zeros, as after some training."""
+    """Random values in the correction's zeros, as after some training."""
     with torch.no_grad():
         for parameter in vae.refiner.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -77,8 +77,8 @@ def scramble(vae):
 
 
 @pytest.mark.parametrize("blocks", [0, 2])
-def test_an_untrained_refiner_changes_no_bit(images, blocks):
-    plain, vae = PatchPCA(4, 12).fit(images), refined(refiner_blocks=blocks).fit(images)
+def test_an_untrained_correction_changes_no_bit(images, blocks):
+    plain, vae = PatchPCA(4, 12).fit(images), corrected(refiner_blocks=blocks).fit(images)
     z = plain.encode(images).latent_dist.mode()
     assert torch.equal(vae.encode(images).latent_dist.mode(), z)
     z = z + 0.3 * torch.randn_like(z)
@@ -87,8 +87,8 @@ def test_an_untrained_refiner_changes_no_bit(images, blocks):
         assert torch.equal(vae.decode(z).sample, plain.decode(z).sample)
 
 
-def test_the_refiner_adds_what_its_convolutions_say(images):
-    plain, vae = PatchPCA(4, 12).fit(images), scramble(refined().fit(images))
+def test_the_correction_adds_what_its_convolutions_say(images):
+    plain, vae = PatchPCA(4, 12).fit(images), scramble(corrected().fit(images))
     z = plain.encode(images).latent_dist.mode()
     first, one, two, _, last = vae.refiner
 
@@ -107,14 +107,14 @@ def test_the_refiner_adds_what_its_convolutions_say(images):
     torch.testing.assert_close(vae.decode(z).sample, plain.decode(z).sample + correction, atol=1e-5, rtol=1e-4)
 
 
-def test_a_refined_decoding_is_differentiable_in_the_latents(images):
-    vae = scramble(refined(latent_channels=6).fit(images)).double()
+def test_a_corrected_decoding_is_differentiable_in_the_latents(images):
+    vae = scramble(corrected(latent_channels=6).fit(images)).double()
     z = torch.randn(1, 6, 3, 3, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda z: vae.decode(z).sample, z)
 
 
-def test_saved_and_loaded_with_its_refiner_it_decodes_alike(images, tmp_path):
-    vae = scramble(refined().fit(images))
+def test_saved_and_loaded_with_its_correction_it_decodes_alike(images, tmp_path):
+    vae = scramble(corrected().fit(images))
     vae.save_pretrained(tmp_path)
     again = PatchPCA.from_pretrained(tmp_path)
     z = torch.randn(2, 12, 8, 8)

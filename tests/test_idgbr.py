@@ -640,13 +640,18 @@ def released_run(sd15, folder, finished):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_released_run_is_computed_as_released(sd15, sd15_maps, tmp_path, finished):
-    """From the images on: ImageNet's statistics, Stable Diffusion's encoder at timestep 1, the guidance, the U-Net."""
+@pytest.mark.parametrize(("finished", "sees_rough"), [(True, True), (False, True), (True, False)])
+def test_a_released_run_is_computed_as_released(sd15, sd15_maps, tmp_path, finished, sees_rough):
+    """From the images on: ImageNet's statistics, Stable Diffusion's encoder at timestep 1, the guidance, the U-Net.
+
+    Without the rough map, the same encoder reads zeros in place of its latents.
+    """
     folder, base = sd15
     images, rough = sd15_maps
     unet, weights, table = released_run(sd15, tmp_path, finished)
-    pipeline = IDGBRPipeline.from_published(tmp_path, None if finished else folder, label_schema=SCHEMA.to_dict())
+    pipeline = IDGBRPipeline.from_published(
+        tmp_path, None if finished else folder, label_schema=SCHEMA.to_dict(), sees_rough=sees_rough
+    )
     torch.testing.assert_close(pipeline.label_codes.table, 2 / (1 + torch.exp(-table[:3])) - 1)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     text = base.encode_prompt([""] * 2, "cpu", 1, False)[0]
@@ -655,7 +660,8 @@ def test_a_released_run_is_computed_as_released(sd15, sd15_maps, tmp_path, finis
         return base.vae.encode(pixels).latent_dist.mode() * base.vae.config.scaling_factor
 
     codes = pipeline.label_codes.encode(rough)
-    read = [encode(base.unet, latents(p), torch.ones(2), text) for p in ((images - mean) / std, codes)]
+    shown = [latents((images - mean) / std), latents(codes) if sees_rough else torch.zeros(2, 4, 8, 8)]
+    read = [encode(base.unet, of_it, torch.ones(2), text) for of_it in shown]
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
     found = encode(unet, x, t, text)
     residuals = pipeline.guidance_net(found, read)
@@ -671,7 +677,9 @@ def test_a_released_run_is_computed_as_released(sd15, sd15_maps, tmp_path, finis
     predicted = pipeline.denoiser(images, codes, 3.0)(x, t)
     torch.testing.assert_close(predicted, unseen + 3 * (seen - unseen), atol=1e-3, rtol=1e-4)
     assert pipeline.network.keys() == {"unet", "guidance_net"}
-    assert not pipeline.config.each_class
+    assert (pipeline.config.each_class, pipeline.config.sees_rough) == (False, sees_rough)
+    again = pipeline.denoiser(images, pipeline.label_codes.encode(rough.flip(-1)), 3.0)(x, t)
+    assert torch.equal(again, predicted) != sees_rough
 
 
 def test_a_checkpoint_without_its_base_is_one_message(sd15, tmp_path):

@@ -26,6 +26,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import SegmentorConfig
 from terrasynth.tasks import predict as module
+from terrasynth.tasks.class_map import Made, open_rows
 from terrasynth.tasks.predict import PredictSettings, blended, predict
 from terrasynth.tasks.segmentation import Segmentor
 
@@ -230,6 +231,23 @@ def test_a_run_killed_after_any_stripe_ends_as_one_that_was_not(folder, scene, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.tif", "scene.tif", "whole.tif"]
 
 
+def test_a_file_is_known_by_its_name_and_size_and_while_it_is_worked_at_by_its_time(scene, tmp_path):
+    def made(path, **settings):
+        one = Made(settings, {"scene": path})
+        return one.identity, open_rows(work, one).stat().st_size
+
+    work = tmp_path / "work"
+    work.mkdir()
+    identity, _ = made(scene)
+    (work / "rows.raw").write_bytes(b"rows")
+    assert made(scene) == (identity, 4)
+    assert made(tmp_path / "work" / ".." / scene.name) == (identity, 4)
+    os.utime(scene, ns=(1, 1))
+    assert made(scene) == (identity, 0)
+    other = scene.rename(tmp_path / "other.tif")
+    assert len({identity, made(other)[0], made(other, size=32)[0], made(tiff(other, noise(1, height=9)))[0]}) == 4
+
+
 def test_rows_of_other_settings_are_thrown_away(folder, scene, tmp_path):
     work = tmp_path / "out.tif.unfinished"
     work.mkdir()
@@ -404,12 +422,20 @@ def test_a_scene_too_wide_for_the_memory_is_told_from_its_header(folder, tmp_pat
         predict(folder, [path], tmp_path / "out.tif", PredictSettings())
 
 
-def test_no_numbers_in_a_float_scene_are_told_and_nodata_is_not(folder, tmp_path):
+def test_no_numbers_in_a_float_scene_are_told_and_nodata_is_not(folder, tmp_path, monkeypatch):
     bands = noise().astype(np.float32)
     bands[:, 40, 50] = np.nan
     stretched = PredictSettings(size=32, overlap=16, stretch=Stretch(None, ((0.0, 255.0),)))
-    with pytest.raises(TerraSynthError, match="column 50, row 40"):
-        predict(folder, [tiff(tmp_path / "a.tif", bands, **PLACE)], tmp_path / "a-out.tif", stretched)
+    a, c = tiff(tmp_path / "a.tif", bands, **PLACE), tiff(tmp_path / "c.tif", bands[:, ::-1], **PLACE)
+    fine = tiff(tmp_path / "fine.tif", noise().astype(np.float32), **PLACE)
+    # Before anything is computed, of all scenes.
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmentor, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+        with pytest.raises(TerraSynthError) as caught:
+            predict(folder, [fine, a, c], tmp_path / "out", stretched)
+    assert "2 of 3 scenes can not be used" in str(caught.value)
+    assert all(text in str(caught.value) for text in (str(a), "column 50, row 40", str(c), "column 50, row 29"))
+    assert not (tmp_path / "out").exists()
     predict(folder, [tiff(tmp_path / "b.tif", bands, nodata=np.nan, **PLACE)], tmp_path / "b-out.tif", stretched)
     with rasterio.open(tmp_path / "b-out.tif") as file:
         assert np.argwhere(file.read(1) == 255).tolist() == [[40, 50]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import warnings
@@ -20,6 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from terrasynth.cli import app
+from terrasynth.data.blending import cover
 from terrasynth.data.raster import Stretch
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
@@ -290,6 +292,73 @@ def test_no_class_is_invented_and_of_equals_the_rough_one_stays(tmp_path, image)
 
     refine(image, rough, tmp_path / "out.tif", One("one", 4), EVERYWHERE)
     np.testing.assert_array_equal(read(tmp_path / "out.tif"), values)
+
+
+@dataclass
+class ClassByClass(Noise):
+    """Scores of the classes that a window has, as the seeds say, and nothing about others."""
+
+    identity: str = "class by class"
+    absent: float = math.nan
+
+    def scores(self, images, rough, *, num_classes, seeds):
+        scores = super().scores(images, rough, num_classes=num_classes, seeds=seeds)
+        there = F.one_hot(rough.clamp(max=num_classes), num_classes + 1).flatten(1, 2).any(1)[:, :num_classes]
+        return torch.where(there[..., None, None], 2 * scores, self.absent)  # above 0 where a class is likely
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(32, 16), (24, 17), (32, 4)])
+def test_a_class_has_the_mean_of_the_windows_that_were_asked_about_it(tmp_path, size, overlap):
+    bands, classes = picture(70, 101), areas(values=(0, 1, 2, 3))
+    classes[:40, :30], classes[20:, 60:] = 3, classes[20:, 60:] % 2
+    image = tiff(tmp_path / "image.tif", bands, **PLACE)
+    rough = tiff(tmp_path / "rough.tif", classes.astype(np.uint8), **PLACE)
+    settings = RefineSettings(size=size, overlap=overlap, batch_size=3, band=None)
+    # Window by window, in float64.
+    down, across = cover(70, size, overlap), cover(101, size, overlap)
+    sums, weights = np.zeros((4, 70, 101)), np.zeros((4, 70, 101))
+    for top, vertical in zip(down.starts, down.weights.astype(float), strict=True):
+        for left, horizontal in zip(across.starts, across.weights.astype(float), strict=True):
+            place = np.s_[top : top + size, left : left + size]
+            shown = torch.from_numpy(bands[:, *place])[None].float() / 255
+            seed = int(module.digest(0, top, left), 16) >> 1
+            map_ = torch.from_numpy(classes[place])[None]
+            found = ClassByClass().scores(shown, map_, num_classes=4, seeds=[seed])[0].numpy()
+            weight = np.outer(vertical, horizontal)
+            for k in np.unique(classes[place]):
+                sums[k][place] += weight * found[k]
+                weights[k][place] += weight
+    with np.errstate(invalid="ignore"):
+        means = np.where(weights > 0, sums / weights, -np.inf)
+    refine(image, rough, tmp_path / "out.tif", ClassByClass(), settings)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), means.argmax(0))
+    # What a class loses if windows that were not asked count as 0.
+    assert (sums.argmax(0) != means.argmax(0)).mean() > 0.01
+
+
+def test_equals_stay_equal_where_windows_overlap(tmp_path, image, rough):
+    class Ones(ClassByClass):
+        def scores(self, *given, **options):
+            scores = super().scores(*given, **options)
+            return torch.where(scores.isnan(), scores, 0.7)
+
+    for size, overlap in ((32, 16), (24, 17), (32, 4)):
+        settings = RefineSettings(size=size, overlap=overlap, band=None)
+        refine(image, rough, out := tmp_path / f"{size} {overlap}.tif", Ones(), settings)
+        np.testing.assert_array_equal(read(out), areas())
+
+
+def test_a_refiner_says_nothing_about_a_class_that_a_window_has_not(folder):
+    images, rough = torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
+    rough[0, 8:20, 4:16], rough[1, 16:], rough[1, :4] = 2, 3, 255
+    refiner = load_refiner(folder, steps=1)
+    found = refiner.scores(images, rough, num_classes=5, seeds=[0, 1])
+    assert (~found.isnan()).flatten(2).all(2).tolist() == [
+        [True, False, True, False, False],
+        [True] + [False] * 2 + [True, False],
+    ]
+    plain = refiner.pipeline.scores(images, rough, seeds=[0, 1], num_steps=1, each_class=True, num_classes=5)
+    assert torch.equal(found.nan_to_num(0), plain)
 
 
 # --- the same whatever happens ---------------------------------------------------------------------------------------
@@ -563,6 +632,28 @@ def test_sixteen_bits_are_stretched_as_asked(rough, image, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "deep-out.tif"), read(tmp_path / "out.tif"))
 
 
+def test_no_numbers_in_a_float_image_are_told_before_anything_is_computed(rough, tmp_path):
+    bands = picture().astype(np.float32)
+    bands[1, 68, 97] = np.nan  # in the last windows
+    settings = RefineSettings(size=32, overlap=16, band=Tolerance(4), stretch=Stretch(None, ((0.0, 255.0),)))
+    image = tiff(tmp_path / "float.tif", bands, **PLACE)
+    message = refused(image, rough, tmp_path / "out.tif", settings=settings)
+    assert f"{image}: values that are no numbers, outside nodata" in message
+    assert "column 97, row 68" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.tif", "rough.tif"]
+    # Where no window looks, it does no harm; and as nodata neither.
+    classes = np.where(np.arange(70)[:, None] < 10, areas(), 0).astype(np.uint8)
+    above = tiff(tmp_path / "above.tif", classes, nodata=255, **PLACE)
+    refine(image, above, tmp_path / "above-out.tif", Next(), settings)
+    near = (classes != 255) & (distance_to_another(classes) <= 4)
+    np.testing.assert_array_equal(read(tmp_path / "above-out.tif"), np.where(near, (classes + 1) % 3, classes))
+    told = tiff(tmp_path / "told.tif", bands, nodata=np.nan, **PLACE)
+    refine(told, rough, tmp_path / "out.tif", Next(), settings)
+    near = (areas() != 255) & (distance_to_another(areas()) <= 4)
+    near[68, 97] = False
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), np.where(near, (areas() + 1) % 3, areas()))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -768,7 +859,7 @@ def by_pipeline(folder, bands, classes, seed=0, band=3, **sampling):
             torch.from_numpy(np.where(ignored, pipeline.ignore_index, classes))[None],
             band=torch.from_numpy(~ignored & (distance_to_another(classes) <= band))[None],
             seeds=[int(module.digest(seed, 0, 0), 16) >> 1],
-            each_class=pipeline.schema is None,
+            each_class=pipeline.config.each_class,
             precision="auto",
             **sampling,
         )[0]
@@ -904,6 +995,23 @@ def test_a_refiner_knows_its_classes(tmp_path, folder):
     assert len({one.identity, three.identity, load_refiner(folder, steps=1).identity}) == 3
     with pytest.raises(TerraSynthError, match="not the folder of a refiner"):
         load_refiner(tmp_path)
+
+
+def test_two_classes_without_names_are_not_one_against_the_rest(image, rough, tmp_path, folder):
+    from terrasynth.systems.idgbr import IDGBRPipeline
+
+    IDGBRPipeline.from_pretrained(folder, each_class=False).save_pretrained(tmp_path / "two")
+    two = load_refiner(tmp_path / "two", steps=2)
+    assert (two.num_classes, two.schema) == (2, None)
+    with pytest.raises(TerraSynthError, match=r"(?s)not those that the refiner was made for.*values 0 to 1"):
+        refine(image, rough, tmp_path / "out.tif", two, SETTINGS)
+    bands, classes = picture(32, 32), areas(32, 32, values=(0, 1, 0, 1), side=8)
+    image = tiff(tmp_path / "small.tif", bands, **PLACE)
+    rough = tiff(tmp_path / "binary.tif", classes.astype(np.uint8), **PLACE)
+    refine(image, rough, tmp_path / "out.tif", two, RefineSettings(size=32, overlap=8, band=Tolerance(3)))
+    expected = by_pipeline(tmp_path / "two", bands, classes, num_steps=2)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), expected)
+    assert (expected != classes).any()
 
 
 def test_what_is_wrong_with_the_files_shows_before_the_refiner_is_loaded(image, rough, tmp_path, folder, monkeypatch):

@@ -160,6 +160,21 @@ Percentiles = Annotated[
         help="Instead of --stretch: these percentiles of each band over all scenes together, as 2,98.",
     ),
 ]
+WindowSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS", min=8, help="Side of the windows. (default: 512; of a refiner, the side that it learned from)"
+    ),
+]
+Overlap = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS",
+        min=0,
+        help="What neighbouring windows share, where what they say is blended. (default: --size / 4)",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one value of the recipe, by its dotted key; repeatable."),
@@ -841,16 +856,9 @@ def predict(
             "--out", metavar="FILE|DIR", help="The class map of one scene (.tif), or a folder for those of all."
         ),
     ],
-    size: Annotated[int, typer.Option(metavar="PIXELS", min=32, help="Side of the windows.")] = 512,
-    overlap: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            min=0,
-            help="What neighbouring windows share, where their probabilities are blended. (default: --size / 4)",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
+    size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 8,
     bands: Bands = None,
     stretch: StretchRange = None,
     labels: Annotated[
@@ -876,7 +884,8 @@ def predict(
     from terrasynth.tasks.predict import PredictSettings
     from terrasynth.tasks.predict import predict as map_classes
 
-    settings = PredictSettings(size, size // 4 if overlap is None else overlap, batch_size, shown)
+    side = size or 512
+    settings = PredictSettings(side, side // 4 if overlap is None else overlap, batch_size, shown)
     for path in map_classes(segmentor, scenes, out, settings, schema=schema):
         typer.echo(path)
 
@@ -905,8 +914,8 @@ def refine(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Label schema of the map. (default: that of the refiner, or every value or colour that occurs is a "
-            "class)",
+            help="Label schema of the map. (default: that of the refiner; of one for any class, every value or colour "
+            "that occurs is a class; of another, the values are class indices)",
         ),
     ] = None,
     band: Annotated[
@@ -951,19 +960,9 @@ def refine(
             help="By how much image and map are exaggerated against none, at twice the cost; 1 is off.",
         ),
     ] = 1.0,
-    size: Annotated[
-        int | None,
-        typer.Option(metavar="PIXELS", min=8, help="Side of the windows. (default: that of the refiner's training)"),
-    ] = None,
-    overlap: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            min=0,
-            help="What neighbouring windows share, where their scores are blended. (default: --size / 4)",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows computed together.")] = 8,
+    size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 8,
     bands: Bands = None,
     stretch: StretchRange = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; that of a window derives from its place.")] = 0,
@@ -1095,6 +1094,9 @@ def doctor(
             "processor)",
         ),
     ] = None,
+    what: Annotated[
+        Literal["generator", "refiner", "pairs"], typer.Option(help="With --plan: which of RECIPE's trainings.")
+    ] = "generator",
     overrides: Overrides = None,
 ) -> None:
     """Check this machine: Python, torch, the device, memory, disk, dependencies, extras, the hub.
@@ -1106,10 +1108,10 @@ def doctor(
 
     if plan is not None:
         _silence_libraries()
-        machine.plan(plan, card or (), overrides or ())
+        machine.plan(plan, card or (), overrides or (), what=what)
         return
-    if card or overrides:
-        raise typer.BadParameter("these belong to a plan", param_hint="--card, --set")
+    if card or overrides or what != "generator":
+        raise typer.BadParameter("these belong to a plan", param_hint="--card, --what, --set")
     raise typer.Exit(0 if machine.run() else 1)
 
 

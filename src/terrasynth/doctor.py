@@ -154,7 +154,14 @@ def _gpu(index: int) -> Check:
     return Check(f"GPU {index}", "ok", f"{about}, {bf16} bfloat16, {speed:,.0f} GFLOP/s in float32")
 
 
-def plan(name: str, cards: Sequence[str] = (), overrides: Sequence[str] = (), console: Console | None = None) -> None:
+def plan(
+    name: str,
+    cards: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    *,
+    what: Literal["generator", "refiner", "pairs"] = "generator",
+) -> None:
     """Print what a recipe needs of a card.
 
     Args:
@@ -162,6 +169,7 @@ def plan(name: str, cards: Sequence[str] = (), overrides: Sequence[str] = (), co
         cards: names of cards, or their memory in GiB; none for what this machine has.
         overrides: `KEY=VALUE` of the recipe.
         console: where to; by default standard output.
+        what: is trained, as `terrasynth train --what`.
 
     Raises:
         TerraSynthError: the recipe has faults, there is no such card, or the configuration of the recipe's base model
@@ -175,8 +183,8 @@ def plan(name: str, cards: Sequence[str] = (), overrides: Sequence[str] = (), co
     from terrasynth.planning.plan import make_plan, show_plan
 
     machines = [named(card) for card in cards] or here()
-    planned = make_plan(loaded.recipe, loaded.base, gpu=machines[0].gpu)
-    show_plan(loaded.recipe, planned, machines, console or Console())
+    planned = make_plan(loaded.recipe, loaded.base, gpu=machines[0].gpu, what=what)
+    show_plan(planned, machines, console or Console())
 
 
 def _gflops(device: str, seconds: float = 1.0) -> float:

@@ -200,13 +200,13 @@ class AutoencoderConfig(_Config):
     whiten: Fraction = 0.5
     """0 keeps each component's variance, 1 makes all equal; between them, noise hides fine detail first."""
     refiner_width: NonNegative = 0
-    """Channels of the convolutions that refine what the components decode to; 0 for none."""
+    """Channels of the convolutions that correct what the components decode to; 0 for none."""
     refiner_blocks: NonNegative = 4
-    """Residual blocks of the refiner."""
+    """Residual blocks of the correction."""
     refiner_noise: Annotated[float, Field(ge=0)] = 0.3
-    """The refiner learns to decode latents with noise of up to this deviation, as a generator leaves it."""
+    """The correction learns to decode latents with noise of up to this deviation, as a generator leaves it."""
     train: TrainConfig | None = None
-    """Training of the refiner."""
+    """Training of the correction."""
 
     @model_validator(mode="after")
     def _enough_components(self) -> AutoencoderConfig:

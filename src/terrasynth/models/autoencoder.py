@@ -1,10 +1,10 @@
-"""An autoencoder of pixel patches: a linear code fitted in closed form, and a small network that refines its decoding.
+"""An autoencoder of pixel patches: a linear code fitted in closed form, and a small network that corrects its decoding.
 
 For a generator from scratch there is no pretrained autoencoder, and training one costs more than the generator on a
 small machine. Principal components of small patches (the optimal linear code, Eckart and Young 1936) take a second to
 fit, invert exactly on their span and decode in one matrix product, which is what steering differentiates through.
-What a linear code can not do is to look beyond its patch: the optional refiner sees the neighbours, and takes away the
-edges between patches and part of the noise that a generator leaves in its latents.
+What a linear code can not do is to look beyond its patch: the optional correction sees the neighbours, and takes away
+the edges between patches and part of the noise that a generator leaves in its latents.
 The interface is that of `diffusers.AutoencoderKL`, so either can stand in a pipeline.
 """
 
@@ -37,7 +37,7 @@ class _Point:
         return self.mean
 
 
-class _Refiner(nn.Sequential):
+class _Correction(nn.Sequential):
     """Latents (B, C, h, w) to a correction of the pixels, (B, 3 p², h, w); at first zero."""
 
     def __init__(self, channels: int, width: int, blocks: int, patch_size: int) -> None:
@@ -69,7 +69,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
         patch_size: side of a patch in pixels; the downsampling factor.
         latent_channels: components kept, at most 3 patch_size².
         whiten: exponent of each component's standard deviation that is divided out (0 none, 1 all).
-        refiner_width: channels of the convolutions that refine the decoding; 0 for none. They are trained, not fitted.
+        refiner_width: channels of the convolutions that correct the decoding; 0 for none. They are trained, not fitted.
         refiner_blocks: residual blocks of two convolutions each.
         scaling_factor: as in `AutoencoderKL`; 1 because `fit` already gives latents of unit mean variance.
         shift_factor: as in `AutoencoderKL`; 0 because `fit` already centres them.
@@ -99,11 +99,11 @@ class PatchPCA(ModelMixin, ConfigMixin):
         self.register_buffer("components", torch.eye(dim)[:latent_channels].clone())
         self.register_buffer("scale", torch.ones(latent_channels))
         self.register_buffer("std", torch.ones(latent_channels))  # of each latent channel on the images fitted
-        self.refiner: nn.Module | None = None
+        self.refiner: nn.Module | None = None  # the correction, by the name that saved weights have for it
         if refiner_width:
-            refiner = _Refiner(latent_channels, refiner_width, refiner_blocks, patch_size)
+            correction = _Correction(latent_channels, refiner_width, refiner_blocks, patch_size)
             # Twice as fast on a CPU.
-            self.refiner = refiner.to(memory_format=torch.channels_last)
+            self.refiner = correction.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def fit(self, images: Tensor, max_patches: int = 500_000) -> PatchPCA:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PUBLISHED",
     "branch",
+    "configurations",
     "label_schema",
     "length",
     "modules",
@@ -49,6 +50,7 @@ __all__ = [
 
 #: Configurations of base models that are known without a download.
 PUBLISHED = Path(__file__).parents[1] / "models" / "published"
+_HUB = ("stabilityai/stable-diffusion-3.5-medium", "stable-diffusion-v1-5/stable-diffusion-v1-5")
 _MODELS = {cls.__name__: cls for cls in (SD3Transformer2DModel, AutoencoderKL, PatchPCA, *CONTROL_SCHEMES.values())}
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _PARTS = ("transformer", "vae", *_TEXT_ENCODERS)
@@ -103,7 +105,7 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
         )
         parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder": text}
     else:
-        known = _configurations(config.base)
+        known = configurations(config.base)
         if known.get("label_schema") is not None:
             options |= {name: known[name] for name in ("label_schema", "mask_coding")}
         missing = [name for name in _PARTS[:3] if name not in known]
@@ -156,7 +158,7 @@ def on_card(precision: Precision, *, gpu: bool) -> Precision:
     return "bf16" if precision == "auto" and gpu else precision
 
 
-def modules(pipeline: TODSynthPipeline) -> list[nn.Module]:
+def modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """The networks of a pipeline."""
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
@@ -206,24 +208,34 @@ def _prompts(pipeline: TODSynthPipeline, texts: Sequence[str]) -> tuple[Tensor, 
     return embeds, pooled
 
 
-def _configurations(base: str) -> dict[str, Any]:
-    """The configurations of a base model's parts, by their names."""
+def configurations(base: str, names: Sequence[str] = _PARTS) -> dict[str, Any]:
+    """The configurations of a base model's parts, by their names, and what its index says besides.
+
+    Args:
+        base: a folder, a packaged name, or a name on a hub whose configurations are known (`PUBLISHED`).
+        names: of the parts.
+
+    Raises:
+        TerraSynthError: they are not here.
+    """
     published = PUBLISHED / f"{base.rpartition('/')[2]}.json"
-    if base.startswith("stabilityai/") and published.is_file():
+    if base in _HUB and published.is_file():
         return dict(json.loads(published.read_text(encoding="utf-8")))
     folder = Path(packaged_or(base))
     if not (folder / "model_index.json").is_file():
-        known = ", ".join(f"stabilityai/{path.stem}" for path in sorted(PUBLISHED.glob("*.json")))
+        known = ", ".join(_HUB)
         raise TerraSynthError(
             "the configuration of the base model is not here",
             path=base,
             found="a folder without model_index.json" if folder.is_dir() else "a name on a hub",
             expected=f"{known}, or a folder of a pipeline that diffusers or TerraSynth saved",
-            fix="download the base model and give its folder: --set generator.base=DIR",
+            fix="download the base model and give its folder as `base`",
         )
     index = read_json(folder / "model_index.json")
-    files = {name: folder / name / "config.json" for name in _PARTS}
-    about = {name: value for name, value in index.items() if name not in _PARTS}
+    files = {
+        name: folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json") for name in names
+    }
+    about = {name: value for name, value in index.items() if name not in names}
     return about | {name: read_json(path) for name, path in files.items() if path.is_file()}
 
 

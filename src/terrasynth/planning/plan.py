@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from rich.table import Table
@@ -16,16 +16,21 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from terrasynth.data.world import WORLD_SCHEMA
 from terrasynth.models.mmdit import Trainable
+from terrasynth.planning import diffusion
 from terrasynth.planning.footprint import enter, flops_by_module, pretend, seconds
 from terrasynth.planning.parts import branch, label_schema, modules, parameters, pipeline_of, segmentor_of
 from terrasynth.planning.stages import Stage, Work, encode, paint, prompts, train
 from terrasynth.progress import duration, track
+from terrasynth.systems.idgbr import IDGBRPipeline
+from terrasynth.systems.pairs import PREVIEW
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from terrasynth.data.schema import LabelSchema
     from terrasynth.planning.cards import Card
-    from terrasynth.recipe import Recipe
+    from terrasynth.planning.diffusion import Diffuses
+    from terrasynth.recipe import Recipe, TrainConfig
     from terrasynth.systems.todsynth import TODSynthPipeline
 
 __all__ = ["Plan", "make_plan", "show_plan"]
@@ -33,6 +38,8 @@ __all__ = ["Plan", "make_plan", "show_plan"]
 _GIB = 2**30
 #: Images of a preview.
 _PREVIEWS = 4
+#: Windows that `terrasynth refine` computes together, and its steps.
+_WINDOWS, _REFINING = 8, 4
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,17 @@ class Plan:
     """What a recipe needs.
 
     Attributes:
+        about: what it trains, in words.
+        train: how.
         parameters: of every part: how many, and how many of them are trained.
         stages: in the order of a run.
         choices: the training step under other settings than the recipe's.
-        parts: operations of one evaluation of the network by its parts.
+        parts: operations of one evaluation of the network by its parts; empty if they were not counted.
         notes: what was assumed.
     """
 
+    about: list[str]
+    train: TrainConfig
     parameters: dict[str, tuple[int, int]]
     stages: list[Stage]
     choices: list[Stage]
@@ -54,7 +65,9 @@ class Plan:
     notes: list[str]
 
 
-def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe, base: Path, *, gpu: bool = True, what: Literal["generator", "refiner", "pairs"] = "generator"
+) -> Plan:
     """Count what every stage of a recipe needs.
 
     The parts are built from their configurations as tensors without memory, and the code of each stage runs on them.
@@ -63,16 +76,19 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         recipe: its sizes, precisions and choices; no tile is read.
         base: folder that a relative label schema starts from.
         gpu: count as a GPU computes, else as this processor does.
+        what: is trained, as `terrasynth train --what`.
 
     Raises:
         TerraSynthError: the base model's configuration is not here.
     """
-    config = recipe.generator
     notes: list[str] = []
     schema = label_schema(recipe, base)
     if schema is None:
         schema = WORLD_SCHEMA
         notes.append(f"The classes are not known here, {schema.num_classes} were assumed")
+    if what != "generator":
+        return _plan_diffusion(recipe, schema, what, notes, gpu=gpu)
+    config = recipe.generator
     every = list(get_args(Trainable))  # from most to least
     others = every[every.index(config.trainable) + 1 :]
     if importlib.util.find_spec("peft") is None:
@@ -99,11 +115,7 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
         stages = [counted("encode tiles, prompts", encode(recipe, pipeline))]
         on = config.train.gradient_checkpointing
         stages.append(counted("training step", step(pipeline, checkpointing=on)))
-        if config.train.offload_optimizer:
-            notes.append(
-                f"AdamW's moments, with weights and gradients, have {4 * stages[-1].gradients / _GIB:,.1f} GiB of main "
-                "memory; the time of its update there is not counted"
-            )
+        notes += _offloaded(config.train, stages[-1])
         # In the precision of the training, as its weights are.
         seen = recipe.sampling.model_copy(update={"precision": config.train.precision})
         shown, looks = recipe.model_copy(update={"sampling": seen}), recipe.generator.reference is not None
@@ -129,7 +141,60 @@ def make_plan(recipe: Recipe, base: Path, *, gpu: bool = True) -> Plan:
             enter(segmentor)
             work = paint(recipe, pipeline, images, segmentor, gpu=gpu)
             stages.append(counted(f"paint {images}, steered", work))
-        return Plan(counts, stages, choices, parts, notes)
+        notes.append("Tiles and prompts are encoded once; then the text encoders leave the card until painting")
+        about = [
+            f"trainable: {config.trainable}",
+            f"gradient checkpointing {'on' if on else 'off'}",
+        ]
+        about = _about(recipe, config.base, recipe.data.image_size, config.train) + about
+        return Plan(about, config.train, counts, stages, choices, parts, notes)
+
+
+def _plan_diffusion(recipe: Recipe, schema: LabelSchema, what: Diffuses, notes: list[str], *, gpu: bool) -> Plan:
+    """The plan of a refiner or a painter of pairs, of which everything is on the card all the time."""
+    config = recipe.refiner if what == "refiner" else recipe.pairs
+    with pretend(gpu=gpu), track(4, "planning", unit="stages") as progress:
+        pipeline = diffusion.pretended(recipe, schema, what)
+
+        def counted(name: str, work: Work) -> Stage:
+            stage = work.count(name)
+            progress.advance()
+            return stage
+
+        stages = [counted("training step", diffusion.train(recipe, pipeline, gpu=gpu))]
+        choices = []
+        if not config.train.offload_optimizer:
+            choices = [counted("offload_optimizer", diffusion.train(recipe, pipeline, gpu=gpu, offload=True))]
+        notes += _offloaded(config.train, stages[0])
+        if isinstance(pipeline, IDGBRPipeline):
+            size, steps, count = int(pipeline.config.image_size), _REFINING, _WINDOWS
+            shown = diffusion.refine(pipeline, _PREVIEWS, steps, config.train.precision, gpu=gpu)
+            used, name = diffusion.refine(pipeline, count, steps, "auto", gpu=gpu), f"refine {count} windows"
+            if pipeline.config.each_class:
+                notes.append("A window is refined once for every class in it; told is what one of them takes")
+        else:
+            size, sampling = recipe.data.image_size, recipe.pairs.sampling
+            count, precision = sampling.batch_size, sampling.precision
+            shown = diffusion.paint(recipe, pipeline, *PREVIEW, config.train.precision, gpu=gpu)
+            used, name = diffusion.paint(recipe, pipeline, count, sampling.steps, precision, gpu=gpu), f"paint {count}"
+        preview = replace(counted("preview", shown), optimizer=stages[0].optimizer, average=stages[0].average)
+        stages += [preview, counted(name, used)]
+        about = _about(recipe, config.base, size, config.train)
+        return Plan(about, config.train, diffusion.parameters(pipeline), stages, choices, {}, notes)
+
+
+def _about(recipe: Recipe, base: str | None, size: int, train: TrainConfig) -> list[str]:
+    samples = f"{train.batch_size} x {train.accumulate} samples a step"
+    return [f"{recipe.name}: {base or 'from scratch'}", f"{size} px", samples, train.precision]
+
+
+def _offloaded(config: TrainConfig, step: Stage) -> list[str]:
+    if not config.offload_optimizer:
+        return []
+    return [
+        f"AdamW's moments, with weights and gradients, have {4 * step.gradients / _GIB:,.1f} GiB of main memory; the "
+        "time of its update there is not counted"
+    ]
 
 
 def _part_of(module: str) -> str:
@@ -140,18 +205,9 @@ def _part_of(module: str) -> str:
     return branch(name)
 
 
-def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Console) -> None:
+def show_plan(plan: Plan, cards: Sequence[Card], console: Console) -> None:
     """Print a plan, and whether it fits these cards."""
-    generator, train = recipe.generator, recipe.generator.train
-    about = (
-        f"{recipe.name}: {generator.base or 'from scratch'}",
-        f"{recipe.data.image_size} px",
-        f"{train.batch_size} x {train.accumulate} samples a step",
-        train.precision,
-        f"trainable: {generator.trainable}",
-        f"gradient checkpointing {'on' if train.gradient_checkpointing else 'off'}",
-    )
-    console.print(", ".join(about), highlight=False)
+    console.print(", ".join(plan.about), highlight=False)
     table = _table("parameters", "millions", "trained")
     for part, (total, trained) in plan.parameters.items():
         table.add_row(part, f"{total / 1e6:,.1f}", f"{trained / 1e6:,.1f}" if trained else "")
@@ -174,20 +230,17 @@ def show_plan(recipe: Recipe, plan: Plan, cards: Sequence[Card], console: Consol
             table.add_row(f"  {stage.name}", f"{stage.flops / 1e12:,.2f}", *cells)
     console.print("", table, "")
     shares = sorted(plan.parts.items(), key=lambda part: -part[1])
-    lines = [
-        "Of the network's operations: "
-        + ", ".join(f"{part} {flops / sum(plan.parts.values()):.0%}" for part, flops in shares)
-    ]
+    said = ", ".join(f"{part} {flops / sum(plan.parts.values()):.0%}" for part, flops in shares)
+    lines = [f"Of the network's operations: {said}"] if said else []
     step = next(stage for stage in plan.stages if stage.name == "training step")
     for card in cards:
         if card.speed is not None and step.peak <= card.memory:
-            time = duration(train.steps * seconds(step.operations, card.speed))
+            time = duration(plan.train.steps * seconds(step.operations, card.speed))
             speed = "the speed measured just now" if card.measured else "the data sheet's speed"
-            lines.append(f"All {train.steps:,} steps on {card.name}, at {speed}, so at least: {time}")
+            lines.append(f"All {plan.train.steps:,} steps on {card.name}, at {speed}, so at least: {time}")
     lines += [
         *plan.notes,
         "Fits: in 92 % of the memory; drivers, kernels and gaps have the rest",
-        "Tiles and prompts are encoded once; then the text encoders leave the card until painting",
     ]
     console.print("\n".join(f"{line}." for line in lines), highlight=False)
 

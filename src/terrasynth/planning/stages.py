@@ -28,9 +28,9 @@ from terrasynth.training.loop import Average, make_optimizer
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
-    from terrasynth.recipe import Precision, Recipe
+    from terrasynth.recipe import Precision, Recipe, TrainConfig
 
-__all__ = ["Stage", "Work", "encode", "paint", "prompts", "train"]
+__all__ = ["Stage", "Work", "encode", "paint", "prompts", "step", "tensors", "train"]
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def encode(recipe: Recipe, pipeline: TODSynthPipeline) -> Work:
             pipeline.encode_masks(masks)
 
     parts = [part for part in modules(pipeline) if part is not pipeline.transformer]
-    return Work([(look, 1), (read, 1)], _tensors(*parts), others=[images, masks, *tokens])
+    return Work([(look, 1), (read, 1)], tensors(*parts), others=[images, masks, *tokens])
 
 
 def prompts(pipeline: TODSynthPipeline) -> Work:
     """A prompt of what is to be painted, with everything on the card."""
     read, tokens = _reading(pipeline)
-    return Work([(read, 1)], _tensors(*modules(pipeline)), others=tokens)
+    return Work([(read, 1)], tensors(*modules(pipeline)), others=tokens)
 
 
 def _reading(pipeline: TODSynthPipeline) -> tuple[Callable[[], None], list[Tensor]]:
@@ -156,39 +156,55 @@ def train(
     Where the optimiser is in main memory (`offload`; None: as the recipe has it), it needs nothing of the card.
     """
     config, model = recipe.generator.train, pipeline.transformer
-    offload = config.offload_optimizer if offload is None else offload
     if checkpointing:
         model.enable_gradient_checkpointing(checkpoint)
     else:
         model.disable_gradient_checkpointing()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = None if offload else make_optimizer(model.named_parameters(), config)
-    average = Average(model, config.ema_decay) if config.ema_decay else None
+    config = config.model_copy(update={"gradient_checkpointing": checkpointing})
+    batch = _batch(recipe, pipeline, config.batch_size)
+    return step(model, pipeline.training_loss, batch, config, tensors(model, pipeline.vae), gpu=gpu, offload=offload)
+
+
+def step(
+    network: nn.Module,
+    loss: Callable[[dict[str, Tensor]], Tensor],
+    batch: dict[str, Tensor],
+    config: TrainConfig,
+    weights: Sequence[Tensor],
+    *,
+    gpu: bool,
+    offload: bool | None = None,
+) -> Work:
+    """A step of any training, from the second on; `weights` are those of everything on the card."""
+    offload = config.offload_optimizer if offload is None else offload
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = None if offload else make_optimizer(network.named_parameters(), config)
+    average = Average(network, config.ema_decay) if config.ema_decay else None
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     gradients = nbytes(p.grad for p in trained if p.grad is not None)
     if optimizer is not None:
         optimizer.step()  # makes its state
     if config.accumulate == 1:
-        model.zero_grad()
-    batch = _batch(recipe, pipeline, config.batch_size)
+        network.zero_grad()
+    device, precision = weights[0].device, on_card(config.precision, gpu=gpu)
 
     def micro_batch() -> None:
-        with _autocast(pipeline, config.precision, gpu=gpu, keep_casts=not checkpointing):
-            loss = pipeline.training_loss(batch) / config.accumulate
-        loss.backward()
+        with autocast(device, precision, keep_casts=not config.gradient_checkpointing):
+            mean = loss(batch) / config.accumulate
+        mean.backward()
 
     def update() -> None:
         nn.utils.clip_grad_norm_(trained, config.clip_norm or torch.inf)
         if optimizer is not None:
             optimizer.step()
-        model.zero_grad()
+        network.zero_grad()
         if average is not None:
             average.update(0)
 
     return Work(
         [(micro_batch, config.accumulate), (update, 1)],
-        _tensors(model, pipeline.vae),
+        weights,
         gradients=gradients,
         optimizer=[value for state in optimizer.state.values() for value in state.values()] if optimizer else [],
         average=[] if average is None else list(average.values.values()),
@@ -269,7 +285,7 @@ def paint(
         parts.append((steer, min(config.steps, max(0, sampling.steps - config.start))))
     return Work(
         parts,
-        _tensors(*networks),
+        tensors(*networks),
         others=[velocity, latents, masks, *given.values(), *chain.from_iterable(features or ())],
         around=lambda: _autocast(pipeline, sampling.precision, gpu=gpu),
     )
@@ -299,11 +315,10 @@ def _latents(recipe: Recipe, pipeline: TODSynthPipeline, batch: int) -> Tensor:
     return torch.zeros(batch, transformer.config.in_channels, side, side, device=transformer.device)
 
 
-def _autocast(
-    pipeline: TODSynthPipeline, precision: Precision, *, gpu: bool, keep_casts: bool = True
-) -> torch.autocast:
-    return autocast(pipeline.transformer.device, on_card(precision, gpu=gpu), keep_casts=keep_casts)
+def _autocast(pipeline: TODSynthPipeline, precision: Precision, *, gpu: bool) -> torch.autocast:
+    return autocast(pipeline.transformer.device, on_card(precision, gpu=gpu))
 
 
-def _tensors(*networks: nn.Module) -> list[Tensor]:
+def tensors(*networks: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
     return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]

@@ -162,7 +162,6 @@ class Study:
     def refiner(self) -> Unit:
         """What sharpens class maps, trained on what segmentors read in tiles that they did not see."""
         config = self.recipe.refiner
-        check_refiner(self.train, config)  # before hours of segmentors that would be for nothing
         rough = out_of_fold(
             self.train,
             self.validation,
@@ -172,6 +171,8 @@ class Study:
             seed=config.seed,
             clock=self.clock,
             groups=ground_groups(self.recipe.data, self.train.ids, self.recipe.data.image_size, config.rough.folds),
+            # Before hours of segmentors that would be for nothing; where they are there, the training itself refuses.
+            before=partial(check_refiner, self.train, config),
         )
         inputs = {
             "refiner": config.identity(),

@@ -1,4 +1,4 @@
-"""Training of the network that refines what the autoencoder's components decode to."""
+"""Training of the network that corrects what the autoencoder's components decode to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from terrasynth.sampling.flow import seeded_generator
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Outcome, train
 
-__all__ = ["fit_refiner"]
+__all__ = ["fit_correction"]
 
 #: Side of the crops trained on, in patches: enough to see what the convolutions see.
 _CROP = 8
@@ -41,7 +41,7 @@ class _Crops(Dataset[dict[str, Tensor]]):
         return {"image": crop.float() / 127.5 - 1}
 
 
-def fit_refiner(
+def fit_correction(
     autoencoder: PatchPCA,
     tiles: Tiles,
     config: AutoencoderConfig,
@@ -50,7 +50,7 @@ def fit_refiner(
     seed: int,
     max_minutes: float | None = None,
 ) -> Outcome:
-    """Train the refiner of a fitted autoencoder in place; the components stay as they are.
+    """Train the correction of a fitted autoencoder in place; the components stay as they are.
 
     The loss is the mean absolute error of the pixels and of their differences to the neighbours, of latents with noise
     of a deviation drawn from U(0, `refiner_noise`).

@@ -12,7 +12,7 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.io import atomic_dir, atomic_write, digest
 from terrasynth.models.text import PromptCache
-from terrasynth.systems.autoencode import fit_refiner
+from terrasynth.systems.autoencode import fit_correction
 from terrasynth.systems.build import build
 from terrasynth.systems.loading import cast
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -58,11 +58,11 @@ def fit_generator(
     for encoder in pipeline.text_encoders:
         encoder.to(_DEVICE)
     if config.base is None and config.autoencoder.train is not None:
-        refined = fit_refiner(
+        corrected = fit_correction(
             pipeline.vae, tiles, config.autoencoder, folder / "autoencoder", seed=config.seed, max_minutes=max_minutes
         )
-        if not refined.finished:
-            return refined
+        if not corrected.finished:
+            return corrected
     pipeline.prompts = PromptCache(
         pipeline.encode_prompts,
         folder / "cache" / "prompts",

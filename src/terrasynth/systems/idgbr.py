@@ -259,15 +259,16 @@ class IDGBRPipeline(SavedPipeline):
         """
         image = self.encode_images(images)
         if self.config.conditions == "separate":
-            of_image = self._encode_condition(image)
-            return [of_image, self._read_rough(rough, of_image)]
-        labels = self.encode_labels(rough)
-        return [self._encode_condition(torch.cat([image, labels if self.config.sees_rough else 0 * labels], dim=1))]
+            return [self._encode_condition(image), self._read_rough(rough)]
+        return [self._encode_condition(torch.cat([image, self._seen_of(rough)], dim=1))]
 
-    def _read_rough(self, rough: Tensor, of_image: Features) -> Features:
-        if not self.config.sees_rough:
-            return of_image.times(torch.zeros_like(rough[:, 0, 0, 0]))
-        return self._encode_condition(self.encode_labels(rough))
+    def _read_rough(self, rough: Tensor) -> Features:
+        return self._encode_condition(self._seen_of(rough))
+
+    def _seen_of(self, rough: Tensor) -> Tensor:
+        """What the encoder is shown of the rough map; where it is not to be seen zeros, as in the released code."""
+        labels = self.encode_labels(rough)
+        return labels if self.config.sees_rough else torch.zeros_like(labels)
 
     def _encode_condition(self, condition: Tensor) -> Features:
         timestep = torch.full((len(condition),), _CONDITION_TIMESTEP, device=condition.device)
@@ -483,7 +484,7 @@ class IDGBRPipeline(SavedPipeline):
             of_image: what the encoder finds in the images, where it is known and `conditions` are `separate`.
         """
         text = self._text(len(images))
-        conditions = self.read(images, rough) if of_image is None else [of_image, self._read_rough(rough, of_image)]
+        conditions = self.read(images, rough) if of_image is None else [of_image, self._read_rough(rough)]
 
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
             encoded = encode(self.unet, x.to(self.unet.dtype), timestep, text)
@@ -629,6 +630,8 @@ class IDGBRPipeline(SavedPipeline):
         base: str | Path | None = None,
         label_codes: str | Path | None = None,
         label_schema: dict[str, Any] | None = None,
+        *,
+        sees_rough: bool = True,
     ) -> Self:
         """Load a folder in the layout of the released code, stored as safetensors.
 
@@ -637,6 +640,8 @@ class IDGBRPipeline(SavedPipeline):
             base: the Stable Diffusion 1.5 that a checkpoint was trained from; a finished run has what is needed of it.
             label_codes: the `label_embed_net` that a checkpoint was trained with; a finished run has its own.
             label_schema: the classes, the first of those that the codes are for; None for two without names.
+            sees_rough: whether it was trained with the rough map. Of an ablation without (`use_rough_guidance: false`)
+                the weights do not tell: they are as many, and of the same names.
 
         Raises:
             TerraSynthError: something is missing, damaged, or of another layout.
@@ -645,7 +650,12 @@ class IDGBRPipeline(SavedPipeline):
         with loading(folder, "a run of the released code; of a checkpoint, `base` and `label_codes` as well"):
             parts = load_published_parts(folder, base, label_codes, num_classes)
         return cls(
-            **parts, label_schema=label_schema, conditions="separate", imagenet_statistics=True, each_class=False
+            **parts,
+            label_schema=label_schema,
+            conditions="separate",
+            sees_rough=sees_rough,
+            imagenet_statistics=True,
+            each_class=False,
         )
 
 

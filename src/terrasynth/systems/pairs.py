@@ -36,7 +36,7 @@ __all__ = ["LayoutPainter", "PairViews", "build_pairs", "fit_pairs", "generate_p
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: Paintings in a preview, and their steps.
-_SHOWN, _PREVIEW_STEPS = 8, 20
+PREVIEW = 8, 20
 
 
 class PairViews(Dataset[dict[str, Tensor]]):
@@ -88,8 +88,10 @@ def fit_pairs(tiles: Tiles, config: PairsConfig, folder: Path, *, max_minutes: f
     pipeline = build_pairs(config, tiles.schema, tiles.images.shape[-1])
     pipeline.place(_DEVICE, config.train.precision)
 
+    shown, steps = PREVIEW
+
     def preview(step: int) -> dict[str, float]:
-        painted = pipeline(seeds=range(_SHOWN), num_steps=_PREVIEW_STEPS)
+        painted = pipeline(seeds=range(shown), num_steps=steps)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
             contact_sheet({"painted": painted.images.cpu()}, painted.masks.cpu(), tiles.schema).save(partial)
         return {}

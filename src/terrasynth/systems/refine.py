@@ -21,7 +21,7 @@ from terrasynth.systems.rough import OneClass, RoughViews
 from terrasynth.training.loop import Outcome, train
 from terrasynth.training.processes import process_state
 
-__all__ = ["build_refiner", "check_refiner", "fit_refiner"]
+__all__ = ["build_refiner", "check_base", "check_refiner", "fit_refiner", "set_up"]
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: What a preview shows of a refiner of one class.
@@ -48,7 +48,9 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
             seed=config.seed,
         )
     else:
-        _check_base(config.base, config)
+        with loading(config.base, IDGBRPipeline.EXPECTED):
+            stored = IDGBRPipeline.load_config(config.base)
+        check_base(stored, config.base, config)
         pipeline = IDGBRPipeline.from_pretrained(
             config.base,
             label_schema=None if classes is None else classes.to_dict(),
@@ -59,6 +61,15 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
             prediction_type=config.prediction_type,
             image_size=image_size,
         )
+    return set_up(pipeline, config, image_size)
+
+
+def set_up(pipeline: IDGBRPipeline, config: RefinerConfig, image_size: int) -> IDGBRPipeline:
+    """Give a pipeline the settings of its training, and return it.
+
+    Raises:
+        TerraSynthError: they do not fit it or the size of the images.
+    """
     if image_size % pipeline.factor:
         raise TerraSynthError(
             "the images that the refiner learns from do not divide into what it sees as one",
@@ -88,10 +99,17 @@ def check_refiner(tiles: Tiles, config: RefinerConfig) -> None:
         pipeline.training_loss(view | {"seed": torch.tensor([0])})
 
 
-def _check_base(base: str, config: RefinerConfig) -> None:
-    """Refuse settings that a refiner which TerraSynth saved has otherwise; Stable Diffusion takes any."""
-    with loading(base, IDGBRPipeline.EXPECTED):
-        stored = IDGBRPipeline.load_config(base)
+def check_base(stored: Mapping[str, Any], base: str, config: RefinerConfig) -> None:
+    """Refuse settings that a refiner which TerraSynth saved has otherwise; Stable Diffusion takes any.
+
+    Args:
+        stored: the configuration of the base's pipeline.
+        base: where it lies.
+        config: the settings.
+
+    Raises:
+        TerraSynthError: they differ.
+    """
     if stored.get("_class_name") != IDGBRPipeline.__name__:
         return
     wrong = [name for name in ("codes", "conditions") if stored[name] != getattr(config, name)]

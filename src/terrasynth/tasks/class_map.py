@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from rasterio.windows import Window
 from terrasynth.data.raster import Grid
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import (
+    IDENTITY_TAG,
     LOCK,
     TIFF_SUFFIXES,
     alone,
     atomic_write,
+    digest,
     full_disk,
     gdal_environment,
     new_tiff,
@@ -41,7 +45,7 @@ from terrasynth.io import (
 )
 from terrasynth.progress import say, track
 
-__all__ = ["Legend", "alone_at", "append_rows", "is_finished", "open_rows", "tidy", "write_map"]
+__all__ = ["Legend", "Made", "alone_at", "append_rows", "is_finished", "open_rows", "tidy", "write_map"]
 
 _MARKER = "run.json"
 #: Rows written to the output at a time.
@@ -65,20 +69,42 @@ class Legend:
     dtype: DTypeLike = np.uint8
 
 
-def is_finished(target: Path, identity: str, sources: Mapping[str, Path]) -> bool:
-    """Whether the map of this identity is there.
+@dataclass(frozen=True)
+class Made:
+    """What a class map is made of.
 
-    Args:
-        target: the map.
-        identity: of everything that it is made of.
-        sources: the files that it is made of, by what they are called in the message.
+    Scenes are too large to be read for a digest: a file is known by its name and size, and as long as it is worked at
+    by its time as well, which copies do not keep. A finished map must only be younger.
+
+    Attributes:
+        settings: the model, the classes, the windows: whatever the result depends on, JSON-able.
+        sources: the files, by what messages call them.
+    """
+
+    settings: Mapping[str, Any]
+    sources: Mapping[str, Path]
+
+    @cached_property
+    def files(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of every file that is there, as they were first asked for."""
+        found = [(path.name, path.stat()) for path in self.sources.values() if path.exists()]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+    @cached_property
+    def identity(self) -> str:
+        """What the finished map carries."""
+        return digest(self.settings, [file[:2] for file in self.files])
+
+
+def is_finished(target: Path, made: Made) -> bool:
+    """Whether the map that is made of this is there.
 
     Raises:
-        TerraSynthError: it was made of something else, or is older than one of them.
+        TerraSynthError: it was made of something else, or is older than one of the files.
     """
-    if not output_is_there(target, identity):
+    if not output_is_there(target, made.identity):
         return False
-    for name, source in sources.items():
+    for name, source in made.sources.items():
         if target.stat().st_mtime < source.stat().st_mtime:
             raise TerraSynthError(
                 f"the output is older than its {name}",
@@ -142,14 +168,10 @@ def _clear(work: Path) -> None:
     (work / _MARKER).unlink(missing_ok=True)
 
 
-def open_rows(work: Path, begun: Mapping[str, Any]) -> Path:
-    """The file of finished rows; those of an earlier run with other settings are thrown away.
-
-    Args:
-        work: from `alone_at`.
-        begun: JSON-able; what the rows are made of.
-    """
+def open_rows(work: Path, made: Made) -> Path:
+    """The file of finished rows in a folder from `alone_at`; those that are made of something else are thrown away."""
     marker, rows = work / _MARKER, work / "rows.raw"
+    begun = {**made.settings, "files": made.files}
     if marker.exists() and read_json(marker) != json.loads(json.dumps(begun)):
         say(f"{work} was begun with another model, other files or settings: starting anew")
         _clear(work)
@@ -193,7 +215,9 @@ def append_rows(
 # --- the map ---------------------------------------------------------------------------------------------------------
 
 
-def write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, tags: Mapping[str, str]) -> None:
+def write_map(
+    target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, made: Made, tags: Mapping[str, str]
+) -> None:
     """Turn the finished rows into a cloud-optimised GeoTIFF, or a PNG.
 
     Args:
@@ -202,7 +226,8 @@ def write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, 
         rows: all of them.
         grid: size and place.
         legend: what the values mean.
-        tags: of the file.
+        made: what they are made of.
+        tags: of the file; its identity and our version are added.
 
     Raises:
         TerraSynthError: the rows are more or less than the grid's, or the disk is full.
@@ -217,6 +242,7 @@ def write_map(target: Path, work: Path, rows: Path, grid: Grid, legend: Legend, 
             expected=f"{expected:,} bytes, {dtype.itemsize} for each of {grid.width} x {grid.height} pixels",
             fix=f"see that nothing else writes there, delete {work} and run again",
         )
+    tags = {IDENTITY_TAG: made.identity, "software": f"TerraSynth {version('terrasynth')}", **tags}
     if target.suffix.lower() in TIFF_SUFFIXES:
         _write_tiff(target, work, rows, grid, legend, tags)
     else:

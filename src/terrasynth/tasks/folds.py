@@ -7,8 +7,9 @@ leave them as they are. Here every tile is predicted by a segmentor that learned
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def out_of_fold(
     seed: int,
     clock: Clock,
     groups: Sequence[str] | None = None,
+    before: Callable[[], object] = lambda: None,
 ) -> RoughMaps:
     """Predict every tile by a segmentor that was trained on the tiles of the other folds.
 
@@ -112,6 +114,7 @@ def out_of_fold(
         seed: of the division, and of every training.
         clock: what is left of the time allowed.
         groups: of each tile; see `divide`.
+        before: called once before a segmentor is trained; not at all if every fold is finished.
 
     Raises:
         OutOfTime: no time is left; the same call goes on.
@@ -120,12 +123,12 @@ def out_of_fold(
     """
     fold_of = torch.tensor(divide(tiles.ids, folds, seed, groups))
     read: Tensor | None = None
+    once = cache(before)
     classes, margins, units = torch.empty_like(tiles.masks), torch.empty_like(tiles.masks), []
     for fold in range(folds):
         held, others = ((fold_of == fold).nonzero().flatten(), (fold_of != fold).nonzero().flatten())
-        unit = _fold(
-            tiles.take(others.tolist()), tiles.take(held.tolist()), validation, config, root, fold, seed, clock
-        )
+        known, unseen = tiles.take(others.tolist()), tiles.take(held.tolist())
+        unit = _fold(known, unseen, validation, config, root, fold, seed, clock, once)
         found = stored_tensors(unit.folder / _ROUGH)
         classes[held], margins[held] = found["classes"], found["margins"]
         read = found.get("validation") if fold == 0 else read
@@ -142,11 +145,13 @@ def _fold(
     fold: int,
     seed: int,
     clock: Clock,
+    before: Callable[[], object],
 ) -> Unit:
     """One fold: a segmentor learns from `train` and predicts `held`."""
     schema = train.schema
 
     def work(folder: Path) -> dict[str, Any]:
+        before()
         segmentor = Segmentor.build(config, schema.num_classes, schema.ignore_index, seed, class_names=schema.names).to(
             "cuda" if torch.cuda.is_available() else "cpu"
         )

@@ -7,12 +7,11 @@ there, and ends with the same file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,9 +23,9 @@ from terrasynth.data.blending import cover
 from terrasynth.data.raster import Raster, Stretch, open_raster
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError, combined
-from terrasynth.io import IDENTITY_TAG, IMAGE_SUFFIXES, TIFF_SUFFIXES, digest, weights_digest
-from terrasynth.progress import say
-from terrasynth.tasks.class_map import Legend, alone_at, append_rows, is_finished, open_rows, tidy, write_map
+from terrasynth.io import IMAGE_SUFFIXES, TIFF_SUFFIXES, weights_digest
+from terrasynth.progress import say, track
+from terrasynth.tasks.class_map import Legend, Made, alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.description import Description
 from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest
 
@@ -87,17 +86,19 @@ def predict(
         say("the segmentor was saved without colours: --labels would add them")
     targets = _targets(scenes, out)
     _check_scenes(list(targets), settings, saved.num_classes)
-    identity = {
+    made_of = {
         "segmentor": weights_digest(folder),
         "schema": None if schema is None else schema.to_dict(),
         "windows": [settings.size, settings.overlap, settings.batch_size],
         "stretch": [settings.stretch.bands, settings.stretch.ranges],
     }
-    todo = {scene: target for scene, target in targets.items() if not _is_finished(scene, target, identity)}
+    made = {scene: Made(made_of, {"scene": scene}) for scene in targets}
+    todo = {scene: target for scene, target in targets.items() if not is_finished(target, made[scene])}
     for target in targets.values():
         if target not in todo.values():
             say(f"{target} is there already")
             tidy(target)
+    _check_numbers(list(todo), settings.stretch)
     if todo:
         # The libraries of the networks take longer to load than all that was done so far.
         from terrasynth.tasks.segmentation import Segmentor
@@ -107,8 +108,8 @@ def predict(
         for scene, target in todo.items():
             with alone_at(target) as work:
                 # Another process may have finished it since.
-                if not _is_finished(scene, target, identity):
-                    _predict_scene(segmentor, scene, target, work, settings, schema, identity)
+                if not is_finished(target, made[scene]):
+                    _predict_scene(segmentor, scene, target, work, settings, schema, made[scene])
     return list(targets.values())
 
 
@@ -151,20 +152,42 @@ def _targets(scenes: Sequence[Path], out: Path) -> dict[Path, Path]:
 
 
 def _check_scenes(scenes: Sequence[Path], settings: PredictSettings, num_classes: int) -> None:
+    def by_header(raster: Raster) -> None:
+        settings.stretch.chosen(raster)
+        check_width(raster.path, raster.grid, settings.size, num_classes)
+
+    _refuse(scenes, by_header)
+
+
+def _check_numbers(scenes: Sequence[Path], stretch: Stretch) -> None:
+    """Read scenes of floating-point numbers, so that a NaN shows before anything is computed.
+
+    To mend it is to change the file, and with it all rows that were finished would be lost. Whole numbers are none, and
+    are not read twice.
+    """
+
+    def whole(raster: Raster) -> None:
+        if raster.dtype.kind == "f":
+            stripes = list(raster.stripes())
+            with track(len(stripes), f"checking {raster.path.name}", unit="stripes") as progress:
+                for stripe in stripes:
+                    stretch.rgb(raster, stripe)
+                    progress.advance()
+
+    _refuse(scenes, whole)
+
+
+def _refuse(scenes: Sequence[Path], check: Callable[[Raster], None]) -> None:
+    """Raise what is wrong with the scenes, all in one message."""
     bad = []
     for scene in scenes:
         try:
             with open_raster(scene) as raster:
-                settings.stretch.chosen(raster)
-                check_width(scene, raster.grid, settings.size, num_classes)
+                check(raster)
         except TerraSynthError as error:
             bad.append(error)
     if bad:
         raise combined(bad, f"{len(bad)} of {len(scenes)} scenes can not be used", shown=None)
-
-
-def _is_finished(scene: Path, target: Path, identity: dict[str, Any]) -> bool:
-    return is_finished(target, digest(identity, scene.name, scene.stat().st_size), {"scene": scene})
 
 
 # --- one scene -------------------------------------------------------------------------------------------------------
@@ -222,7 +245,7 @@ def _predict_scene(
     work: Path,
     settings: PredictSettings,
     schema: LabelSchema | None,
-    identity: dict[str, Any],
+    made: Made,
 ) -> None:
     legend = _legend(segmentor, schema)
 
@@ -235,15 +258,10 @@ def _predict_scene(
 
     with open_raster(scene) as raster:
         grid = raster.grid
-        rows = open_rows(work, {**identity, "scene": [scene.name, scene.stat().st_size, scene.stat().st_mtime_ns]})
+        rows = open_rows(work, made)
         append_rows(rows, grid, legend, borders(grid, settings.size, settings.overlap), stripes, scene.name)
-    tags = {
-        IDENTITY_TAG: digest(identity, scene.name, scene.stat().st_size),
-        "software": f"TerraSynth {version('terrasynth')}",
-        "source": scene.name,
-        "segmentor": identity["segmentor"],
-    }
-    write_map(target, work, rows, grid, legend, tags)
+    tags = {"source": scene.name, "segmentor": made.settings["segmentor"]}
+    write_map(target, work, rows, grid, legend, made, tags)
 
 
 def _legend(segmentor: Segmentor, schema: LabelSchema | None) -> Legend:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,12 +26,12 @@ from terrasynth.data.raster import Grid, Raster, Stretch, crs_name, open_raster
 from terrasynth.data.scenes import check_aligned
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import IDENTITY_TAG, TIFF_SUFFIXES, digest, read_json, weights_digest
-from terrasynth.progress import say
+from terrasynth.io import TIFF_SUFFIXES, digest, read_json, weights_digest
+from terrasynth.progress import say, track
 from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
-from terrasynth.tasks.class_map import alone_at, append_rows, is_finished, open_rows, tidy, write_map
+from terrasynth.tasks.class_map import Made, alone_at, append_rows, is_finished, open_rows, tidy, write_map
 from terrasynth.tasks.rough_map import UNLABELLED, RoughMap, read_rough_map
-from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest
+from terrasynth.tasks.stripes import Part, batches, blend, borders, check_width, highest, rows_of_windows
 
 if TYPE_CHECKING:
     from terrasynth.systems.idgbr import IDGBRPipeline
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Confidence", "RefineSettings", "Refiner", "load_refiner", "refine"]
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
+#: Scores that differ by less are equal.
+_EQUAL = 1e-6
 
 
 class Refiner(Protocol):
@@ -75,7 +76,8 @@ class Refiner(Protocol):
             seeds: of each window.
 
         Returns:
-            float (B, K, H, W), on any device. Where windows overlap their mean counts, so probabilities are best.
+            float (B, K, H, W), on any device. Where windows overlap their mean counts, so probabilities are best. NaN
+            throughout a class says nothing about it: its mean is that of other windows.
         """
 
 
@@ -112,9 +114,7 @@ class _IDGBR:
 
     @property
     def num_classes(self) -> int | None:
-        # Of one class against the rest, without names: of every class in turn.
-        count = self.pipeline.num_classes
-        return None if self.schema is None and count == 2 else count
+        return None if self.pipeline.config.each_class else self.pipeline.num_classes
 
     @property
     def schema(self) -> LabelSchema | None:
@@ -131,16 +131,22 @@ class _IDGBR:
         return self.pipeline.factor
 
     def scores(self, images: Tensor, rough: Tensor, *, num_classes: int, seeds: Sequence[int]) -> Tensor:
-        return self.pipeline.scores(
+        each_class = self.pipeline.config.each_class
+        scores = self.pipeline.scores(
             images,
             rough.where(rough != UNLABELLED, self.pipeline.ignore_index),
             seeds=seeds,
             num_steps=self.steps,
             strength=self.strength,
             guidance_scale=self.guidance_scale,
-            each_class=self.num_classes is None,
+            each_class=each_class,
             num_classes=num_classes,
         )
+        if each_class:
+            # It was not asked about a class that a window has not; its 0 would count against a neighbour's score.
+            there = torch.stack([(rough == k).flatten(1).any(1) for k in range(num_classes)], dim=1)
+            scores[~there.to(scores.device)] = math.nan
+        return scores
 
 
 def load_refiner(model: str | Path, *, steps: int = 4, strength: float = 1.0, guidance_scale: float = 1.0) -> Refiner:
@@ -256,8 +262,9 @@ def refine(
         no pixel gets a class that the map does not have, and pixels that change nothing keep their values.
 
     Raises:
-        TerraSynthError: the map can not be read, or image and map do not have the same pixels; the output is one of
-            them, or exists and was made of something else; or another process is at it.
+        TerraSynthError: the map can not be read, or image and map do not have the same pixels; there is NaN in the
+            image where a window will see it; the output is one of them, or exists and was made of something else; or
+            another process is at it.
     """
     settings = settings or RefineSettings()
     sources = {"image": image, "class map": rough} | ({} if confidence is None else {"confidence": confidence.path})
@@ -267,11 +274,9 @@ def refine(
         "schema": None if schema is None else schema.to_dict(),
         **settings.to_dict(),
         "below": None if confidence is None else confidence.below,
-        "files": [[path.name, path.stat().st_size] for path in sources.values() if path.exists()],
     }
-    identity = digest(made_of)
-    finished = partial(is_finished, out, identity, sources)
-    if finished():
+    made = Made(made_of, sources)
+    if is_finished(out, made):
         say(f"{out} is there already")
         tidy(out)
         return out
@@ -288,23 +293,18 @@ def refine(
         say(f"read as: {mapped.shares()}")
         if (mapped.counts > 0).sum() == 1:
             say(_nothing_to_refine(mapped))
+        where = _Where(mapped, reach, *((sure[0], confidence.below) if confidence is not None else ()))
+        _check_numbers(picture, where, settings)
         with alone_at(out) as work:
             # Another process may have finished it since.
-            if finished():
+            if is_finished(out, made):
                 return out
-            rows = open_rows(work, {**made_of, "times": [path.stat().st_mtime_ns for path in sources.values()]})
-            where = _Where(mapped, reach, *((sure[0], confidence.below) if confidence is not None else ()))
+            rows = open_rows(work, made)
             stripes = partial(_stripes, refiner, picture, where, settings)
             edges = borders(grid, settings.size, settings.overlap)
             append_rows(rows, grid, mapped.legend, edges, lambda top: stripes(top=top), rough.name)
-            tags = {
-                IDENTITY_TAG: identity,
-                "software": f"TerraSynth {version('terrasynth')}",
-                "source": rough.name,
-                "image": image.name,
-                "refiner": refiner.identity,
-            }
-            write_map(out, work, rows, grid, mapped.legend, tags)
+            tags = {"source": rough.name, "image": image.name, "refiner": refiner.identity}
+            write_map(out, work, rows, grid, mapped.legend, made, tags)
     return out
 
 
@@ -416,6 +416,24 @@ class _Where:
         return classes, may
 
 
+def _check_numbers(image: Raster, where: _Where, settings: RefineSettings) -> None:
+    """Read what will be seen of an image of floating-point numbers, so that a NaN shows before anything is computed.
+
+    To mend it is to change the file, and with it all rows that were finished would be lost. Whole numbers are none, and
+    are not read twice.
+    """
+    if image.dtype.kind != "f":
+        return
+    rows = rows_of_windows(image.grid, settings.size, settings.overlap)
+    with track(len(rows), f"checking {image.path.name}", unit="rows of windows") as progress:
+        for windows in rows:
+            _, wanted = where.may_change(windows[0].row_off, windows[0].height)
+            for window in windows:
+                if wanted[:, window.col_off : window.col_off + window.width].any():
+                    settings.stretch.rgb(image, window)
+            progress.advance()
+
+
 def _stripes(
     refiner: Refiner, image: Raster, where: _Where, settings: RefineSettings, *, top: int
 ) -> Iterator[NDArray[Any]]:
@@ -431,8 +449,8 @@ def _stripes(
         scores[absent] = -math.inf
         for columns, score, best in highest(scores):
             own = torch.from_numpy(classes[:, columns]).long().clamp_(max=rough.num_classes - 1)
-            # Of equals, what is there already.
-            better = valid[:, columns] & (scores[..., columns].gather(0, own[None])[0] < score)
+            # Of equals, what is there already; where windows overlap, equals differ by rounding.
+            better = valid[:, columns] & (scores[..., columns].gather(0, own[None])[0] + _EQUAL < score)
             stored[:, columns] = np.where(better.numpy(), rough.written[best.numpy()], stored[:, columns])
         yield stored
 
@@ -467,16 +485,18 @@ def _parts(
             seeds=[int(digest(settings.seed, window.row_off, window.col_off), 16) >> 1 for window in batch],
         )
         expected = (len(batch), where.rough.num_classes, settings.size, settings.size)
-        if scores.shape != expected or not scores.isfinite().all():
+        asked = ~scores.isnan().flatten(2).all(2) if scores.shape == expected else None
+        if asked is None or not asked.any(1).all() or not scores[asked].isfinite().all():
             raise TerraSynthError(
                 "the refiner gives no scores",
-                found=f"shape {tuple(scores.shape)}" if scores.shape != expected else "NaN or infinity",
+                found=f"shape {tuple(scores.shape)}" if asked is None else "NaN or infinity",
                 expected=f"numbers of shape {expected}",
                 fix="train it again, or take another",
             )
-        for window, (_, has_data), score in zip(batch, shown, scores, strict=True):
+        for window, (_, has_data), score, of_classes in zip(batch, shown, scores, asked.cpu(), strict=True):
             valid = wanted[:, columns[window.col_off]] & has_data
-            yield Part(window.col_off, valid, score[:, :height, :width].float().cpu())
+            score = score[:, :height, :width].float().nan_to_num(0).cpu()
+            yield Part(window.col_off, valid, score, of_classes)
 
 
 def _padded(values: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

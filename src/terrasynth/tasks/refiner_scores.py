@@ -10,7 +10,6 @@ from torch import Tensor
 from terrasynth.data.folder import Tiles
 from terrasynth.systems.idgbr import IDGBRPipeline
 from terrasynth.tasks.boundary import BoundaryScores
-from terrasynth.tasks.confusion import Confusion
 
 __all__ = ["score_refiner"]
 
@@ -46,12 +45,10 @@ def score_refiner(pipeline: IDGBRPipeline, tiles: Tiles, rough: Tensor) -> dict[
         found["ceiling/"] = [pipeline.round_trip(mask[None].to(device))[0].cpu() for mask in known]
     values: dict[str, float] = {}
     for prefix, maps in found.items():
-        confusion, boundaries = Confusion.empty(tiles.schema.num_classes), BoundaryScores(tiles.schema)
+        scores = BoundaryScores(tiles.schema)
         for id_, one, mask in zip(tiles.ids, maps, masks, strict=True):
-            confusion.update(one[None], mask[None], tiles.schema.ignore_index)
-            boundaries.update(id_, one, mask)
-        values[f"{prefix}miou"] = confusion.mean_iou
-        values[f"{prefix}boundary_iou"] = (
-            boundary if (boundary := boundaries.metrics()["boundary_iou"]) is not None else math.nan
-        )
+            scores.update(id_, one, mask)
+        metrics = scores.metrics()
+        for name, metric in (("miou", "iou"), ("boundary_iou", "boundary_iou")):
+            values[prefix + name] = math.nan if (value := metrics[metric]) is None else value
     return values

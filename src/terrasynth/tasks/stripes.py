@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from terrasynth.data.raster import Grid
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import MAX_BYTES
 
-__all__ = ["Part", "batches", "blend", "borders", "check_width", "highest"]
+__all__ = ["Part", "batches", "blend", "borders", "check_width", "highest", "rows_of_windows"]
 
 #: Most bytes that a stripe as wide as the raster may take.
 _MAX_STRIPE = 8 * MAX_BYTES
@@ -39,11 +40,13 @@ class Part:
         left: its first column.
         valid: bool (h, w): the pixels that the scores are about, the same in all windows that they are in.
         scores: float32 (K, h, w), on the CPU; None for a window without such pixels.
+        asked: bool (K,), the classes that the window has an opinion of, 0 in the scores of others; None for all.
     """
 
     left: int
     valid: NDArray[np.bool_]
     scores: Tensor | None
+    asked: Tensor | None = None
 
 
 def blend(
@@ -66,29 +69,59 @@ def blend(
         top: the first row that is wanted; one of `borders`.
 
     Yields:
-        The first row; float32 (K, rows, W), the mean of what the windows say by their weights (`data.blending`); and
-        bool (rows, W), the pixels that it is about. Both are overwritten in the next step.
+        The first row; float32 (K, rows, W), the mean of what the windows say by their weights (`data.blending`), for
+        each class of those that were asked, -inf where none was; and bool (rows, W), the pixels that it is about. Both
+        are overwritten in the next step.
     """
     down, across = cover(grid.height, size, overlap), cover(grid.width, size, overlap)
+    rows = rows_of_windows(grid, size, overlap)
     total = torch.zeros(num_classes, down.size, grid.width)
     valid = torch.zeros(down.size, grid.width, dtype=torch.bool)
     weights = dict(zip(across.starts, across.weights, strict=True))
     ends = [*down.starts[1:], grid.height]
-    for start, end, weight in zip(down.starts, ends, down.weights, strict=True):
+    heard: list[_Heard] = []
+    for windows, end, weight in zip(rows, ends, down.weights, strict=True):
+        start = windows[0].row_off
         if start + down.size <= top:
             continue
-        for part in compute([Window(left, start, across.size, down.size) for left in across.starts]):
+        heard = [row for row in heard if row.top + down.size > start]
+        heard.append(_Heard(start, torch.from_numpy(weight), torch.zeros(num_classes, grid.width)))
+        for part in compute(windows):
             columns = slice(part.left, part.left + across.size)
             valid[:, columns] = torch.from_numpy(part.valid)
             if part.scores is not None:
                 total[:, :, columns].addcmul_(part.scores, torch.from_numpy(np.outer(weight, weights[part.left])))
+                asked = slice(None) if part.asked is None else part.asked
+                heard[-1].shares[asked, columns] += torch.from_numpy(weights[part.left])
         done = end - start
         if end > top:
+            _divide(total[:, :done], start, heard)
             yield start, total[:, :done], valid[:done]
         kept = down.size - done
         for plane in total:  # one after the other, because what moves is copied
             plane[:kept] = plane[done:].clone()
             plane[kept:] = 0
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """The weight with which a row of windows has spoken: in column x of class k, `down[y - top] * shares[k, x]`."""
+
+    top: int
+    down: Tensor
+    shares: Tensor
+
+
+def _divide(total: Tensor, top: int, heard: Sequence[_Heard]) -> None:
+    """Turn sums into means in place, if not all classes have all the weight; (K, rows, W) from row `top` on."""
+    if all((row.shares == row.shares[0]).all() for row in heard):
+        return
+    for k, plane in enumerate(total):  # one after the other, to hold one plane of weights
+        weight = torch.zeros_like(plane)
+        for row in heard:
+            down = row.down[top - row.top :][: len(plane)]
+            weight[: len(down)].addr_(down, row.shares[k])
+        plane.div_(weight).masked_fill_(weight == 0, -math.inf)
 
 
 def highest(scores: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -105,6 +138,12 @@ def highest(scores: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         # With the classes last in memory the search is several times faster.
         value, best = scores[..., columns].movedim(0, -1).contiguous().max(-1)
         yield columns, value, best
+
+
+def rows_of_windows(grid: Grid, size: int, overlap: int) -> list[list[Window]]:
+    """The windows of `blend`, row by row from top to bottom, from left to right."""
+    down, across = cover(grid.height, size, overlap), cover(grid.width, size, overlap)
+    return [[Window(left, top, across.size, down.size) for left in across.starts] for top in down.starts]
 
 
 def borders(grid: Grid, size: int, overlap: int) -> list[int]:

@@ -1,0 +1,230 @@
+"""The refiner and the painter of pairs without weights, and what the stages of their runs do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from terrasynth.models.autoencoder import PatchPCA
+from terrasynth.models.condition import ConditionEmbedding
+from terrasynth.models.guidance_net import GuidanceNet
+from terrasynth.models.label_codes import LabelCodes
+from terrasynth.models.unet import UNetEncoder
+from terrasynth.planning.footprint import enter
+from terrasynth.planning.parts import configurations, modules, on_card
+from terrasynth.planning.stages import Work, step, tensors
+from terrasynth.sampling.guidance import guidance_chain
+from terrasynth.systems import satsynth
+from terrasynth.systems.idgbr import IDGBRPipeline
+from terrasynth.systems.pairs import build_pairs
+from terrasynth.systems.refine import build_refiner, check_base, set_up
+from terrasynth.systems.satsynth import SatSynthPipeline
+from terrasynth.training.precision import autocast
+
+if TYPE_CHECKING:
+    from terrasynth.data.schema import LabelSchema
+    from terrasynth.recipe import Precision, Recipe, RefinerConfig
+
+__all__ = ["Diffuses", "paint", "parameters", "pipeline_of", "pretended", "refine", "train"]
+
+Diffuses = Literal["refiner", "pairs"]
+
+_SHARED = (AutoencoderKL, PatchPCA, GuidanceNet, LabelCodes, ConditionEmbedding, UNet2DModel, UNet2DConditionModel)
+#: What the parts of a base may be; an encoder of conditions says of itself that it is a U-Net.
+_MODELS: dict[str, type[Any]] = {cls.__name__: cls for cls in (*_SHARED, UNetEncoder)}
+_REFINER = ("unet", "scheduler", "vae", "text_encoder", "condition_encoder", "guidance_net", "label_codes")
+_PAIRS = ("unet", "scheduler", "label_codes", "embedding")
+
+
+def pipeline_of(recipe: Recipe, schema: LabelSchema, what: Diffuses) -> IDGBRPipeline | SatSynthPipeline:
+    """The recipe's refiner or painter of pairs as it is trained, on torch's default device.
+
+    Raises:
+        TerraSynthError: the configuration of its base is not here, or the settings do not fit it or the tiles.
+    """
+    size = recipe.data.image_size
+    if what == "pairs":
+        if recipe.pairs.base is None:
+            return build_pairs(recipe.pairs, schema, size)
+        return _based(SatSynthPipeline, recipe.pairs.base, _PAIRS, label_schema=schema.to_dict())
+    config, side = recipe.refiner, min(recipe.refiner.crop or size, size)
+    plain = config.model_copy(update={"alignment": None})
+    pipeline = build_refiner(plain, schema, side) if config.base is None else _refiner(plain, config.base, schema, side)
+    if config.alignment is not None:
+        pipeline.align(config.alignment, config.alignment_weight, steps=config.alignment_steps, pretrained=False)
+    return pipeline
+
+
+def _refiner(config: RefinerConfig, base: str, schema: LabelSchema, side: int) -> IDGBRPipeline:
+    check_base(configurations(base, _REFINER), base, config)
+    pipeline = _based(
+        IDGBRPipeline,
+        base,
+        _REFINER,
+        tokenizer=None,
+        label_schema=None if config.each_class else schema.to_dict(),
+        each_class=config.each_class,
+        codes=config.codes,
+        conditions=config.conditions,
+        sees_rough=config.sees_rough,
+        prediction_type=config.prediction_type,
+        image_size=side,
+    )
+    if pipeline.text_encoder is not None:
+        text = pipeline.text_encoder.config
+        pipeline._empty_text = torch.zeros(1, text.max_position_embeddings, text.hidden_size)
+    return set_up(pipeline, config, side)
+
+
+def _based(cls: type[Any], base: str, names: tuple[str, ...], **given: Any) -> Any:
+    """A pipeline of a base's configurations; `given` is as `from_pretrained` takes it."""
+    known = configurations(base, names)
+    accepted = inspect.signature(cls).parameters
+    parts = {name: _part(name, known[name]) for name in names if name in known}
+    return cls(
+        **parts, **{name: value for name, value in known.items() if name in accepted and name not in names} | given
+    )
+
+
+def _part(name: str, configuration: dict[str, Any]) -> Any:
+    if name == "scheduler":
+        return DDIMScheduler.from_config(configuration)
+    if name == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig(**configuration))
+    return _MODELS["UNetEncoder" if name == "condition_encoder" else configuration["_class_name"]].from_config(
+        configuration
+    )
+
+
+def pretended(recipe: Recipe, schema: LabelSchema, what: Diffuses) -> IDGBRPipeline | SatSynthPipeline:
+    """The same without memory; to be called within `pretend`."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        pipeline = pipeline_of(recipe, schema, what)
+    for part in _networks(pipeline):
+        enter(part)
+    pipeline.noising.alphas_cumprod = torch.zeros(pipeline.noising.config.num_train_timesteps)
+    if isinstance(pipeline, IDGBRPipeline) and pipeline._empty_text is not None:
+        pipeline._empty_text = torch.zeros(pipeline._empty_text.shape)
+    return pipeline
+
+
+def _networks(pipeline: IDGBRPipeline | SatSynthPipeline) -> list[nn.Module]:
+    alignment = getattr(pipeline, "alignment", None)
+    return [*modules(pipeline), *([] if alignment is None else [alignment])]
+
+
+def train(
+    recipe: Recipe, pipeline: IDGBRPipeline | SatSynthPipeline, *, gpu: bool, offload: bool | None = None
+) -> Work:
+    """A step of the training, as `stages.train` has that of the generator."""
+    if isinstance(pipeline, IDGBRPipeline):
+        config, side = recipe.refiner.train, int(pipeline.config.image_size)
+    else:
+        config, side = recipe.pairs.train, recipe.data.image_size
+    count = config.batch_size
+    with unset_fake_temporarily():
+        seeds = torch.arange(count)  # real, because they are read
+    masks = torch.zeros(count, side, side, dtype=torch.long)
+    batch = {"image": torch.zeros(count, 3, side, side), "rough": masks, "mask": masks.clone(), "seed": seeds}
+    weights = tensors(*_networks(pipeline))
+    work = step(pipeline.network, pipeline.training_loss, batch, config, weights, gpu=gpu, offload=offload)
+    return replace(work, around=_nothing_given)
+
+
+@contextmanager
+def _nothing_given() -> Iterator[None]:
+    """What pairs are given is drawn and read, which a pretended number can not be; the network sees as much without."""
+
+    def nothing(size: Sequence[int], dropout: float, generator: torch.Generator) -> Tensor:
+        return torch.zeros(2, *size, dtype=torch.bool)
+
+    drawn, satsynth._given = satsynth._given, nothing
+    try:
+        yield
+    finally:
+        satsynth._given = drawn
+
+
+def parameters(pipeline: IDGBRPipeline | SatSynthPipeline) -> dict[str, tuple[int, int]]:
+    """How many parameters every part has, and how many of them are trained."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    if isinstance(pipeline, IDGBRPipeline) and pipeline.alignment is not None:
+        parts["alignment"] = pipeline.alignment
+    counts = {
+        name.replace("_", " "): [(p.numel(), p.requires_grad) for p in part.parameters()]
+        for name, part in parts.items()
+    }
+    return {
+        name: (sum(n for n, _ in each), sum(n for n, trained in each if trained))
+        for name, each in counts.items()
+        if each
+    }
+
+
+def refine(pipeline: IDGBRPipeline, windows: int, steps: int, precision: Precision, *, gpu: bool) -> Work:
+    """Windows of a class map, by all steps; of a refiner of one class against the rest, those of one class."""
+    side = pipeline.config.image_size
+    images = torch.zeros(windows, 3, side, side)
+    codes = pipeline.label_codes.encode(torch.zeros(windows, side, side, dtype=torch.long))
+
+    @torch.no_grad()
+    def look() -> list[Tensor]:
+        start = pipeline.encode_labels(codes)
+        return [start, *(tensor for seen in pipeline.read(images, codes) for tensor in (*seen.skips, seen.middle))]
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        predict(latents, timestep)
+
+    @torch.no_grad()
+    def decode() -> None:
+        pipeline.label_codes.scores(pipeline.decode_labels(latents))
+
+    def around() -> torch.autocast:
+        return autocast(torch.device("cpu"), on_card(precision, gpu=gpu))
+
+    with around():
+        seen, predict = look(), pipeline.denoiser(images, codes)
+    latents, timestep = torch.zeros(seen[0].shape), torch.zeros(windows, dtype=torch.long)
+    parts = [(look, 1), (evaluate, steps), (decode, 1)]
+    return Work(parts, tensors(*modules(pipeline)), others=[images, codes, latents, *seen], around=around)
+
+
+def paint(
+    recipe: Recipe, pipeline: SatSynthPipeline, pairs: int, steps: int, precision: Precision, *, gpu: bool
+) -> Work:
+    """Pairs, by all steps, asked for and guided as the recipe has it."""
+    sampling, side = recipe.pairs.sampling, recipe.data.image_size
+    terms = len(guidance_chain({"told": sampling.guidance_scale if sampling.shares else 1.0}))
+    images = torch.zeros(pairs, 3, side, side, dtype=torch.uint8)
+    masks, known = torch.zeros(pairs, side, side, dtype=torch.long), torch.zeros(pairs, side, side, dtype=torch.bool)
+    joint = pipeline.encode(images.float(), masks)
+    given = pipeline.see(joint, known, known)
+    told = torch.zeros(terms * pairs, 2 * pipeline.num_classes)
+    latents, clean, timestep = torch.zeros_like(joint), torch.zeros_like(joint), torch.zeros(pairs, dtype=torch.long)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        x = latents.repeat(terms, 1, 1, 1)
+        condition = given[0].repeat(terms, 1, 1, 1) if pipeline.config.condition == "given" else None
+        pipeline._evaluate(x, timestep.repeat(terms), condition, told if pipeline.config.asks_classes else None)
+
+    @torch.no_grad()
+    def decode() -> None:
+        pipeline.decode(latents)
+
+    return Work(
+        [(evaluate, steps), (decode, 1)],
+        tensors(*modules(pipeline)),
+        others=[images, masks, known, joint, *given, told, latents, clean],
+        around=lambda: autocast(torch.device("cpu"), on_card(precision, gpu=gpu)),
+    )
