@@ -442,7 +442,7 @@ def test_layouts_of_a_toy_are_learned_and_so_are_images_under_them():
     config = GeneratorConfig(width=32, heads=2, blocks=3, patch_size=1)
     pipeline = TODSynthPipeline.from_scratch(config, images, SCHEMA, CAPTION, [CAPTION]).add_layouts()
     pipeline.tokenizer.model_max_length = 16
-    pipeline.layout_share, pipeline.text_dropout, pipeline.mask_dropout = 0.7, 0.1, 0.1
+    pipeline.layout_share, pipeline.text_dropout, pipeline.mask_dropout = 0.5, 0.1, 0.1
     latents = pipeline.encode_images(images)
     embeds, pooled = pipeline.prompts(pipeline.captions(masks))
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]

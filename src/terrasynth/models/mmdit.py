@@ -546,13 +546,14 @@ class MaskMMDiT(SD3Transformer2DModel):
             )
         width, p = self.inner_dim, self.config.patch_size
         frequencies = self.time_text_embed.time_proj.num_channels
-        time = nn.Sequential(nn.Linear(frequencies, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False))
-        for layer in (time[0], time[2]):
+        first, second = nn.Linear(frequencies, width, bias=False), nn.Linear(width, width, bias=False)
+        for layer in (first, second):
             nn.init.normal_(layer.weight, std=0.02)  # as SD3 starts its embeddings of time
         out = nn.Linear(width, self.config.mask_channels * p * p)
         nn.init.zeros_(out.weight)
         nn.init.zeros_(out.bias)
-        self.mask_time, self.mask_out = (nn.Module.to(new, self.device, self.dtype) for new in (time, out))
+        place = {"device": self.device, "dtype": self.dtype}
+        self.mask_time, self.mask_out = nn.Sequential(first, nn.SiLU(), second).to(**place), out.to(**place)
         self.register_to_config(layouts=True)
         return self
 
