@@ -115,6 +115,22 @@ def test_a_pretended_step_needs_what_the_same_step_needs_at_work(recipe, checkpo
     assert said.weights + said.gradients + said.optimizer + said.average < said.peak
 
 
+def test_a_generator_that_learns_layouts_is_planned_with_what_that_takes(recipe):
+    layouts = recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"layouts": 0.5})})
+    needs = []
+    for each in (recipe, layouts):
+        with pretend(gpu=False):
+            said = stages.train(each, pretended(each), checkpointing=False, gpu=False).count("")
+        pipeline = parts.pipeline_of(each, WORLD_SCHEMA, "all", gpu=False)
+        assert said.flops == stages.train(each, pipeline, checkpointing=False, gpu=False).count("").flops
+        needs.append(said)
+    tokens, width, numbers = (64 // 8) ** 2, 96, 64 * WORLD_SCHEMA.num_classes
+    rows = recipe.generator.train.batch_size
+    readout, time = tokens * width * numbers, 256 * width + width**2
+    # Forward, and the gradients of inputs and weights; nothing asks for that of the frequencies.
+    assert needs[1].flops - needs[0].flops == 2 * rows * (3 * (readout + time) - 256 * width)
+
+
 def test_what_makes_a_step_smaller(recipe):
     with pretend(gpu=False):
         whole = stages.train(recipe, pretended(recipe, "mask"), checkpointing=True, gpu=False).count("")

@@ -467,8 +467,9 @@ def generate(
         typer.Option(
             metavar="N",
             min=1,
-            help="Paint N images and their masks together, by the recipe's `pairs` or the folder of such a model; "
-            "`--set pairs.sampling.shares={road: 0.2}` asks for classes.",
+            help="Paint N images and their masks together, by the recipe's `pairs`, by its generator if that learns "
+            "`layouts`, or by the folder of such a model; `--set pairs.sampling.shares={road: 0.2}` asks the first for "
+            "classes.",
         ),
     ] = None,
     out: Annotated[
@@ -533,21 +534,25 @@ def generate(
                 "these belong to paintings under masks, and --pairs paints masks too",
                 param_hint="--masks, --count, --like, --steer, --references",
             )
-        if model.is_dir():
+        if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
             if data or run or max_minutes is not None:
                 raise typer.BadParameter(
                     "these belong to a recipe, and a model's folder was given",
                     param_hint="--data, --run, --max-minutes",
                 )
-            recipe = override_defaults(overrides or (), ("pairs",))
+            recipe = override_defaults(overrides or (), ("pairs", "sampling"))
         else:
             opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
-            model, recipe = opened.pairs.folder / "model", opened.recipe
+            recipe = opened.recipe
+            model = (opened.generator if recipe.generator.layouts else opened.pairs).folder / "model"
         _silence_libraries()
         from terrasynth.systems.pairs import generate_pairs
 
-        folder = out or model.parent / "synthetic"
-        typer.echo(generate_pairs(model, folder, recipe.pairs.sampling, count=pairs, seed=seed, license=license))
+        folder, how = out or model.parent / "synthetic", recipe.pairs.sampling
+        painted_pairs = generate_pairs(
+            model, folder, how, count=pairs, images=recipe.sampling, seed=seed, license=license
+        )
+        typer.echo(painted_pairs)
         return
     if like is not None and any(option is not None for option in (masks, count, steer, references)):
         raise typer.BadParameter(

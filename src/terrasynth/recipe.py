@@ -283,6 +283,9 @@ class GeneratorConfig(_Config):
     "TISynth"); or that with other brightness, contrast, saturation and hue as well (`recolored`)."""
     reference_dropout: Fraction = 0.1
     """How often the reference is left out, so that guidance by it works, and painting without one."""
+    layouts: Fraction = 0.0
+    """How often a labelled sample teaches what layouts there are instead of the image under one (TODSynth, `onehot`
+    masks). Above 0 the generator paints masks too: `terrasynth generate --pairs`."""
     density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     """Density of the training timesteps (Esser et al. 2024, section 3.1)."""
     shift: Annotated[float, Field(gt=0)] = 3.0
@@ -309,6 +312,8 @@ class GeneratorConfig(_Config):
             idle |= {"system": True, "unet": True}
         if self.reference is None:
             idle |= {"reference": True, "reference_dropout": True}
+        if not self.layouts:
+            idle |= {"layouts": True}
         return self.model_dump(mode="json", exclude=idle)
 
     @model_validator(mode="after")
@@ -327,6 +332,13 @@ class GeneratorConfig(_Config):
                 raise ValueError(f"unet.widths ({odd[0]}) must be multiples of heads ({self.heads})")
         elif self.mask_coding == "ids":
             raise ValueError("mask_coding: ids is that of system: tisynth")
+        if self.layouts:
+            if self.system == "tisynth":
+                raise ValueError("layouts are painted by system: todsynth")
+            if self.mask_coding != "onehot":
+                raise ValueError(f"layouts need mask_coding: onehot, not {self.mask_coding}")
+            if self.base is None and (self.control not in ("unified", "siamese") or self.blocks < 2):
+                raise ValueError("layouts need control: unified or siamese, and at least 2 blocks")
         if self.reference == "view" and self.views < 2:
             raise ValueError("reference: view needs another view of each tile, so views must be at least 2")
         return self

@@ -152,12 +152,12 @@ class AdapterMMDiT(MaskMMDiT):
         text: Tensor,
         mask: Tensor | None,
         blocks: Sequence[Block],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         features = () if mask is None else (mask,)
         tokens: tuple[Tensor, ...] = (image, text)
         for block in blocks:
             tokens = self._run(block, conditioning, *tokens, *features)
-        return tokens[0]
+        return tokens[0], None
 
 
 class ControlNetMMDiT(MaskMMDiT):
@@ -197,7 +197,7 @@ class ControlNetMMDiT(MaskMMDiT):
         text: Tensor,
         mask: Tensor | None,
         blocks: Sequence[Block],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         residuals = []
         if mask is not None:
             tokens: tuple[Tensor, ...] = (image + mask, text)
@@ -210,7 +210,7 @@ class ControlNetMMDiT(MaskMMDiT):
             tokens = self._run(block, conditioning, *tokens)
             if residuals and i < count - 1:
                 tokens = (tokens[0] + residuals[i * len(residuals) // count], *tokens[1:])
-        return tokens[0]
+        return tokens[0], None
 
     @torch.no_grad()
     def initialize_from_scratch(self) -> Self:

@@ -9,7 +9,8 @@ adds the mask as a third stream. One block, for every stream s of image, text an
     h_s += gate_s W_s O_s
     h_s += gate'_s FF_s((1 + scale'_s) LN(h_s) + shift'_s)
 
-where shift, scale and gate are linear in the embedding of the timestep and the pooled text. Only the image is read out.
+where shift, scale and gate are linear in the embedding of the timestep and the pooled text. The image is read out; a
+transformer that paints layouts (`MaskMMDiT.add_layouts`) reads classes from the mask as well.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ __all__ = [
     "JointBlock",
     "MaskBranch",
     "MaskMMDiT",
+    "MaskMMDiTOutput",
     "MlpModulation",
     "Projected",
     "Stream",
@@ -81,6 +83,18 @@ TEXT_BRANCH = (
 )
 #: The image stream's attention and feed-forward layers, which low-rank adapters go on.
 _IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn2?\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
+
+
+@dataclass
+class MaskMMDiTOutput(Transformer2DModelOutput):
+    """What `MaskMMDiT` predicts.
+
+    Attributes:
+        sample: the velocity of the image, (B, C, h, w).
+        layout: a number for every channel of the mask code, (B, Cm, h, w), where the mask has noise levels.
+    """
+
+    layout: Tensor | None = None
 
 
 class Modulation(NamedTuple):
@@ -437,6 +451,7 @@ class MaskMMDiT(SD3Transformer2DModel):
             linear denoiser of such data leaves over, scaled to unit variance (`_precondition`); for training from
             scratch. None predicts the velocity itself, as SD3 does.
         reference: whether it can look at reference images (`add_reference`).
+        layouts: whether it can denoise masks too (`add_layouts`).
     """
 
     _no_split_modules = ["TripleBlock"]  # noqa: RUF012 - diffusers' own declaration
@@ -462,6 +477,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         mask_gate: bool = False,
         latent_std: tuple[float, ...] | None = None,
         reference: bool = False,
+        layouts: bool = False,
     ) -> None:
         super().__init__(
             sample_size=sample_size,
@@ -485,8 +501,12 @@ class MaskMMDiT(SD3Transformer2DModel):
         self.mask_embed = PatchEmbed(
             patch_size=patch_size, in_channels=mask_channels, embed_dim=self.inner_dim, pos_embed_type=None
         )
+        self.mask_time: nn.Sequential | None = None
+        self.mask_out: nn.Linear | None = None
         if reference:
             self.add_reference()
+        if layouts:
+            self.add_layouts()
         self._freeze_dead_parameters()
 
     def add_reference(self) -> Self:
@@ -502,6 +522,39 @@ class MaskMMDiT(SD3Transformer2DModel):
             if block.reference_gate is None:
                 block.reference_gate = nn.Parameter(torch.zeros(block.heads, dtype=self.dtype, device=self.device))
         self.register_to_config(reference=True)
+        return self
+
+    def add_layouts(self) -> Self:
+        """Let it denoise masks beside images, each with a noise level of its own, and return self.
+
+        After UniDiffuser (Bao et al. 2023, arXiv 2303.06555): one transformer, a time for every modality. The noise
+        level of the mask is embedded and added to what modulates all streams; as an embedding without biases of what
+        is zero without noise it leaves the velocity under given masks as it is, to the bit, whatever it learns. What is
+        read out of the mask tokens before the last block, which does not update them, starts at zero.
+
+        Raises:
+            TerraSynthError: no block updates mask tokens.
+        """
+        if self.mask_time is not None:
+            return self
+        if len(self.transformer_blocks) < 2 or not isinstance(self.transformer_blocks[0], TripleBlock):
+            raise TerraSynthError(
+                "the model can not learn to paint layouts",
+                found=f"{type(self).__name__}, {len(self.transformer_blocks)} blocks",
+                expected="a mask stream that is updated: generator.control unified or siamese, at least 2 blocks",
+                fix="start from another model",
+            )
+        width, p = self.inner_dim, self.config.patch_size
+        frequencies = self.time_text_embed.time_proj.num_channels
+        first, second = nn.Linear(frequencies, width, bias=False), nn.Linear(width, width, bias=False)
+        for layer in (first, second):
+            nn.init.normal_(layer.weight, std=0.02)  # as SD3 starts its embeddings of time
+        out = nn.Linear(width, self.config.mask_channels * p * p)
+        nn.init.zeros_(out.weight)
+        nn.init.zeros_(out.bias)
+        place = {"device": self.device, "dtype": self.dtype}
+        self.mask_time, self.mask_out = nn.Sequential(first, nn.SiLU(), second).to(**place), out.to(**place)
+        self.register_to_config(layouts=True)
         return self
 
     def _add_blocks(self, count: int) -> None:
@@ -530,11 +583,12 @@ class MaskMMDiT(SD3Transformer2DModel):
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
         mask_latents: Tensor | None = None,
+        mask_sigma: Tensor | None = None,
         reference: Sequence[Feature] | None = None,
         sees: Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict the velocity.
+    ) -> MaskMMDiTOutput | tuple[Tensor, ...]:
+        """Predict the velocity, and what the mask is.
 
         Args:
             hidden_states: noisy latents, (B, C, h, w).
@@ -542,13 +596,15 @@ class MaskMMDiT(SD3Transformer2DModel):
             encoder_hidden_states: prompt embeddings, (B, L, joint_attention_dim).
             pooled_projections: pooled prompt embeddings, (B, pooled_projection_dim).
             mask_latents: mask code, (B, Cm, h, w); None leaves the mask tokens out, which is the base model.
+            mask_sigma: noise level of each mask in [0, 1], (B,), for a model with `add_layouts`; None where all are
+                given, as zero is.
             reference: of `reference_features`, for B images, or for fewer that the batch takes in turn; None is the
                 model without a reference.
             sees: which images see their reference, boolean (B,); None where all do.
-            return_dict: return a `Transformer2DModelOutput`, else a tuple.
+            return_dict: return a `MaskMMDiTOutput`, else a tuple.
 
         Returns:
-            `sample`, the velocity, (B, C, h, w).
+            `sample`, the velocity, (B, C, h, w); with `mask_sigma` also `layout`, (B, Cm, h, w).
 
         Raises:
             TerraSynthError: `mask_latents` has another shape.
@@ -566,15 +622,25 @@ class MaskMMDiT(SD3Transformer2DModel):
             self._check_mask(mask_latents, hidden_states.shape)
             mask = self._embed_mask(mask_latents)
         embedding = self.time_text_embed(timestep, pooled_projections)
-        image = self._through_blocks(F.silu(embedding), image, text, mask, self._looks(reference, sees))
+        if mask_sigma is not None:
+            embedding = embedding + self._embed_mask_time(mask_sigma, pooled_projections.dtype)
+        image, mask = self._through_blocks(F.silu(embedding), image, text, mask, self._looks(reference, sees))
 
         patches = self.proj_out(self.norm_out(image, embedding))
         p = self.config.patch_size
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
+        layout = None
+        if mask_sigma is not None:
+            assert mask is not None, "the masks have noise levels"
+            assert self.mask_out is not None
+            numbers = self.mask_out(_layer_norm(mask)).transpose(1, 2)  # those of a channel side by side
+            layout = F.pixel_shuffle(numbers.unflatten(2, (height // p, width // p)), p)
         if self.config.latent_std is not None:
             velocity = skip * hidden_states + scale_out * velocity
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+        if return_dict:
+            return MaskMMDiTOutput(sample=velocity, layout=layout)
+        return (velocity,) if layout is None else (velocity, layout)
 
     @apply_forward_hook
     def reference_features(self, latents: Tensor) -> list[Feature]:
@@ -602,12 +668,13 @@ class MaskMMDiT(SD3Transformer2DModel):
         text: Tensor,
         mask: Tensor | None,
         blocks: Sequence[Block],
-    ) -> Tensor:
-        """Image tokens after the last block."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Image tokens after the last block, and mask tokens where they were updated last, if they are."""
         tokens: tuple[Tensor, ...] = (image, text) if mask is None else (image, text, mask)
         for block in blocks:
+            mask = None if mask is None else tokens[2]
             tokens = self._run(block, conditioning, *tokens)
-        return tokens[0]
+        return tokens[0], mask
 
     def _looks(self, reference: Sequence[Feature] | None, sees: Tensor | None) -> list[Block]:
         """The blocks, each looking at what it sees of the reference."""
@@ -643,6 +710,18 @@ class MaskMMDiT(SD3Transformer2DModel):
                 expected=f"{expected} (batch, mask channels, height, width)",
                 fix="code the mask at the size of the image, with the coding that this model was trained with",
             )
+
+    def _embed_mask_time(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embedding (B, D) of the masks' noise levels (B,); zero where there is no noise."""
+        if self.mask_time is None:
+            raise TerraSynthError(
+                "the model can not denoise masks",
+                found="a model that was not trained to paint layouts",
+                expected="one with `add_layouts`",
+                fix="leave out `mask_sigma`",
+            )
+        time = self.time_text_embed.time_proj
+        return self.mask_time((time(1000 * sigma) - time(torch.zeros_like(sigma))).to(dtype))
 
     def _embed_mask(self, mask_latents: Tensor) -> Tensor:
         """Mask tokens (B, N, D), with the positions of the image tokens."""
@@ -738,6 +817,14 @@ class MaskMMDiT(SD3Transformer2DModel):
         self.mask_embed.proj.weight.copy_(weight)
         self.mask_embed.proj.bias.copy_(old.bias)
         self.register_to_config(mask_channels=weight.shape[1])
+        if self.mask_out is not None:
+            weight, bias = (
+                _remapped(rows.unflatten(0, (classes, -1)), sources)
+                for rows in (self.mask_out.weight, self.mask_out.bias)
+            )
+            self.mask_out = nn.Linear(weight.shape[1], len(weight)).to(weight)
+            self.mask_out.weight.copy_(weight)
+            self.mask_out.bias.copy_(bias)
         return self
 
     def set_trainable(self, which: Trainable, lora_rank: int = 16) -> Self:
@@ -795,6 +882,12 @@ class MaskMMDiT(SD3Transformer2DModel):
             copy.deepcopy(self).merge_lora().save_pretrained(save_directory, **kwargs)
         else:
             super().save_pretrained(save_directory, **kwargs)
+
+
+def _remapped(rows: Tensor, sources: Sequence[int | None]) -> Tensor:
+    """Rows of the new classes, one after the other; `rows` (classes, n, ...) are the old ones'."""
+    mean = rows.mean(0)
+    return torch.cat([mean if source is None else rows[source] for source in sources])
 
 
 def _trains(name: str, which: Trainable) -> bool:

@@ -128,6 +128,8 @@ def pipeline_of(recipe: Recipe, schema: LabelSchema, trainable: Trainable | None
         pipeline.adapt(schema)
     if config.reference is not None:
         pipeline.transformer.add_reference()
+    if config.layouts:
+        pipeline.add_layouts().layout_share = config.layouts
     pipeline.prompts = partial(_prompts, pipeline)  # type: ignore[assignment]
     if trainable is None:
         pipeline.transformer.requires_grad_(False)

@@ -61,6 +61,10 @@ def build(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> Pipeline:
         pipeline = _build_tisynth(config, data, tiles)
     else:
         pipeline = _build_todsynth(config, data, tiles)
+        if config.layouts:
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                pipeline.add_layouts().layout_share = config.layouts
     pipeline.text_dropout, pipeline.mask_dropout = config.text_dropout, config.mask_dropout
     pipeline.reference_dropout = config.reference_dropout
     return pipeline
@@ -99,6 +103,10 @@ def _build_todsynth(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> 
         for name, parameter in pipeline.transformer.named_parameters():
             if name.endswith("reference_gate"):
                 parameter.requires_grad_(False)  # it keeps what the base learned of references, which are not shown
+    if not config.layouts:
+        for name, parameter in pipeline.transformer.named_parameters():
+            if name.startswith(("mask_time.", "mask_out.")):
+                parameter.requires_grad_(False)  # nor are layouts
     check_positions(data.image_size, pipeline, config.base)
     _check_base(pipeline, config, captions)
     pipeline.density = config.density

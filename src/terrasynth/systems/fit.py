@@ -15,6 +15,7 @@ from terrasynth.models.text import PromptCache
 from terrasynth.systems.autoencode import fit_correction
 from terrasynth.systems.build import build
 from terrasynth.systems.loading import cast
+from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.systems.views import EncodedViews, JoinedViews
 from terrasynth.training.keys import mixed_keys
 from terrasynth.training.loop import Outcome, global_batch, train
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["fit_generator"]
 
 _UNLABELLED_VIEWS = 8
+#: Painted layouts in a preview, and their steps.
+_LAYOUTS, _LAYOUT_STEPS = 4, 20
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -93,17 +96,24 @@ def fit_generator(
 
     def preview(step: int) -> dict[str, float]:
         looks = tiles.images[shown].roll(1, 0)  # each like another tile
+        arguments = pipeline.sampling_arguments(sampling.model_copy(update={"precision": precision}))
         images = pipeline(
             tiles.masks[shown],
             references=None if config.reference is None else looks.to(_DEVICE).float() / 255,
             seeds=list(range(len(shown))),
             output_type="pt",
-            **pipeline.sampling_arguments(sampling.model_copy(update={"precision": precision})),
+            **arguments,
         ).images
         rows = {"real": tiles.images[shown], **({} if config.reference is None else {"like": looks}), "painted": images}
         sheet = contact_sheet(rows, tiles.masks[shown], tiles.schema)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
             sheet.save(partial)
+        if config.layouts and isinstance(pipeline, TODSynthPipeline):
+            masks = pipeline.layouts(seeds=range(_LAYOUTS), num_inference_steps=_LAYOUT_STEPS, precision=precision)
+            images = pipeline(masks, seeds=range(_LAYOUTS), output_type="pt", **arguments).images
+            sheet = contact_sheet({"painted": images}, masks.cpu(), tiles.schema)
+            with atomic_write(folder / "previews" / f"layouts-{step:08d}.png") as partial:
+                sheet.save(partial)
         return {}
 
     outcome = train(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from terrasynth.errors import TerraSynthError
 
-__all__ = ["blind", "cast", "loading"]
+__all__ = ["blind", "cast", "loading", "paints_no_layouts"]
 
 
 @contextmanager
@@ -44,4 +44,14 @@ def blind() -> TerraSynthError:
         found="a model that was trained without them",
         expected="one trained with generator.reference",
         fix="leave out --references (in Python, `references`), or train one",
+    )
+
+
+def paints_no_layouts() -> TerraSynthError:
+    """What to say when a model is asked for masks and never learned to paint them."""
+    return TerraSynthError(
+        "the model can not paint layouts",
+        found="a model that was trained without them",
+        expected="one trained with generator.layouts",
+        fix="paint under masks (--masks), or train one: `terrasynth train RECIPE --set generator.layouts=0.5`",
     )

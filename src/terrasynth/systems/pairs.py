@@ -1,8 +1,12 @@
-"""Images and masks that are painted together: from labelled tiles to a model, and from it to a dataset."""
+"""Images and masks that are painted together: from labelled tiles to a model, and from it to a dataset.
+
+The dataset may also be painted by a generator that learned layouts (`generator.layouts`): first the masks, then images
+under them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,19 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.data.write import SyntheticWriter
-from terrasynth.io import atomic_dir, atomic_write, digest
+from terrasynth.errors import TerraSynthError
+from terrasynth.io import atomic_dir, atomic_write, digest, read_json
 from terrasynth.progress import say, track
-from terrasynth.recipe import PairsConfig, PairsSamplingConfig
-from terrasynth.systems.generate import model_digest
-from terrasynth.systems.satsynth import SatSynthPipeline
+from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig
+from terrasynth.systems.generate import load_pipeline, model_digest
+from terrasynth.systems.loading import paints_no_layouts
+from terrasynth.systems.satsynth import Pairs, SatSynthPipeline
+from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Outcome, train
 from terrasynth.training.processes import process_state
 
-__all__ = ["PairViews", "build_pairs", "fit_pairs", "generate_pairs", "paint_pairs"]
+__all__ = ["LayoutPainter", "PairViews", "build_pairs", "fit_pairs", "generate_pairs", "paint_pairs"]
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: Paintings in a preview, and their steps.
@@ -111,8 +118,49 @@ def fit_pairs(tiles: Tiles, config: PairsConfig, folder: Path, *, max_minutes: f
     return outcome
 
 
+class LayoutPainter:
+    """A generator that learned layouts as what paints pairs: a mask, then the image under it, from the same seed.
+
+    Args:
+        pipeline: on its device.
+        sampling: of the images, but for batch size and precision.
+    """
+
+    def __init__(self, pipeline: TODSynthPipeline, sampling: SamplingConfig) -> None:
+        self.pipeline, self.schema = pipeline, pipeline.schema
+        self._arguments = pipeline.sampling_arguments(sampling)
+
+    def ask(self, shares: Mapping[str, float], count: int) -> Tensor:
+        """Refuse: it is told of classes by prompts alone."""
+        raise TerraSynthError(
+            "the model can not be asked for shares of classes",
+            found=dict(shares),
+            expected="what `terrasynth train --what pairs` trained",
+            fix="leave out pairs.sampling.shares; in Python, name classes: `pipeline.layouts(prompts, seeds=…)`",
+        )
+
+    def __call__(
+        self,
+        *,
+        seeds: Sequence[int],
+        shares: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        num_steps: int = 50,
+        precision: Precision | None = None,
+    ) -> Pairs:
+        """Paint pairs, as `SatSynthPipeline` does; `num_steps` are those of the masks."""
+        masks = self.pipeline.layouts(seeds=seeds, num_inference_steps=num_steps, precision=precision)
+        arguments = {**self._arguments, "precision": precision}
+        images = self.pipeline(masks, seeds=seeds, output_type="pt", **arguments).images
+        if not images.isfinite().all():
+            raise TerraSynthError(
+                "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
+            )
+        return Pairs((images * 255).round().byte(), masks)
+
+
 def paint_pairs(
-    pipeline: SatSynthPipeline,
+    pipeline: SatSynthPipeline | LayoutPainter,
     count: int,
     sampling: PairsSamplingConfig,
     folder: Path,
@@ -173,11 +221,41 @@ def paint_pairs(
 
 
 def generate_pairs(
-    model: Path, folder: Path, sampling: PairsSamplingConfig, *, count: int, seed: int = 0, license: str | None = None
+    model: Path,
+    folder: Path,
+    sampling: PairsSamplingConfig,
+    *,
+    count: int,
+    images: SamplingConfig | None = None,
+    seed: int = 0,
+    license: str | None = None,
 ) -> Path:
-    """Paint a dataset of pairs with a trained model: `terrasynth generate --pairs`. Arguments as of `paint_pairs`."""
+    """Paint a dataset of pairs with a trained model: `terrasynth generate --pairs`. Arguments as of `paint_pairs`.
+
+    `images` says how a generator paints under the masks that it painted, but for batch size and precision, which are
+    those of `sampling`; what paints both at once does without.
+
+    Raises:
+        TerraSynthError: the model is something else, or a generator that did not learn to paint layouts.
+    """
     if license is not None:
         check_license(license)  # before the model is loaded
-    pipeline = SatSynthPipeline.from_pretrained(model).place(_DEVICE, sampling.precision)
-    provenance = {"model": model_digest(model)}
-    return paint_pairs(pipeline, count, sampling, folder, seed=seed, provenance=provenance, license=license)
+    provenance: dict[str, Any] = {"model": model_digest(model)}
+    painter: SatSynthPipeline | LayoutPainter
+    if _is_generator(model):
+        images = SamplingConfig() if images is None else images
+        generator = load_pipeline(model)
+        if not isinstance(generator, TODSynthPipeline) or not generator.paints_layouts:
+            raise paints_no_layouts()
+        painter = LayoutPainter(generator.place(_DEVICE, sampling.precision), images)
+        provenance["sampling"] = images.model_dump(mode="json", exclude={"batch_size", "precision"})
+    else:
+        painter = SatSynthPipeline.from_pretrained(model).place(_DEVICE, sampling.precision)
+    return paint_pairs(painter, count, sampling, folder, seed=seed, provenance=provenance, license=license)
+
+
+def _is_generator(model: Path) -> bool:
+    """Whether a folder, or a packaged name, is that of a model that paints under masks."""
+    index = Path(packaged_or(model)) / "model_index.json"
+    known = read_json(index, fix="copy or train the model again") if index.is_file() else None
+    return isinstance(known, dict) and known.get("_class_name") in ("TODSynthPipeline", "TISynthPipeline")

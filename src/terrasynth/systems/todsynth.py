@@ -1,7 +1,8 @@
 """TODSynth: images painted under masks by a text-image-mask MM-DiT (Yang et al., CVPR 2026).
 
 Reads like the method section: the conditions, the flow-matching loss, guided and steered sampling. The network is
-`models.mmdit`, the flow `sampling.flow`, the steering `sampling.rectify`; training is in `systems.fit`.
+`models.mmdit`, the flow `sampling.flow`, the steering `sampling.rectify`; training is in `systems.fit`. What it adds to
+the paper, after SatSynth, is that the masks may be painted first, by the same network (`layouts`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from terrasynth.models.autoencoder import PatchPCA, spatial_factor
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
+from terrasynth.sampling.categories import category_loss, category_scores, category_velocity, to_codes, to_points
 from terrasynth.sampling.flow import (
+    FlowBatch,
     FlowStep,
     Solver,
     Steering,
@@ -35,7 +38,7 @@ from terrasynth.sampling.flow import (
     seeded_noise,
 )
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
-from terrasynth.systems.loading import blind, cast, loading
+from terrasynth.systems.loading import blind, cast, loading, paints_no_layouts
 from terrasynth.systems.pipeline import MaskPipeline
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
@@ -46,6 +49,8 @@ __all__ = ["PACKAGED", "TODSynthPipeline", "packaged_or", "untrained_autoencoder
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+#: How often a layout is learned without its prompt, at least: to paint any layout is the rule, and images have prompts.
+_ANY_LAYOUT = 0.5
 #: Base models that come with the package, loaded by name.
 PACKAGED = ("terrasynth-tiny",)
 
@@ -142,6 +147,7 @@ class TODSynthPipeline(MaskPipeline):
         self._trained_on = torch.float32
         self._precision: Precision = "fp32"
         self.text_dropout = self.mask_dropout = self.reference_dropout = 0.0
+        self.layout_share = 0.0
         self.density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
 
     @property
@@ -153,6 +159,27 @@ class TODSynthPipeline(MaskPipeline):
     def looks(self) -> bool:
         """Whether it learned to look at references."""
         return bool(self.transformer.config.reference)
+
+    @property
+    def paints_layouts(self) -> bool:
+        """Whether it learned to paint masks."""
+        return bool(self.transformer.config.layouts)
+
+    def add_layouts(self) -> Self:
+        """Let it learn to paint masks, without changing what it paints under masks, and return self.
+
+        Raises:
+            TerraSynthError: masks are not coded one-hot, or the transformer does not update mask tokens.
+        """
+        if self.config.mask_coding != "onehot":
+            raise TerraSynthError(
+                "the model can not learn to paint layouts",
+                found=f"masks coded as {self.config.mask_coding}",
+                expected="mask_coding: onehot",
+                fix="start from another model",
+            )
+        self.transformer.add_layouts()
+        return self
 
     # Conditions
 
@@ -187,7 +214,10 @@ class TODSynthPipeline(MaskPipeline):
         code = self.schema.encode(masks, self.config.mask_coding)
         if self.config.mask_coding == "grey":
             return self.encode_images(code / 2 + 0.5).to(self.transformer.dtype)
-        # Nothing is lost: the pixels under one latent become its channels.
+        return self._mask_latents(code)
+
+    def _mask_latents(self, code: Tensor) -> Tensor:
+        """A code (B, K, H, W) as mask latents: nothing is lost, the pixels under one latent become its channels."""
         return F.pixel_unshuffle(code, self.factor).to(self.transformer.dtype)
 
     @torch.no_grad()
@@ -281,6 +311,10 @@ class TODSynthPipeline(MaskPipeline):
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Flow-matching loss: mean squared error of the velocity epsilon - x_0 (spec of SD3, weighting 1).
 
+        Of the samples with labels, `layout_share` learn their layout instead: the image is pure noise, the mask is
+        noised, and the loss is the cross-entropy of its labelled pixels (`sampling.categories`). So p(mask) is learned
+        beside p(image | mask), and both together are the joint distribution.
+
         Args:
             batch: `latents` (B, C, h, w); `mask` (B, H, W) uint8, or `mask_latents` when masks pass the autoencoder;
                 `prompt_embeds` (B, L, D); `pooled` (B, P); `seed` (B,), from which each sample's timestep, noise and
@@ -304,17 +338,49 @@ class TODSynthPipeline(MaskPipeline):
             v = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(latents.device)
             reference = self.transformer.reference_features(batch["reference_latents"])
             sees = v >= self.reference_dropout
-        predicted = self.transformer(
-            hidden_states=flow.noisy,
-            timestep=flow.timestep,
+        noisy, timestep, mask_sigma = flow.noisy, flow.timestep, None
+        if self.layout_share:
+            w = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(latents.device)
+            maps = self._noised(batch["mask"], generators)
+            labelled = (batch["mask"] < self.schema.num_classes).flatten(1).any(1)
+            learned = (w < self.layout_share) & labelled
+            each = learned.view(-1, 1, 1, 1)
+            noisy = torch.where(each, noisy + (1 - flow.sigma).view(-1, 1, 1, 1) * flow.velocity, noisy)
+            timestep = torch.where(learned, 1000.0, timestep)
+            keep_text = keep_text & ~(learned & (u[:, 0] < _ANY_LAYOUT))
+            mask_latents = torch.where(each, self._mask_latents(to_codes(maps.noisy)), mask_latents)
+            mask_sigma = torch.where(learned, maps.sigma, 0.0)
+            sees = None if sees is None else sees & ~learned
+        predicted, *context = self.transformer(
+            hidden_states=noisy,
+            timestep=timestep,
             encoder_hidden_states=condition_or_null(keep_text, batch["prompt_embeds"], null_embeds),
             pooled_projections=condition_or_null(keep_text, batch["pooled"], null_pooled),
             mask_latents=mask_latents,
+            mask_sigma=mask_sigma,
             reference=reference,
             sees=sees,
             return_dict=False,
-        )[0]
-        return F.mse_loss(predicted.float(), flow.velocity)
+        )
+        if not self.layout_share:
+            return F.mse_loss(predicted.float(), flow.velocity)
+        scores = category_scores(maps.noisy, maps.sigma, F.pixel_shuffle(context[0], self.factor))
+        of_image = (predicted.float() - flow.velocity).square().flatten(1).mean(1)
+        return torch.where(learned, category_loss(scores, batch["mask"]), of_image).mean()
+
+    def _noised(self, masks: Tensor, generators: Sequence[torch.Generator]) -> FlowBatch:
+        """Masks (B, H, W) noised to random times, in one-hot points.
+
+        Uniform times: at each of them some of the layout is decided, at the first what there is at all.
+        """
+        return flow_batch(
+            to_points(self.schema.to_onehot(masks)), generators, density="uniform", shift=self._layout_shift
+        )
+
+    @property
+    def _layout_shift(self) -> float:
+        """Timestep shift of masks: the latents', times the pixels of a latent's side (Esser et al. 2024, 5.3.2)."""
+        return float(self.scheduler.config.shift * self.factor)
 
     def null_mask_latents(self, like: Tensor) -> Tensor:
         """Latents (1, C, h, w) of a wholly unlabelled mask of the size of `like` (1, H, W), encoded once."""
@@ -390,6 +456,80 @@ class TODSynthPipeline(MaskPipeline):
             images = self.numpy_to_pil(images.movedim(1, -1).cpu().numpy())
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
+
+    @torch.no_grad()
+    def layouts(
+        self,
+        prompts: Sequence[str] | None = None,
+        *,
+        seeds: Sequence[int],
+        num_inference_steps: int = 50,
+        text_scale: float = 1.0,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """Paint masks, to paint images under: a layout, then an image of it, is a sample of both.
+
+        Args:
+            prompts: B texts, as of the images; by default empty, which is any layout.
+            seeds: B seeds; a mask depends on its own prompt and seed only (to float tolerance). Its image may have the
+                same seed.
+            num_inference_steps: evaluations of the network.
+            text_scale: guidance scale of the prompt against the empty one; 1 is off.
+            precision: as in `__call__`.
+
+        Returns:
+            Class indices, uint8 (B, H, W), of the size of the training; no pixel is unlabelled.
+
+        Raises:
+            TerraSynthError: the model did not learn to paint layouts, there are not as many prompts as seeds, or it
+                paints no numbers.
+        """
+        if not self.paints_layouts:
+            raise paints_no_layouts()
+        prompts = [""] * len(seeds) if prompts is None else prompts
+        if len(prompts) != len(seeds):
+            raise TerraSynthError("`prompts` and `seeds` differ in number", found=len(prompts), expected=len(seeds))
+        device, dtype, transformer = self._execution_device, self.transformer.dtype, self.transformer.config
+        side = self.config.image_size or transformer.sample_size * self.factor
+        # First the noise that an image of this seed begins with, then that of its mask.
+        generators = [seeded_generator(seed) for seed in seeds]
+        image, noise = (
+            torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
+            for shape in (
+                (transformer.in_channels, side // self.factor, side // self.factor),
+                (self.schema.num_classes, side, side),
+            )
+        )
+        with torch.autocast(device.type, enabled=False):
+            embeds, pooled = (x.to(device, dtype) for x in self.prompts(prompts))
+            null_embeds, null_pooled = (x.to(device, dtype) for x in self.prompts([""]))
+
+        def predict(z: Tensor, timestep: Tensor, uses: dict[str, Tensor]) -> Tensor:
+            sigma = timestep / 1000
+            _, context = self.transformer(
+                hidden_states=image.repeat(len(z) // len(image), 1, 1, 1).to(dtype),
+                timestep=torch.full_like(timestep, 1000),
+                encoder_hidden_states=condition_or_null(uses["text"], embeds, null_embeds),
+                pooled_projections=condition_or_null(uses["text"], pooled, null_pooled),
+                mask_latents=self._mask_latents(to_codes(z)),
+                mask_sigma=sigma,
+                return_dict=False,
+            )
+            return category_velocity(z, sigma, category_scores(z, sigma, F.pixel_shuffle(context, self.factor)))
+
+        with autocast(device, precision or self._precision):
+            painted = sample_flow(
+                guided_velocity(predict, {"text": text_scale}),
+                noise,
+                self.shifted(self._layout_shift),
+                num_inference_steps,
+            )
+        if not painted.isfinite().all():
+            raise TerraSynthError(
+                "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
+            )
+        self.maybe_free_model_hooks()
+        return painted.argmax(1).to(torch.uint8)
 
     @torch.no_grad()
     def velocity(
