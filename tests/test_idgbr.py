@@ -731,3 +731,47 @@ def test_a_model_that_can_not_be_loaded_is_one_message(name, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TerraSynthError, match="can not be loaded"):
         IDGBRPipeline.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize(("codes", "channels"), [("bits", 2), ("onehot", 3)])
+def test_other_classes_start_as_what_one_against_the_rest_has_learned(codes, channels, tmp_path):
+    """Every channel is refined as that one was, if all have the same code."""
+    small = {"widths": (8, 8), "patch_size": 4, "image_size": 16, "guidance_width": 8}
+    one = IDGBRPipeline.from_scratch(None, **small)
+    with torch.no_grad():
+        for parameter in one.network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    one.save_pretrained(tmp_path / "one")
+    three = LabelSchema(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
+    many = IDGBRPipeline.from_pretrained(tmp_path / "one").adapt(three, codes)
+    assert many.label_codes.channels == channels
+    image, code = torch.rand(2, 3, 16, 16), torch.randn(2, 1, 16, 16)
+    noisy = torch.randn(2, 1, 16, 16)
+
+    def predicted(pipeline, count):
+        x, rough = pipeline.encode_labels(noisy.expand(-1, count, -1, -1)), code.expand(-1, count, -1, -1)
+        time = torch.tensor([700, 30])
+        encoded = encode(pipeline.unet, x, time, None)
+        guided = encoded.plus(pipeline.guidance_net(encoded, pipeline.read(image, rough)))
+        return pipeline.decode_labels(decode(pipeline.unet, guided, None))
+
+    with torch.no_grad():
+        torch.testing.assert_close(predicted(many, channels), predicted(one, 1).expand(-1, channels, -1, -1))
+    many.save_pretrained(tmp_path / "many")
+    again = IDGBRPipeline.from_pretrained(tmp_path / "many")
+    assert (again.schema, again.config.each_class, again.num_classes) == (three, False, 3)
+    with torch.no_grad():
+        assert torch.equal(predicted(again, channels), predicted(many, channels))
+    back = again.adapt(None)
+    assert (back.schema, back.config.each_class, back.label_codes.channels) == (None, True, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(predicted(back, 1), predicted(one, 1))
+
+
+def test_other_classes_keep_the_channels_of_an_autoencoder(tmp_path):
+    separate = IDGBRPipeline.from_scratch(None, conditions="separate", widths=(8, 8), image_size=16, guidance_width=8)
+    weights = separate.unet.conv_in.weight.clone()
+    separate.adapt(LabelSchema(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3))))
+    assert torch.equal(separate.unet.conv_in.weight, weights)
+    with pytest.raises(TerraSynthError, match="9 classes as bits, 4 channels"):
+        separate.adapt(LabelSchema(tuple("abcdefghi"), tuple((i, i, i) for i in range(1, 10))))

@@ -438,8 +438,8 @@ class RefinerConfig(_Config):
     """What sharpens the boundaries of class maps by diffusion (IDGBR, Wang et al. 2026), and its training."""
 
     base: str | None = None
-    """Start from this: Stable Diffusion 1.5 as a hub name or folder, or a refiner that TerraSynth saved, whose `codes`
-    and `conditions` these must be. Null trains from scratch, in pixels, with the sizes below."""
+    """Start from this: Stable Diffusion 1.5 as a hub name or folder, or a refiner that TerraSynth saved, of any classes
+    and with these `conditions`. Null trains from scratch, in pixels, with the sizes below."""
     widths: Annotated[tuple[Positive, ...], Field(min_length=2)] = (48, 96, 128)
     """Channels of every level of the U-Net, from the outermost inwards (from scratch)."""
     patch_size: Positive = 4

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from terrasynth.errors import TerraSynthError
 
-__all__ = ["Features", "UNetEncoder", "check_halves", "decode", "descend", "encode"]
+__all__ = ["Features", "UNetEncoder", "check_halves", "decode", "descend", "encode", "repeat_mean"]
 
 #: What else diffusers' U-Net may be told than a timestep and a text, and what it then has in its configuration.
 _FOREIGN = (
@@ -170,3 +170,18 @@ class UNetEncoder(UNet2DConditionModel):
         encoder.load_state_dict(weights | {"conv_in.weight": widened})
         # Not diffusers' own `to`, which warns about an empty list of layers to keep in float32.
         return nn.Module.to(encoder, unet.device, unet.dtype)
+
+
+def repeat_mean(parameter: nn.Parameter, dim: int, before: int, after: int, *, group: int = 1) -> nn.Parameter:
+    """The mean of a parameter's last channels, as often as there are channels now.
+
+    Args:
+        parameter: of a convolution.
+        dim: of the channels.
+        before: how many there were, in groups of `group` numbers; whatever stands before them is kept.
+        after: how many there shall be.
+        group: numbers a channel, as `pixel_unshuffle` makes them.
+    """
+    kept, last = parameter.detach().split([parameter.shape[dim] - before * group, before * group], dim)
+    mean = last.unflatten(dim, (before, group)).mean(dim)
+    return nn.Parameter(torch.cat([kept, *[mean] * after], dim), requires_grad=parameter.requires_grad)

@@ -27,7 +27,7 @@ from terrasynth.models.convert_idgbr import load_published_parts
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import CodeKind, LabelCodes
 from terrasynth.models.text import encode_prompts_sd1
-from terrasynth.models.unet import Features, UNetEncoder, check_halves, decode, encode
+from terrasynth.models.unet import Features, UNetEncoder, check_halves, decode, encode, repeat_mean
 from terrasynth.sampling.diffusion import Epsilon, Timesteps, diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import condition_or_null
@@ -220,6 +220,44 @@ class IDGBRPipeline(SavedPipeline):
     def num_classes(self) -> int:
         """K, of the refiner itself; see `each_class` of `refine` for maps of others."""
         return int(self.label_codes.config.num_classes)
+
+    def adapt(self, schema: LabelSchema | None, codes: CodeKind = "bits") -> Self:
+        """Change the classes, keep what was learned of images and boundaries, and return self.
+
+        If the new codes have another number of channels, each starts as the mean of the old ones: after one class
+        against the rest, every channel starts as just that.
+
+        Args:
+            schema: the new classes; None for one class, whichever, against the rest.
+            codes: see `LabelCodes`.
+
+        Raises:
+            TerraSynthError: an autoencoder, or conditions that are read apart, leave too few channels for the codes.
+        """
+        before, fixed = self.label_codes.channels, self.vae is not None or self.config.conditions == "separate"
+        num_classes = 2 if schema is None else schema.num_classes
+        label_codes = LabelCodes(num_classes, codes, before if fixed else None)
+        after = label_codes.channels
+        if after != before:
+            group = self.config.patch_size**2
+            read, condition, drawn = self.unet.conv_in, self.condition_encoder.conv_in, self.unet.conv_out
+            for conv in (read, condition):
+                weight = repeat_mean(conv.weight, 1, before, after, group=group)
+                with torch.no_grad():
+                    weight[:, weight.shape[1] - after * group :] *= before / after  # what they sum to stays
+                conv.weight, conv.in_channels = weight, weight.shape[1]
+            drawn.weight = repeat_mean(drawn.weight, 0, before, after, group=group)
+            drawn.bias = repeat_mean(drawn.bias, 0, before, after, group=group)
+            drawn.out_channels = after * group
+            self.unet.register_to_config(in_channels=after * group, out_channels=after * group)
+            self.condition_encoder.register_to_config(in_channels=condition.in_channels)
+        self.register_modules(label_codes=label_codes.to(self.unet.device))
+        self.schema = schema
+        self.ignore_index = 255 if schema is None else schema.ignore_index
+        self.register_to_config(
+            label_schema=None if schema is None else schema.to_dict(), each_class=schema is None, codes=codes
+        )
+        return self
 
     # Label codes
 

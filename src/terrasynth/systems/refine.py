@@ -51,16 +51,19 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
         with loading(config.base, IDGBRPipeline.EXPECTED):
             stored = IDGBRPipeline.load_config(config.base)
         check_base(stored, config.base, config)
+        refiner = stored.get("_class_name") == IDGBRPipeline.__name__
+        named = None if classes is None else classes.to_dict()
         pipeline = IDGBRPipeline.from_pretrained(
             config.base,
-            label_schema=None if classes is None else classes.to_dict(),
-            each_class=config.each_class,
-            codes=config.codes,
+            # A refiner loads with its own classes.
+            **({} if refiner else {"label_schema": named, "each_class": config.each_class, "codes": config.codes}),
             conditions=config.conditions,
             sees_rough=config.sees_rough,
             prediction_type=config.prediction_type,
             image_size=image_size,
         )
+        if refiner:
+            pipeline.adapt(classes, config.codes)
     return set_up(pipeline, config, image_size)
 
 
@@ -100,7 +103,7 @@ def check_refiner(tiles: Tiles, config: RefinerConfig) -> None:
 
 
 def check_base(stored: Mapping[str, Any], base: str, config: RefinerConfig) -> None:
-    """Refuse settings that a refiner which TerraSynth saved has otherwise; Stable Diffusion takes any.
+    """Refuse what a refiner that TerraSynth saved can not be trained to; Stable Diffusion takes any.
 
     Args:
         stored: the configuration of the base's pipeline.
@@ -112,14 +115,13 @@ def check_base(stored: Mapping[str, Any], base: str, config: RefinerConfig) -> N
     """
     if stored.get("_class_name") != IDGBRPipeline.__name__:
         return
-    wrong = [name for name in ("codes", "conditions") if stored[name] != getattr(config, name)]
-    if wrong:
+    if stored["conditions"] != config.conditions:
         raise TerraSynthError(
-            "the base is a refiner with other settings than the recipe's",
+            "the base is a refiner that reads its conditions otherwise than the recipe's",
             path=base,
-            found=", ".join(f"refiner.{name}: {getattr(config, name)}" for name in wrong),
-            expected=", ".join(f"refiner.{name}: {stored[name]}" for name in wrong),
-            fix=" ".join(f"--set refiner.{name}={stored[name]}" for name in wrong),
+            found=f"refiner.conditions: {config.conditions}",
+            expected=f"refiner.conditions: {stored['conditions']}",
+            fix=f"--set refiner.conditions={stored['conditions']}",
         )
 
 

@@ -309,7 +309,7 @@ class TODSynthPipeline(MaskPipeline):
     # Training
 
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Flow-matching loss: mean squared error of the velocity epsilon - x_0 (spec of SD3, weighting 1).
+        """Flow-matching loss: mean squared error of the velocity epsilon - x_0 (as Stable Diffusion 3, weighting 1).
 
         Of the samples with labels, `layout_share` learn their layout instead: the image is pure noise, the mask is
         noised, and the loss is the cross-entropy of its labelled pixels (`sampling.categories`). So p(mask) is learned
