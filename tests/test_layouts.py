@@ -439,15 +439,15 @@ def quarters_of(masks):
 def test_layouts_of_a_toy_are_learned_and_so_are_images_under_them():
     masks, colors = toy(256), torch.tensor(SCHEMA.colors) / 255
     images = (colors[masks].movedim(-1, 1) + 0.03 * torch.randn(256, 3, 8, 8)).clamp(0, 1)
-    config = GeneratorConfig(width=32, heads=2, blocks=3, patch_size=1)
+    config = GeneratorConfig(width=64, heads=4, blocks=3, patch_size=1)
     pipeline = TODSynthPipeline.from_scratch(config, images, SCHEMA, CAPTION, [CAPTION]).add_layouts()
     pipeline.tokenizer.model_max_length = 16
     pipeline.layout_share, pipeline.text_dropout, pipeline.mask_dropout = 0.5, 0.1, 0.1
     latents = pipeline.encode_images(images)
     embeds, pooled = pipeline.prompts(pipeline.captions(masks))
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
-    steps, size, rate = 300, 32, 4e-3
-    optimizer = torch.optim.AdamW(parameters, rate)
+    steps, size, rate = 280, 32, 3e-3
+    optimizer = torch.optim.AdamW(parameters, rate, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
     for step in range(steps):
         rows = torch.randint(256, (size,), generator=torch.Generator().manual_seed(step))
@@ -477,7 +477,7 @@ def test_layouts_of_a_toy_are_learned_and_so_are_images_under_them():
     print(f"shares {[round(share, 3) for share in shares.tolist()]}, distance from the true ones {distance:.3f}")
     print(f"with a road, asked for {roads[0]:.2f} and not {roads[1]:.2f}; nearest colours agree {agreement:.3f}")
     # Of 81 choices of three classes 20 are layouts that there are, of 16 choices of land and water 4.
-    assert valid > 0.4
+    assert valid > 0.45
     assert smooth > 0.9
     assert distance < 0.15
     assert roads[0] > roads[1] + 0.3
