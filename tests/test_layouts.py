@@ -70,8 +70,10 @@ def test_the_packaged_model_that_learned_layouts_is_to_the_bit_the_same_under_gi
     new = {*after.transformer.state_dict()} - {*before.transformer.state_dict()}
     assert new == {"mask_time.0.weight", "mask_time.2.weight", "mask_out.weight", "mask_out.bias"}
     # Whatever they become in training.
-    for name in new:
-        after.transformer.get_parameter(name).add_(torch.randn(()))
+    generator = torch.Generator().manual_seed(0)
+    for name in sorted(new):
+        parameter = after.transformer.get_parameter(name)
+        parameter.add_(torch.randn(parameter.shape, generator=generator))
     embeds, pooled = before.encode_prompts(["a rendered image of field, water", "road"])
     inputs = {
         "hidden_states": torch.randn(2, 32, 16, 16),
