@@ -32,6 +32,7 @@ from terrasynth.sampling.flow import seeded_generator
 __all__ = [
     "DiffusionBatch",
     "Epsilon",
+    "Prediction",
     "Timesteps",
     "Variance",
     "beta",
@@ -46,6 +47,7 @@ __all__ = [
 
 Epsilon = Callable[[Tensor, Tensor], Tensor]
 """Noisy latents (B, C, h, w) and timesteps (B,) to the noise in them, (B, C, h, w), or what else is predicted."""
+Prediction = Literal["sample", "epsilon", "v_prediction"]
 Timesteps = Literal["uniform", "cubic"]
 """How often training sees which timestep; see `diffusion_batch`."""
 Variance = Literal["beta", "posterior"]

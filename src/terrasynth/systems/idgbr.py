@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,19 @@ from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import CodeKind, LabelCodes
 from terrasynth.models.text import encode_prompts_sd1
 from terrasynth.models.unet import Features, UNetEncoder, check_halves, decode, encode, repeat_mean
-from terrasynth.sampling.diffusion import Epsilon, Timesteps, diffusion_batch, sample_ddim
+from terrasynth.sampling.diffusion import Epsilon, Prediction, Timesteps, diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import condition_or_null
 from terrasynth.systems.loading import loading
-from terrasynth.systems.pipeline import SavedPipeline
+from terrasynth.systems.pipeline import SavedPipeline, check_choice
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision
 
-__all__ = ["Conditions", "IDGBRPipeline", "Prediction", "decide"]
+__all__ = ["Conditions", "IDGBRPipeline", "decide"]
 
 Conditions = Literal["joint", "separate"]
-Prediction = Literal["sample", "epsilon", "v_prediction"]
 
 #: Stable Diffusion's noise schedule, at whose end there is no signal left: codes are smooth over large areas, and would
 #: shine through the noise in training.
@@ -138,8 +137,8 @@ class IDGBRPipeline(SavedPipeline):
     ) -> None:
         super().__init__()
         check_halves(unet)
-        _check_choice("conditions", conditions, Conditions)
-        _check_choice("prediction_type", prediction_type or "sample", Prediction)
+        check_choice("conditions", conditions, Conditions)
+        check_choice("prediction_type", prediction_type or "sample", Prediction)
         self.schema = None if label_schema is None else LabelSchema.from_dict(label_schema)
         trained = label_codes is not None  # Stable Diffusion has none
         num_classes = 2 if label_codes is None else label_codes.config.num_classes
@@ -535,12 +534,10 @@ class IDGBRPipeline(SavedPipeline):
         return predict
 
     def place(self, device: str | torch.device, precision: Precision) -> Self:
-        """Bring the networks where they compute, in `precision` from now on, and return self."""
-        self._precision = precision
-        for part in (*self.components.values(), self.alignment):
-            if isinstance(part, nn.Module):
-                nn.Module.to(part, device)  # not the pipeline's `to`, which warns
-        return self
+        """Bring the networks where they compute, the alignment too, in `precision` from now on, and return self."""
+        if self.alignment is not None:
+            self.alignment.to(device)
+        return super().place(device, precision)
 
     def _check(self, images: Tensor, rough: Tensor, seeds: Sequence[int], each_class: bool) -> None:
         height, width = rough.shape[-2:]
@@ -610,7 +607,7 @@ class IDGBRPipeline(SavedPipeline):
             image_size: side of the images it will be trained on.
             seed: of the initial weights.
         """
-        _check_choice("conditions", conditions, Conditions)
+        check_choice("conditions", conditions, Conditions)
         num_classes = 2 if schema is None else schema.num_classes
         factor = patch_size if vae is None else spatial_factor(vae)
         outer = len(widths) - 1
@@ -716,8 +713,3 @@ def decide(scores: Tensor, rough: Tensor, band: Tensor | None = None) -> Tensor:
     if band is not None:
         stays = stays | ~band.to(scores.device)
     return torch.where(stays, rough, best).to(torch.uint8)
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise TerraSynthError(f"no such `{name}`", found=value, expected=", ".join(get_args(choices)))

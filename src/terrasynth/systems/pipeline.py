@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import decode_latents, encode_images
 from terrasynth.systems.loading import cast, loading
 
-__all__ = ["MaskPipeline", "SavedPipeline"]
+if TYPE_CHECKING:
+    from terrasynth.recipe import Precision
+
+__all__ = ["MaskPipeline", "SavedPipeline", "check_choice"]
 
 
 class MaskPipeline(DiffusionPipeline):
@@ -71,3 +74,21 @@ class SavedPipeline(DiffusionPipeline):
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
                 cast(pipeline, torch.float32)  # text encoders come in the precision of their files
             return pipeline
+
+    def place(self, device: str | torch.device, precision: Precision) -> Self:
+        """Bring the networks where they compute, in `precision` from now on, and return self."""
+        self._precision = precision
+        for part in self.components.values():
+            if isinstance(part, nn.Module):
+                nn.Module.to(part, device)  # not the pipeline's `to`, which warns
+        return self
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse an argument that is none of a `Literal`'s values.
+
+    Raises:
+        TerraSynthError: with all of them.
+    """
+    if value not in get_args(choices):
+        raise TerraSynthError(f"no such `{name}`", found=value, expected=", ".join(get_args(choices)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,19 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.condition import ConditionEmbedding
 from terrasynth.models.label_codes import CodeKind, LabelCodes
-from terrasynth.sampling.diffusion import Epsilon, diffusion_batch, sample_ddim
+from terrasynth.sampling.diffusion import Epsilon, Prediction, diffusion_batch, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
 from terrasynth.systems.loading import loading
-from terrasynth.systems.pipeline import SavedPipeline
+from terrasynth.systems.pipeline import SavedPipeline, check_choice
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision
 
-__all__ = ["PUBLISHED", "Condition", "Pairs", "Prediction", "SatSynthPipeline", "class_shares", "halve"]
+__all__ = ["PUBLISHED", "Condition", "Pairs", "SatSynthPipeline", "class_shares", "halve"]
 
 Condition = Literal["none", "given", "half"]
-Prediction = Literal["sample", "epsilon", "v_prediction"]
 
 #: Arguments of `from_scratch` for the published size. The paper says 128 x 128 pixels, bits, and that the noise is
 #: predicted; the rest is the U-Net of Nichol and Dhariwal 2021, which it does not contradict.
@@ -118,8 +117,8 @@ class SatSynthPipeline(SavedPipeline):
             raise TerraSynthError(
                 "the pipeline has no label schema", expected="`label_schema=`", fix="name the classes"
             )
-        _check_choice("condition", condition, Condition)
-        _check_choice("prediction_type", prediction_type or "sample", Prediction)
+        check_choice("condition", condition, Condition)
+        check_choice("prediction_type", prediction_type or "sample", Prediction)
         if condition == "half" and asks_classes:
             raise TerraSynthError(
                 "a 2x stage is told its classes by the pair that it enlarges", found="asks_classes", fix="leave it out"
@@ -452,14 +451,6 @@ class SatSynthPipeline(SavedPipeline):
 
         return keep
 
-    def place(self, device: str | torch.device, precision: Precision) -> Self:
-        """Bring the networks where they compute, in `precision` from now on, and return self."""
-        self._precision = precision
-        for part in self.components.values():
-            if isinstance(part, nn.Module):
-                nn.Module.to(part, device)  # not the pipeline's `to`, which warns
-        return self
-
     def _pairs(self, latents: Tensor) -> Pairs:
         images, masks = self.decode(latents)
         if not images.isfinite().all():
@@ -563,7 +554,7 @@ class SatSynthPipeline(SavedPipeline):
             image_size: side of the images it will be trained on.
             seed: of the initial weights.
         """
-        _check_choice("condition", condition, Condition)
+        check_choice("condition", condition, Condition)
         label_codes = LabelCodes(schema.num_classes, codes)
         joint = 3 + label_codes.channels
         attends = [image_size // patch_size // 2**level in attention for level in range(len(widths))]
@@ -725,8 +716,3 @@ def _check_channels(unet: UNet2DModel, joint: int, condition: int) -> None:
             found=f"{unet.config.num_class_embeds or unet.config.class_embed_type}",
             expected="a U-Net that is told a timestep alone",
         )
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise TerraSynthError(f"no such `{name}`", found=value, expected=", ".join(get_args(choices)))
