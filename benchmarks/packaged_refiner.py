@@ -86,7 +86,8 @@ def main() -> None:
     config = RefinerConfig(
         each_class=True,
         crop=None,
-        rough=RoughConfig(folds=3),
+        timesteps="cubic",
+        rough=RoughConfig(folds=3, invented=0.5, noise=8.0),
         train=TrainConfig(
             steps=options.steps,
             batch_size=8,
