@@ -76,6 +76,16 @@ def moved(maps: Tensor, schema: LabelSchema, *, by: LabelSchema) -> Tensor:
     return torch.where(maps == schema.ignore_index, maps, maps + by.num_classes)
 
 
+def spread(count: int) -> list[int]:
+    """`_TUNING` places of a list, as far apart as can be."""
+    return torch.linspace(0, count - 1, _TUNING).round().long().unique().tolist()
+
+
+def some(tiles: Tiles) -> Tiles:
+    """`_TUNING` of the tiles."""
+    return tiles.take(spread(len(tiles)))
+
+
 def main() -> None:
     """Train, choose, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +108,7 @@ def main() -> None:
         ),
     )
     train = {"world": scenes("train"), "dubai": data(options.data, "train", 128)}
-    validation = {"world": scenes("validation"), "dubai": data(options.data, "validation", 256)}
+    validation = {"world": scenes("validation"), "dubai": some(data(options.data, "validation", 256))}
     places = json.loads((options.data / "places.json").read_text())
     groups = {"world": None, "dubai": [places[name] for name in train["dubai"].ids]}
     rough: dict[str, RoughMaps] = {
@@ -123,11 +133,10 @@ def main() -> None:
     )
     checked: dict[str, tuple[Tiles, Tensor]] = {}
     for name, tiles in validation.items():
-        few = torch.linspace(0, len(tiles) - 1, _TUNING).round().long().tolist()
         read = rough[name].validation
         if read is None:
             raise SystemExit(f"{options.out / 'folds'} was made by an earlier version: remove it")
-        checked[name] = tiles.take(few), read[few]
+        checked[name] = some(tiles), read[spread(len(tiles))]
 
     def score(pipeline: IDGBRPipeline) -> dict[str, float]:
         return {
