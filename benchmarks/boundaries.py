@@ -5,8 +5,8 @@
 
 For each seed two segmentors learn from the training windows; the rough maps are what they read in whole test tiles. A
 refiner learns from the same windows and from what U-Nets read in places that they did not see (out of fold), and has
-never met the other segmentor. It starts from scratch, or with `--base` from a refiner of one class against the rest, and
-then stays one. Settings of rivals (`rivals.py`) and of the refiner's sampling are those that are best on
+never met the other segmentor. It starts from scratch, or with `--base` from a refiner of one class against the rest,
+and then stays one. Settings of rivals (`rivals.py`) and of the refiner's sampling are those that are best on
 validation tiles, by the mean of boundary IoU and BF, with the maps of the first seed; nothing is chosen on test tiles.
 The intervals are over seeds: how much the choice of places matters they do not tell.
 

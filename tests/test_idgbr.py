@@ -16,6 +16,7 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import encode_images
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import LabelCodes
+from terrasynth.models.snap import snap
 from terrasynth.models.unet import Features, decode, encode
 from terrasynth.recipe import TrainConfig
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
@@ -24,7 +25,7 @@ from terrasynth.training.loop import train
 from test_convert_idgbr import published
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((200, 150, 90), (90, 90, 90), (20, 60, 160)))
-SMALL = {"widths": (8,), "guidance_width": 8, "image_size": 16, "patch_size": 2}
+SMALL = {"widths": (8,), "guidance_width": 8, "image_size": 16, "patch_size": 2, "snap_rounds": 0}
 LAYOUTS = pytest.mark.parametrize("conditions", ["joint", "separate"])
 
 
@@ -116,6 +117,7 @@ def computed_as_released(pipeline):
                 "mid_block_additional_residual": residuals.middle,
             }
             seen, unseen = (pipeline.unet(x, timestep, text, **more).sample for more in (added, {}))
+            seen = seen + F.pixel_unshuffle(rough, 2)  # what it predicts is a correction
             return unseen + guidance_scale * (seen - unseen)
 
         return predict
@@ -227,6 +229,45 @@ def test_the_highest_score_decides_and_the_rough_map_where_none_is_higher():
     assert decide(scores, rough, band).tolist() == [[[2, 1], [2, 255]]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("codes", ["bits", "onehot"])
+def test_what_is_refined_is_what_follows_the_colors(codes, images, rough):
+    """In refinement and in training the condition is the mean code of the shares of votes."""
+    rough = rough.where(rough != 255, 1)
+    pipeline = small_pipeline(codes=codes, snap_rounds=3)
+    table = pipeline.label_codes.table
+    expected = torch.einsum("kc,bkhw->bchw", table, snap(images, rough, 3, 3))
+    assert (expected - LabelCodes(3, codes).encode(rough)).abs().max() > 0.5
+    seen = []
+    pipeline.condition_encoder.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0][:, 12:]))
+    pipeline.scores(images, rough, seeds=[1, 2, 3], num_steps=1)
+    pipeline.training_loss(batch(images, rough))
+    for labels in seen:
+        torch.testing.assert_close(F.pixel_shuffle(labels, 2), expected)
+    assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_class_by_class_the_map_of_all_classes_follows_the_colors_once(images, rough):
+    rough = rough.where(rough != 255, 1)
+    pipeline = small_pipeline(None, snap_rounds=3)
+    seen = []
+    pipeline.condition_encoder.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0][:, 12:]))
+    pipeline.scores(images, rough, seeds=[1, 2, 3], num_steps=1, each_class=True, num_classes=3)
+    shares = snap(images, rough, 3, 3)
+    for k, labels in enumerate(seen):
+        there = (rough == k).flatten(1).any(1)
+        torch.testing.assert_close(F.pixel_shuffle(labels, 2), 2 * shares[there, k : k + 1] - 1)
+
+
+def test_from_scratch_it_begins_with_the_rough_map(images, rough):
+    pipeline = IDGBRPipeline.from_scratch(SCHEMA, **SMALL)
+    found = pipeline.refine(images, rough, seeds=[1, 2, 3], num_steps=2)
+    assert (found == rough)[rough != 255].double().mean() > 0.97
+    with pytest.raises(TerraSynthError, match="corrects"):
+        IDGBRPipeline(**pipeline.components, prediction_type="epsilon", patch_size=2, image_size=16, corrects=True)
+
+
 @LAYOUTS
 def test_class_by_class_is_every_class_against_the_rest(conditions, images, rough):
     pipeline = small_pipeline(None, conditions=conditions)
@@ -289,6 +330,8 @@ def test_the_loss_is_the_mean_squared_error_over_labelled_pixels(conditions, pre
             down_block_additional_residuals=residuals.skips,
             mid_block_additional_residual=residuals.middle,
         ).sample
+        if prediction == "sample":  # it is the rough map's code that is corrected
+            predicted = predicted + labels
         target = {"sample": truth, "epsilon": noise, "v_prediction": scheduler.get_velocity(truth, noise, t)}
         error = F.pixel_shuffle((predicted - target[prediction]).square(), 2)
         losses.append(error[(mask != 255).unsqueeze(1).expand_as(error)].mean())
@@ -319,6 +362,7 @@ def test_dropped_conditions_are_the_other_side_of_guidance(images, rough):
     pipeline.condition_dropout = 0.0
     for block in pipeline.guidance_net.blocks:
         block.forward = lambda noisy, condition: torch.zeros_like(noisy)
+    pipeline.register_to_config(corrects=False)
     torch.testing.assert_close(pipeline.training_loss(given), dropped)
     assert not torch.isclose(dropped, whole)
 

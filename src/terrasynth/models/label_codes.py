@@ -76,6 +76,11 @@ class LabelCodes(ModelMixin, ConfigMixin):
         codes = self.table.float()[masks.where(known, 0)] * known.unsqueeze(-1)
         return codes.movedim(-1, -3)
 
+    def mean(self, shares: Tensor) -> Tensor:
+        """Shares of the classes (B, K, H, W) to the mean of their points, float32 (B, C, H, W)."""
+        with torch.autocast(shares.device.type, enabled=False):
+            return torch.einsum("kc,bkhw->bchw", self.table.float(), shares.float())
+
     def scores(self, codes: Tensor) -> Tensor:
         """Codes (B, C, H, W) to the score of every class, float32 (B, K, H, W); 0 to 1 for codes within ±1."""
         table = self.table.float()

@@ -26,6 +26,7 @@ from terrasynth.models.autoencoder import Autoencoder, PatchPCA, decode_latents,
 from terrasynth.models.convert_idgbr import load_published_parts
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import CodeKind, LabelCodes
+from terrasynth.models.snap import snap
 from terrasynth.models.text import encode_prompts_sd1
 from terrasynth.models.unet import Features, UNetEncoder, check_halves, decode, encode, repeat_mean
 from terrasynth.sampling.diffusion import Epsilon, Prediction, Timesteps, diffusion_batch, sample_ddim
@@ -102,6 +103,10 @@ class IDGBRPipeline(SavedPipeline):
         prediction_type: what the U-Net predicts, see `sampling.diffusion`; None for what the scheduler says.
         patch_size: without a VAE, the side of the squares of pixels that the U-Net sees as one.
         image_size: side of the images it is trained on, in pixels; any multiple of `factor` can be refined.
+        snap_rounds: in how many rounds rough maps follow the colours of the image before they are looked at, see
+            `models.snap`; 0 takes them as they are, as published.
+        corrects: whether the U-Net predicts what is to be added to the rough map's code, in place of the clean code
+            itself. Only where that is predicted (`sample`).
         imagenet_statistics: bring images to ImageNet's mean and deviation in place of [-1, 1], as the released code
             does.
     """
@@ -131,6 +136,8 @@ class IDGBRPipeline(SavedPipeline):
         prediction_type: str | None = None,
         patch_size: int = 1,
         image_size: int = 512,
+        snap_rounds: int = 0,
+        corrects: bool = False,
         imagenet_statistics: bool = False,
         each_class: bool | None = None,
         trained_on: dict[str, Any] | None = None,
@@ -139,6 +146,13 @@ class IDGBRPipeline(SavedPipeline):
         check_halves(unet)
         check_choice("conditions", conditions, Conditions)
         check_choice("prediction_type", prediction_type or "sample", Prediction)
+        if corrects and (predicts := prediction_type or scheduler.config.prediction_type) != "sample":
+            raise TerraSynthError(
+                "a refiner that corrects the rough map's code predicts clean codes",
+                found=f"corrects, and prediction_type {predicts}",
+                expected="prediction_type sample",
+                fix="leave out `prediction_type`",
+            )
         self.schema = None if label_schema is None else LabelSchema.from_dict(label_schema)
         trained = label_codes is not None  # Stable Diffusion has none
         num_classes = 2 if label_codes is None else label_codes.config.num_classes
@@ -198,6 +212,8 @@ class IDGBRPipeline(SavedPipeline):
             prediction_type=self.scheduler.config.prediction_type,
             patch_size=patch_size,
             image_size=image_size,
+            snap_rounds=snap_rounds,
+            corrects=corrects,
             imagenet_statistics=imagenet_statistics,
             each_class=each_class,
             trained_on=trained_on,
@@ -360,7 +376,7 @@ class IDGBRPipeline(SavedPipeline):
         step = int(batch.get("step", 0))
         images, rough, masks = batch["image"], batch["rough"].long(), batch["mask"].long()
         labelled = (masks >= 0) & (masks < self.num_classes)
-        rough_codes = self.label_codes.encode(rough)
+        rough_codes = self.label_codes.mean(snap(images, rough, self.num_classes, self.config.snap_rounds))
         # What is unknown is noised as the rough map has it, so that nothing else is to be seen than in refinement.
         truth = self.encode_labels(self.label_codes.encode(torch.where(labelled, masks, rough)))
         # One stream of random numbers a sample: what is dropped and where it starts, then its timestep and noise.
@@ -378,9 +394,11 @@ class IDGBRPipeline(SavedPipeline):
         text = self._text(len(images))
         encoded = encode(self.unet, noisy.to(self.unet.dtype), timestep, text)
         residuals = self.guidance_net(encoded, self.read(images, rough_codes))
-        predicted = decode(self.unet, encoded.plus(residuals.times((~dropped).to(self.unet.dtype))), text)
+        predicted = decode(self.unet, encoded.plus(residuals.times((~dropped).to(self.unet.dtype))), text).float()
+        if self.config.corrects:
+            predicted = predicted + self._seen_of(rough_codes) * (~dropped).view(-1, 1, 1, 1)
         weight = self._weight(labelled, target)
-        error = weight * (predicted.float() - target).square()
+        error = weight * (predicted - target).square()
         losses = error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
         if self.alignment is not None and self.alignment_steps is not None and step >= self.alignment_steps:
             # Processes that share a step wait for the gradient of every parameter.
@@ -480,10 +498,12 @@ class IDGBRPipeline(SavedPipeline):
         self._check(images, rough, seeds, each_class)
         device = self._execution_device
         images, rough = images.to(device), rough.to(device).long()
-        share = each_class and self.config.conditions == "separate"
+        reads_once = each_class and self.config.conditions == "separate"
+        count = num_classes or self._highest(rough) + 1 if each_class else self.num_classes
+        shares = snap(images, rough, count, self.config.snap_rounds)
 
-        def of_rows(rows: Tensor, rough: Tensor) -> Tensor:
-            codes = self.label_codes.encode(rough)
+        def of_rows(rows: Tensor, shares: Tensor) -> Tensor:
+            codes = self.label_codes.mean(shares)
             of_image = None if image_features is None else image_features.rows(rows)
             predict = self.denoiser(images[rows], codes, guidance_scale, of_image)
             start = self.encode_labels(codes)
@@ -492,17 +512,16 @@ class IDGBRPipeline(SavedPipeline):
             return self.label_codes.scores(self.decode_labels(latents))
 
         with autocast(device, precision or self._precision):
-            image_features = self._encode_condition(self.encode_images(images)) if share else None
+            image_features = self._encode_condition(self.encode_images(images)) if reads_once else None
             if not each_class:
-                return of_rows(torch.arange(len(images), device=device), rough)
-            known = rough != self.ignore_index
-            count = num_classes or int(rough.where(known, 0).max().item()) + 1
+                return of_rows(torch.arange(len(images), device=device), shares)
+            known = (rough != self.ignore_index).unsqueeze(1)
             found = torch.zeros(len(images), count, *rough.shape[1:], device=device)
             for k in range(count):
                 rows = (rough == k).flatten(1).any(1).nonzero().squeeze(1)
                 if len(rows):
-                    binary = torch.where(known[rows], (rough[rows] == k).long(), self.ignore_index)
-                    found[rows, k] = of_rows(rows, binary)[:, 1]
+                    share = shares[rows, k : k + 1]
+                    found[rows, k] = of_rows(rows, torch.cat([1 - share, share], dim=1) * known[rows])[:, 1]
             return found
 
     @torch.no_grad()
@@ -522,10 +541,11 @@ class IDGBRPipeline(SavedPipeline):
         """
         text = self._text(len(images))
         conditions = self.read(images, rough) if of_image is None else [of_image, self._read_rough(rough)]
+        added = self._seen_of(rough) if self.config.corrects else 0
 
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
             encoded = encode(self.unet, x.to(self.unet.dtype), timestep, text)
-            seen = decode(self.unet, encoded.plus(self.guidance_net(encoded, conditions)), text).float()
+            seen = decode(self.unet, encoded.plus(self.guidance_net(encoded, conditions)), text).float() + added
             if guidance_scale == 1:
                 return seen
             unseen = decode(self.unet, encoded, text).float()
@@ -538,6 +558,9 @@ class IDGBRPipeline(SavedPipeline):
         if self.alignment is not None:
             self.alignment.to(device)
         return super().place(device, precision)
+
+    def _highest(self, rough: Tensor) -> int:
+        return int(rough.where(rough != self.ignore_index, 0).max().item())
 
     def _check(self, images: Tensor, rough: Tensor, seeds: Sequence[int], each_class: bool) -> None:
         height, width = rough.shape[-2:]
@@ -589,6 +612,7 @@ class IDGBRPipeline(SavedPipeline):
         layers: int = 1,
         guidance_width: int = 64,
         image_size: int = 256,
+        snap_rounds: int = 16,
         seed: int = 0,
     ) -> Self:
         """An untrained pipeline of any size, that reads no text; by default five million parameters.
@@ -605,6 +629,7 @@ class IDGBRPipeline(SavedPipeline):
             layers: residual blocks of a level.
             guidance_width: of the guidance's attention, which has four heads.
             image_size: side of the images it will be trained on.
+            snap_rounds: see the class.
             seed: of the initial weights.
         """
         check_choice("conditions", conditions, Conditions)
@@ -630,6 +655,10 @@ class IDGBRPipeline(SavedPipeline):
                 norm_num_groups=math.gcd(8, *widths),
                 attention_head_dim=math.gcd(32, widths[-1]),
             )
+            corrects = sees_rough and prediction_type == "sample"
+            if corrects:  # it starts with the rough map, nearly: were it zero, the guidance would wait for a gradient
+                unet.conv_out.weight.data.mul_(0.1)
+                unet.conv_out.bias.data.zero_()
             joint = conditions == "joint"
             encoder = UNetEncoder.from_config(unet.config, in_channels=image + label if joint else image)
             guidance_net = GuidanceNet.for_unet(
@@ -656,6 +685,8 @@ class IDGBRPipeline(SavedPipeline):
             prediction_type=prediction_type,
             patch_size=1 if vae is not None else patch_size,
             image_size=image_size,
+            snap_rounds=snap_rounds,
+            corrects=corrects,
         )
 
     @classmethod

@@ -45,6 +45,7 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
             patch_size=config.patch_size,
             widths=config.widths,
             image_size=image_size,
+            snap_rounds=config.snap_rounds,
             seed=config.seed,
         )
     else:
@@ -61,6 +62,7 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
             sees_rough=config.sees_rough,
             prediction_type=config.prediction_type,
             image_size=image_size,
+            snap_rounds=config.snap_rounds,
         )
         if refiner:
             pipeline.adapt(classes, config.codes)
