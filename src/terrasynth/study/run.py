@@ -16,6 +16,7 @@ from terrasynth.curation.filter import dropped
 from terrasynth.curation.images import from_tiles, read_painted
 from terrasynth.data.folder import Tiles, check_splits, join, load_tiles, unlabelled_windows
 from terrasynth.data.prepared import ground_groups, imagery
+from terrasynth.packaged import packaged_or
 from terrasynth.recipe import HARMLESS, KINDS, ArmConfig, Recipe, SegmentorConfig
 from terrasynth.study import paintings
 from terrasynth.study.products import (
@@ -33,9 +34,8 @@ from terrasynth.study.report import write_report
 from terrasynth.study.results import write_results
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import model_digest
-from terrasynth.systems.pairs import fit_pairs
+from terrasynth.systems.pairs import UPSCALER, fit_pairs
 from terrasynth.systems.refine import check_refiner, fit_refiner
-from terrasynth.systems.todsynth import packaged_or
 from terrasynth.tasks.folds import out_of_fold
 from terrasynth.tasks.refiner_scores import score_refiner
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
@@ -224,7 +224,7 @@ class Study:
             if not fit_pairs(self.train, config, folder, max_minutes=self.clock.left()).finished:
                 raise OutOfTime
 
-        made = {"products": ("model",), "scratch": ("checkpoints",)}
+        made = {"products": ("model",), "scratch": ("checkpoints", f"{UPSCALER}/checkpoints")}
         return self.unit("train what paints pairs", "", "pairs", inputs, work, together=True, **made)
 
     @property

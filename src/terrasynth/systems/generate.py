@@ -17,13 +17,14 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest, read_json, weights_digest
+from terrasynth.packaged import packaged_or
 from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
 from terrasynth.systems.loading import blind
 from terrasynth.systems.tisynth import TISynthPipeline
-from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or
+from terrasynth.systems.todsynth import TODSynthPipeline
 
 __all__ = ["Job", "Pipeline", "load_pipeline", "model_digest", "paint", "plan", "steering_for"]
 

@@ -169,6 +169,11 @@ class SatSynthPipeline(SavedPipeline):
         """K."""
         return int(self.label_codes.config.num_classes)
 
+    @property
+    def multiple(self) -> int:
+        """What the sides of the pairs that it paints must be multiples of."""
+        return int(self.config.patch_size * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
     # The joint code
 
     def encode(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -472,9 +477,9 @@ class SatSynthPipeline(SavedPipeline):
         tensors = {"images": images, "known": known, "masks": masks}
         sizes = {name: tuple(tensor.shape[-2:]) for name, tensor in tensors.items() if tensor is not None}
         height, width = size or next(iter(sizes.values()), (self.config.image_size,) * 2)
-        factor = self.config.patch_size * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if self.config.condition == "half":
-            factor = max(1, factor // 2)
+        factor = self.multiple
+        if self.config.condition == "half":  # what is given is half as large
+            factor = factor // math.gcd(factor, 2)
         if height % factor or width % factor:
             raise TerraSynthError(
                 "the size does not divide into the levels of the network",
