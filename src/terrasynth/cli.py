@@ -525,22 +525,23 @@ def generate(
     same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only.
     With --like, one GeoTIFF instead; with --pairs, the masks are painted too.
     """
+    from terrasynth.packaged import PACKAGED
     from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
+    trained = model.is_dir() or source in PACKAGED
+    if trained and (data or run or max_minutes is not None):
+        raise typer.BadParameter(
+            "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
+        )
     if pairs is not None:
         if any(option is not None for option in (masks, count, like, steer, references)):
             raise typer.BadParameter(
                 "these belong to paintings under masks, and --pairs paints masks too",
                 param_hint="--masks, --count, --like, --steer, --references",
             )
-        if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
-            if data or run or max_minutes is not None:
-                raise typer.BadParameter(
-                    "these belong to a recipe, and a model's folder was given",
-                    param_hint="--data, --run, --max-minutes",
-                )
-            recipe = override_defaults(overrides or (), ("pairs", "sampling"))
+        if trained:
+            recipe = override_defaults(overrides or (), ("pairs.sampling", "sampling"))
         else:
             opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
             recipe = opened.recipe
@@ -549,10 +550,7 @@ def generate(
         from terrasynth.systems.pairs import generate_pairs
 
         folder, how = out or model.parent / "synthetic", recipe.pairs.sampling
-        painted_pairs = generate_pairs(
-            model, folder, how, count=pairs, images=recipe.sampling, seed=seed, license=license
-        )
-        typer.echo(painted_pairs)
+        typer.echo(generate_pairs(model, folder, how, count=pairs, images=recipe.sampling, seed=seed, license=license))
         return
     if like is not None and any(option is not None for option in (masks, count, steer, references)):
         raise typer.BadParameter(
@@ -561,13 +559,9 @@ def generate(
         )
     if like is not None and out is None:
         raise typer.BadParameter("name the picture, as painted.tif", param_hint="--out")
-    if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
+    if trained:
         if masks is None and like is None:
             raise typer.BadParameter("a model alone has no masks to paint; give their folder", param_hint="--masks")
-        if data or run or max_minutes is not None:
-            raise typer.BadParameter(
-                "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
-            )
         painted: Path | Tiles | None = masks
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:

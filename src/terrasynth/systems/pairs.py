@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -80,8 +81,7 @@ class PairViews(Dataset[dict[str, Tensor]]):
 
 
 def build_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> SatSynthPipeline:
-    """An untrained pipeline of a recipe for tiles of this size, or the `base` that it starts from; of two stages, the
-    first.
+    """What a recipe trains on tiles of this size, untrained or the `base` that it starts from; the first of two stages.
 
     Raises:
         TerraSynthError: the base is a second stage, or the tiles do not divide into the levels of the network.
@@ -157,78 +157,29 @@ def fit_pairs(tiles: Tiles, config: PairsConfig, folder: Path, *, max_minutes: f
     Of two stages the second is trained in `folder/upscaler`, and lies in `folder/model/upscaler`. Run again after an
     interruption it goes on from the last checkpoint; finished, it returns at once.
     """
-    clock, size = Clock(max_minutes), tiles.images.shape[-1]
-    first = build_pairs(config, tiles.schema, size)
-    second = build_upscaler(config, tiles.schema, size) if config.two_stages else None
-    shown, steps = PREVIEW
-
-    def paint() -> tuple[dict[str, Tensor], Tensor]:
-        painted = first(seeds=range(shown), num_steps=steps)
-        return {"painted": painted.images}, painted.masks
-
-    def enlarge() -> tuple[dict[str, Tensor], Tensor]:
-        assert second is not None
-        real = tiles.first(shown)
-        small = halve(real.images.float() / 255, real.masks.long(), tiles.schema.num_classes)
-        enlarged = second.upscale((small[0] * 255).round().byte(), small[1], seeds=range(len(real)), num_steps=steps)
-        return {"tile": real.images, "halved, enlarged": enlarged.images}, enlarged.masks
-
-    def fit(
-        stage: SatSynthPipeline,
-        train_config: TrainConfig,
-        views: PairViews,
-        folder: Path,
-        shows: Callable[[], tuple[dict[str, Tensor], Tensor]],
-        **about: Any,
-    ) -> Outcome:
-        stage.place(_DEVICE, train_config.precision)
-
-        def preview(step: int) -> dict[str, float]:
-            images, masks = shows()
-            with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
-                sheet = contact_sheet({name: each.cpu() for name, each in images.items()}, masks.cpu(), tiles.schema)
-                sheet.save(partial)
-            return {}
-
-        outcome = train(
-            stage.network,
-            stage.training_loss,
-            views,
-            train_config,
-            folder,
-            seed=config.seed,
-            evaluate=preview,
-            max_minutes=clock.left(),
-            **about,
-        )
-        nn.Module.to(stage.network, "cpu", torch.float32)
-        return outcome
-
-    identity, data = config.identity(), tiles.fingerprint()
-    outcome = fit(
+    clock, identity = Clock(max_minutes), config.identity()
+    size, schema = tiles.images.shape[-1], tiles.schema
+    first = build_pairs(config, schema, size)
+    second = build_upscaler(config, schema, size) if config.two_stages else None
+    outcome = _fit(
         first,
-        config.train,
         PairViews(tiles, config.views, halved=config.two_stages),
+        config.train,
         folder,
-        paint,
-        identity={
-            "pairs": {name: value for name, value in identity.items() if name not in ("train", "upscaler")},
-            "data": data,
-        },
+        seed=config.seed,
+        identity={"pairs": {name: value for name, value in identity.items() if name not in ("train", "upscaler")}},
+        max_minutes=clock.left(),
         label="training what paints pairs",
     )
     if second is not None and outcome.finished:
-        outcome = fit(
+        outcome = _fit(
             second,
-            config.upscaler.train,
             PairViews(tiles, config.views),
+            config.upscaler.train,
             folder / UPSCALER,
-            enlarge,
-            identity={
-                "upscaler": {name: value for name, value in identity["upscaler"].items() if name != "train"},
-                "pairs": {name: identity[name] for name in ("base", "codes", "prediction", "views")},
-                "data": data,
-            },
+            seed=config.seed,
+            identity={"upscaler": {name: value for name, value in identity.items() if name != "train"}},
+            max_minutes=clock.left(),
             label="training what enlarges pairs",
         )
     if outcome.finished and process_state().is_main_process and not (folder / "model").is_dir():
@@ -237,6 +188,49 @@ def fit_pairs(tiles: Tiles, config: PairsConfig, folder: Path, *, max_minutes: f
             if second is not None:
                 second.save_pretrained(partial / UPSCALER)
     return outcome
+
+
+def _fit(
+    pipeline: SatSynthPipeline,
+    views: PairViews,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    identity: Mapping[str, object],
+    **options: Any,
+) -> Outcome:
+    """Train one stage; its weights are on the processor afterwards."""
+    pipeline.place(_DEVICE, config.precision)
+
+    def preview(step: int) -> dict[str, float]:
+        with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
+            _show(pipeline, views.tiles).save(partial)
+        return {}
+
+    outcome = train(
+        pipeline.network,
+        pipeline.training_loss,
+        views,
+        config,
+        folder,
+        identity={**identity, "data": views.tiles.fingerprint()},
+        evaluate=preview,
+        **options,
+    )
+    nn.Module.to(pipeline.network, "cpu", torch.float32)
+    return outcome
+
+
+def _show(pipeline: SatSynthPipeline, tiles: Tiles) -> Image:
+    """What a stage paints; the second enlarges the first tiles from half their size."""
+    count, steps = PREVIEW
+    if pipeline.config.condition != "half":
+        painted = pipeline(seeds=range(count), num_steps=steps)
+        return contact_sheet({"painted": painted.images.cpu()}, painted.masks.cpu(), tiles.schema)
+    real = tiles.first(count)
+    images, masks = halve(real.images.float() / 255, real.masks, tiles.schema.num_classes)
+    large = pipeline.upscale((images * 255).round().byte(), masks, seeds=range(len(real)), num_steps=steps)
+    return contact_sheet({"real": real.images, "enlarged": large.images.cpu()}, large.masks.cpu(), tiles.schema)
 
 
 class TwoStages:
@@ -252,10 +246,10 @@ class TwoStages:
         self.schema, self.ask = first.schema, first.ask
 
     def __call__(
-        self, *, seeds: Sequence[int], num_steps: int = 50, precision: Precision | None = None, **how: Any
+        self, *, seeds: Sequence[int], num_steps: int = 50, precision: Precision | None = None, **asked: Any
     ) -> Pairs:
         """Paint pairs, as `SatSynthPipeline` does; `num_steps` are those of each stage."""
-        small = self.first(seeds=seeds, num_steps=num_steps, precision=precision, **how)
+        small = self.first(seeds=seeds, num_steps=num_steps, precision=precision, **asked)
         # Other seeds: the noise of both stages would begin with the same numbers.
         others = [int(digest(seed, "upscale"), 16) >> 1 for seed in seeds]
         return self.second.upscale(*small, seeds=others, num_steps=num_steps, precision=precision)
