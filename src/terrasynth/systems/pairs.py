@@ -23,11 +23,10 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import atomic_dir, atomic_write, digest, read_json
-from terrasynth.packaged import packaged_or
+from terrasynth.io import atomic_dir, atomic_write, digest
 from terrasynth.progress import say, track
 from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig, TrainConfig, UpscalerConfig
-from terrasynth.systems.generate import load_pipeline, model_digest
+from terrasynth.systems.generate import load_pipeline, model_class, model_digest
 from terrasynth.systems.loading import paints_no_layouts
 from terrasynth.systems.satsynth import Pairs, SatSynthPipeline, halve
 from terrasynth.systems.todsynth import TODSynthPipeline
@@ -341,8 +340,10 @@ def paint_pairs(
     """
     settings = sampling.model_dump(mode="json", exclude={"batch_size"})
     plan = {**provenance, "run_seed": seed, "pairs": settings}
+    size = sampling.batch_size
+    asked = pipeline.ask(sampling.shares, size) if sampling.shares else None
     writer = SyntheticWriter(folder, pipeline.schema, plan=plan, license=license)
-    done, size = writer.done(), sampling.batch_size
+    done = writer.done()
     if len(done) > count:
         say(f"{folder} has {len(done)} pairs already, more than the {count} asked for: it is left as it is")
     jobs = [(f"{index:06d}", int(digest(seed, index, "pair"), 16) >> 1) for index in range(count)]
@@ -356,7 +357,7 @@ def paint_pairs(
                 between()
             pairs = pipeline(
                 seeds=[each for _, each in batch],
-                shares=pipeline.ask(sampling.shares, len(batch)) if sampling.shares else None,
+                shares=None if asked is None else asked[: len(batch)],
                 guidance_scale=sampling.guidance_scale,
                 num_steps=sampling.steps,
                 precision=sampling.precision,
@@ -391,20 +392,13 @@ def generate_pairs(
         check_license(license)  # before the model is loaded
     provenance: dict[str, Any] = {"model": model_digest(model)}
     painter: SatSynthPipeline | TwoStages | LayoutPainter
-    if _is_generator(model):
+    if model_class(model) == "SatSynthPipeline":
+        painter = load_pairs(model, sampling.precision)
+    else:
         images = SamplingConfig() if images is None else images
         generator = load_pipeline(model)
         if not isinstance(generator, TODSynthPipeline) or not generator.paints_layouts:
             raise paints_no_layouts()
         painter = LayoutPainter(generator.place(_DEVICE, sampling.precision), images)
         provenance["sampling"] = images.model_dump(mode="json", exclude={"batch_size", "precision"})
-    else:
-        painter = load_pairs(model, sampling.precision)
     return paint_pairs(painter, count, sampling, folder, seed=seed, provenance=provenance, license=license)
-
-
-def _is_generator(model: Path) -> bool:
-    """Whether a folder, or a packaged name, is that of a model that paints under masks."""
-    index = Path(packaged_or(model)) / "model_index.json"
-    known = read_json(index, fix="copy or train the model again") if index.is_file() else None
-    return isinstance(known, dict) and known.get("_class_name") in ("TODSynthPipeline", "TISynthPipeline")
