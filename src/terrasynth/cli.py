@@ -409,7 +409,8 @@ def train(
     if speaks:
         name = shlex.quote(str(model))
         use = {
-            "generator": f"Paint with it: terrasynth generate {name} --masks DIR",
+            "generator": f"Paint with it: terrasynth generate {name} --masks DIR"
+            + (", or --pairs N" if study.recipe.generator.layouts else ""),
             "refiner": f"Refine with it: terrasynth refine IMAGE MAP --model {name} --out FILE",
             "pairs": f"Paint with it: terrasynth generate {name} --pairs N",
         }

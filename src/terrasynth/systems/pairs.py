@@ -24,6 +24,7 @@ from terrasynth.data.sheet import contact_sheet
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import atomic_dir, atomic_write, digest
+from terrasynth.packaged import packaged_or
 from terrasynth.progress import say, track
 from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig, TrainConfig, UpscalerConfig
 from terrasynth.systems.generate import load_pipeline, model_class, model_digest
@@ -137,8 +138,15 @@ def first_stage(model: str | Path, **options: Any) -> SatSynthPipeline:
     """What paints pairs, loaded; options as of `SatSynthPipeline.from_pretrained`.
 
     Raises:
-        TerraSynthError: there is none, or it is a second stage.
+        TerraSynthError: there is none, or it is something else or a second stage.
     """
+    if Path(packaged_or(model)).is_dir() and (kind := model_class(model)) != "SatSynthPipeline":
+        raise TerraSynthError(
+            "not the folder of what paints images and masks together",
+            path=model,
+            found=f"a model of {kind}",
+            expected="what `terrasynth train --what pairs` printed",
+        )
     pipeline = SatSynthPipeline.from_pretrained(model, **options)
     if pipeline.config.condition == "half":
         raise TerraSynthError(

@@ -32,7 +32,7 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision
 
-__all__ = ["PUBLISHED", "Condition", "Pairs", "SatSynthPipeline", "class_shares", "halve"]
+__all__ = ["PUBLISHED", "Condition", "Pairs", "SatSynthPipeline", "check_shares", "class_shares", "halve"]
 
 Condition = Literal["none", "given", "half"]
 
@@ -205,11 +205,7 @@ class SatSynthPipeline(SavedPipeline):
         Raises:
             TerraSynthError: there is no such class, or the shares sum to more than 1.
         """
-        unknown = sorted(set(shares) - set(self.schema.names))
-        if unknown:
-            raise TerraSynthError("no such class", found=unknown[0], expected=", ".join(self.schema.names))
-        if min(shares.values(), default=0) < 0 or sum(shares.values()) > 1 + 1e-6:
-            raise TerraSynthError("these are no shares of the pixels", found=dict(shares), expected="a sum up to 1")
+        check_shares(shares, self.schema)
         return torch.tensor([shares.get(name, math.nan) for name in self.schema.names]).expand(count, -1)
 
     def see(self, joint: Tensor, image_given: Tensor, mask_given: Tensor) -> tuple[Tensor, Tensor]:
@@ -635,6 +631,19 @@ class SatSynthPipeline(SavedPipeline):
 def condition_channels(condition: Condition, joint: int) -> int:
     """Numbers a pixel that a network sees beside the noisy pair, which has `joint`."""
     return {"none": 0, "given": joint + _FLAGS, "half": joint}[condition]
+
+
+def check_shares(shares: Mapping[str, float], schema: LabelSchema) -> None:
+    """Refuse what can not be asked for: shares of the pixels by class name.
+
+    Raises:
+        TerraSynthError: there is no such class, or the shares sum to more than 1.
+    """
+    unknown = sorted(set(shares) - set(schema.names))
+    if unknown:
+        raise TerraSynthError("no such class to ask for", found=unknown[0], expected=", ".join(schema.names))
+    if min(shares.values(), default=0) < 0 or sum(shares.values()) > 1 + 1e-6:
+        raise TerraSynthError("these are no shares of the pixels", found=dict(shares), expected="a sum up to 1")
 
 
 def class_shares(masks: Tensor, num_classes: int) -> Tensor:
