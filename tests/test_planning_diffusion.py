@@ -27,6 +27,7 @@ KINDS = [
     ("refiner", {"base": "sd15"}),
     ("pairs", {}),
     ("pairs", {"asks_classes": False, "condition": "given"}),
+    ("upscaler", {}),
 ]
 
 
@@ -35,6 +36,9 @@ def recipe_of(tiny_recipe, sd15):
     def make(what, changes):
         values = tiny_recipe.model_dump(mode="json")
         values["data"]["image_size"] = SIZE
+        if what == "upscaler":
+            values["pairs"] |= {"two_stages": True, "upscaler": SMALL}
+            what = "pairs"
         values[what] |= SMALL | changes
         if "base" in changes:
             values[what] |= {"base": str(sd15[0]), "widths": Recipe.model_fields[what].default.widths}
@@ -59,7 +63,8 @@ def test_a_pretended_step_needs_what_the_training_loop_needs(recipe_of, tmp_path
         said = diffusion.train(recipe, diffusion.pretended(recipe, WORLD_SCHEMA, what), gpu=False).count("")
     assert said.weights + said.gradients + said.optimizer + said.average < said.peak
 
-    pipeline, config = at_work(recipe, what), getattr(recipe, what).train
+    pipeline = at_work(recipe, what)
+    config = diffusion.training(recipe, pipeline)
     mask = torch.zeros(SIZE, SIZE, dtype=torch.long)
     row = {"image": torch.zeros(3, SIZE, SIZE), "rough": mask, "mask": mask}
 
@@ -95,7 +100,7 @@ def nbytes_of_alignment(pipeline):
     return 0 if part is None else sum(4 * x.numel() for x in (*part.parameters(), *part.buffers()))
 
 
-@pytest.mark.parametrize(("changes", "scale"), [({}, 1.0), ({}, 2.0), (KINDS[-1][1], None)])
+@pytest.mark.parametrize(("changes", "scale"), [({}, 1.0), ({}, 2.0), (KINDS[5][1], None)])
 def test_painting_pairs_needs_what_was_said(recipe_of, changes, scale):
     shares = None if scale is None else {WORLD_SCHEMA.names[1]: 0.2}
     sampling = {"steps": 3} if shares is None else {"steps": 3, "shares": shares, "guidance_scale": scale}
@@ -107,6 +112,19 @@ def test_painting_pairs_needs_what_was_said(recipe_of, changes, scale):
     given = {} if shares is None else {"shares": pipeline.ask(shares, 2), "guidance_scale": scale}
     with count(held(pipeline)) as needs:
         pipeline(seeds=[0, 1], num_steps=3, **given)
+    assert said.flops == flops(needs.operations)
+    assert said.peak == pytest.approx(needs.peak, rel=0.1)
+
+
+def test_enlarging_pairs_needs_what_was_said(recipe_of):
+    recipe = recipe_of("upscaler", {"sampling": {"shares": {WORLD_SCHEMA.names[1]: 0.2}, "guidance_scale": 2.0}})
+    with pretend(gpu=False):
+        pipeline = diffusion.pretended(recipe, WORLD_SCHEMA, "upscaler")
+        said = diffusion.paint(recipe, pipeline, 2, 3, "fp32", gpu=False).count("")
+    pipeline, side = at_work(recipe, "upscaler"), SIZE // 2
+    images, masks = torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.zeros(2, side, side, dtype=torch.long)
+    with count(held(pipeline)) as needs:
+        pipeline.upscale(images, masks, seeds=[0, 1], num_steps=3)
     assert said.flops == flops(needs.operations)
     assert said.peak == pytest.approx(needs.peak, rel=0.1)
 
