@@ -163,16 +163,18 @@ def test_stable_diffusion_has_the_published_number_of_parameters(tiny_recipe):
 def test_the_doctor_plans_what_is_asked_for(recipe_of, tmp_path):
     path = tmp_path / "mine.yaml"
     saving = SMALL["train"] | {"precision": "bf16", "offload_optimizer": True}
-    for what, uses, trained in (
-        ("refiner", "offload_optimizer|refine 8 windows", SMALL["train"]),
-        ("pairs", "paint [0-9]+", saving),
+    for what, uses, trained, expected in (
+        ("refiner", "offload_optimizer|refine 8 windows", SMALL["train"], 4),
+        ("pairs", "paint [0-9]+", saving, 3),
+        ("upscaler", "offload_optimizer|paint [0-9]+", SMALL["train"], 8),
     ):
         path.write_text(recipe_of(what, {"train": trained}).model_dump_json(), encoding="utf-8")
-        command = ["doctor", "--plan", str(path), "--card", "H100", "--what", what]
+        command = ["doctor", "--plan", str(path), "--card", "H100", "--what", what.replace("upscaler", "pairs")]
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
         rows = re.findall(rf"^  (?:training step|preview|{uses}) .* s$", result.stdout, re.MULTILINE)
-        assert len(rows) == 4 - (trained is saving)
+        assert len(rows) == expected
+        assert ("steps (2x) on H100" in result.stdout) == (what == "upscaler")
         assert ("time of its update there is not counted" in " ".join(result.stdout.split())) == (trained is saving)
         assert "steps on H100, at the data sheet's speed, so at least" in result.stdout
     assert CliRunner().invoke(app, ["doctor", "--what", "pairs"]).exit_code == 2

@@ -399,7 +399,8 @@ def train(
 ) -> None:
     """Train the generator of RECIPE, its refiner or its painter of pairs, and nothing that it does not need.
 
-    Stopped or killed, the same command goes on from the last checkpoint. Started by `torchrun` or `accelerate launch`,
+    Of `pairs.two_stages`, both are trained, one after the other. Stopped or killed, the same command goes on from the
+    last checkpoint. Started by `torchrun` or `accelerate launch`,
     its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
     """
     with _every_process() as speaks:
@@ -468,9 +469,9 @@ def generate(
         typer.Option(
             metavar="N",
             min=1,
-            help="Paint N images and their masks together, by the recipe's `pairs`, by its generator if that learns "
-            "`layouts`, or by the folder of such a model; `--set pairs.sampling.shares={road: 0.2}` asks the first for "
-            "classes.",
+            help="Paint N images and their masks together, by the recipe's `pairs` (trained first if the run's folder "
+            "has none), by its generator if that learns `layouts`, or by the folder of such a model; `--set "
+            "'pairs.sampling.shares={road: 0.2}'` asks the first for classes.",
         ),
     ] = None,
     out: Annotated[
@@ -523,8 +524,9 @@ def generate(
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
     Image i depends on its mask, the seed and i alone, and with --references on these images. Stopped or killed, the
-    same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only.
-    With --like, one GeoTIFF instead; with --pairs, the masks are painted too.
+    same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only
+    (of `pairs.sampling` and `sampling` with --pairs). With --like, one GeoTIFF instead; with --pairs, the masks are
+    painted too.
     """
     from terrasynth.packaged import PACKAGED
     from terrasynth.recipe_io import override_defaults
