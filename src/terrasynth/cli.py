@@ -400,8 +400,8 @@ def train(
     """Train the generator of RECIPE, its refiner or its painter of pairs, and nothing that it does not need.
 
     Of `pairs.two_stages`, both are trained, one after the other. Stopped or killed, the same command goes on from the
-    last checkpoint. Started by `torchrun` or `accelerate launch`,
-    its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
+    last checkpoint. Started by `torchrun` or `accelerate launch`, its processes share every step: the result is the
+    same but for rounding, and it may go on in more or in fewer.
     """
     with _every_process() as speaks:
         study = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad))
