@@ -157,9 +157,9 @@ def _plan_diffusion(
     plan = _plan_stage(recipe, schema, what, gpu=gpu)
     if what == "pairs" and recipe.pairs.two_stages:
         second = _plan_stage(recipe, schema, "upscaler", gpu=gpu)
-        first_weights = plan.stages[-1].weights
-        plan.stages[-1] = replace(plan.stages[-1], weights=first_weights + second.stages[-1].weights)
-        second.stages[-1] = replace(second.stages[-1], weights=first_weights + second.stages[-1].weights)
+        both = plan.stages[-1].weights + second.stages[-1].weights  # where pairs are painted
+        for each in (plan, second):
+            each.stages[-1] = replace(each.stages[-1], weights=both)
         plan = Plan(
             [*plan.about, "painted at half the size, then enlarged (2x)"],
             plan.steps | {f"{name} (2x)": steps for name, steps in second.steps.items()},
@@ -167,7 +167,7 @@ def _plan_diffusion(
             plan.stages + [replace(stage, name=f"{stage.name} (2x)") for stage in second.stages],
             plan.choices + [replace(stage, name=f"{stage.name} (2x)") for stage in second.choices],
             {},
-            list(dict.fromkeys([*plan.notes, *(f"2x: {note}" for note in second.notes)])),
+            [*plan.notes, *(f"2x: {note}" for note in second.notes)],
         )
     return replace(plan, notes=notes + plan.notes)
 
@@ -176,7 +176,8 @@ def _plan_stage(recipe: Recipe, schema: LabelSchema, what: Diffuses, *, gpu: boo
     """The plan of one training and its use."""
     with pretend(gpu=gpu), track(4, "planning", unit="stages") as progress:
         pipeline = diffusion.pretended(recipe, schema, what)
-        config, notes = diffusion.training(recipe, pipeline), []
+        config = diffusion.training(recipe, pipeline)
+        notes: list[str] = []
 
         def counted(name: str, work: Work) -> Stage:
             stage = work.count(name)
