@@ -1,11 +1,12 @@
 """Are boundaries better after refinement, and better than what else a user would pick? One evaluator for all.
 
     python benchmarks/boundary_data.py dubai DATA --source DUBAI
-    python benchmarks/boundaries.py DATA --out OUT [--seeds 0 1 2] [--ablations]
+    python benchmarks/boundaries.py DATA --out OUT [--seeds 0 1 2] [--base REFINER | --ablations]
 
 For each seed two segmentors learn from the training windows; the rough maps are what they read in whole test tiles. A
 refiner learns from the same windows and from what U-Nets read in places that they did not see (out of fold), and has
-never met the other segmentor. Settings of rivals (`rivals.py`) and of the refiner's sampling are those that are best on
+never met the other segmentor. It starts from scratch, or with `--base` from a refiner of one class against the rest, and
+then stays one. Settings of rivals (`rivals.py`) and of the refiner's sampling are those that are best on
 validation tiles, by the mean of boundary IoU and BF, with the maps of the first seed; nothing is chosen on test tiles.
 The intervals are over seeds: how much the choice of places matters they do not tell.
 
@@ -36,7 +37,7 @@ from torch import Tensor
 
 import rivals
 from terrasynth.data.folder import Tiles, load_tiles
-from terrasynth.io import write_json
+from terrasynth.io import weights_digest, write_json
 from terrasynth.progress import say, track
 from terrasynth.recipe import DataConfig, RefinerConfig, RoughConfig, SegmentorConfig, SplitConfig, TrainConfig
 from terrasynth.study.statistics import compare, summarise
@@ -107,8 +108,8 @@ def data(root: Path, split: str, size: int) -> Tiles:
 class Bench:
     """Trainings and scores of one data set, each a unit of work."""
 
-    def __init__(self, root: Path, out: Path, seeds: Sequence[int]) -> None:
-        self.out, self.clock, self.seeds = out, Clock(), seeds
+    def __init__(self, root: Path, out: Path, seeds: Sequence[int], base: Path | None = None) -> None:
+        self.out, self.clock, self.seeds, self.base = out, Clock(), seeds, base
         self.train = data(root, "train", 128)
         self.test = data(root, "test", 256)
         validation = data(root, "validation", 256)
@@ -155,6 +156,8 @@ class Bench:
     def refiner(self, variant: str | None, seed: int, steps: int) -> Unit:
         """A trained refiner."""
         changes = {} if variant is None else VARIANTS[variant]
+        if self.base is not None:
+            changes = {"base": str(self.base), "each_class": True}
         config = RefinerConfig.model_validate(REFINER.model_dump() | changes | {"seed": seed})
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
         if variant == _ALIGNED:
@@ -175,7 +178,7 @@ class Bench:
                 raise OutOfTime
 
         inputs = {
-            "refiner": config.identity(),
+            "refiner": config.identity() | ({} if self.base is None else {"base": weights_digest(self.base)}),
             "train": self.train.fingerprint(),
             "rough": [fold.key for fold in folds.units],
         }
@@ -270,10 +273,11 @@ def refined(unit: Unit, steps: int, strength: float, *, near: bool = False) -> M
 
     def refine(image: Tensor, rough: Tensor, shares: Tensor, number: int) -> Tensor:
         band = torch.from_numpy(near_boundaries(rough.numpy(), _NEAR))[None] if near else None
+        sampling = {"num_steps": steps, "strength": strength}
+        if pipeline.config.each_class:
+            sampling |= {"each_class": True, "num_classes": len(shares)}
         images = image[None].float() / 255
-        return pipeline.refine(images, rough[None], seeds=[number], num_steps=steps, strength=strength, band=band)[
-            0
-        ].cpu()
+        return pipeline.refine(images, rough[None], seeds=[number], band=band, **sampling)[0].cpu()
 
     return refine, [unit.key, steps, strength]
 
@@ -298,10 +302,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1500, help="of a refiner's training")
-    parser.add_argument("--ablations", action="store_true")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--base", type=Path, help="refiner of one class against the rest to start from")
+    how.add_argument("--ablations", action="store_true")
     options = parser.parse_args()
     disable_progress_bar()  # of loading a pipeline, which is done some hundred times
-    bench = Bench(options.data, options.out, options.seeds)
+    bench = Bench(options.data, options.out, options.seeds, options.base)
     classes = bench.schema.num_classes
     results: dict[str, Any] = {}
     for name in SEGMENTORS:

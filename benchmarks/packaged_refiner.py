@@ -62,7 +62,8 @@ def beside(first: Tiles, second: Tiles) -> Tiles:
     """Tiles of two schemas as of one: the classes of the second after those of the first."""
     schemas = first.schema, second.schema
     names = tuple(f"{name} {number}" for number, schema in enumerate(schemas) for name in schema.names)
-    schema = LabelSchema(names, tuple(color for schema in schemas for color in schema.palette))
+    # Nobody sees the colours, which both could have in common.
+    schema = LabelSchema(names, tuple((number, number, number) for number in range(1, len(names) + 1)))
     return Tiles(
         (*first.ids, *second.ids),
         torch.cat([first.images, second.images]),
@@ -76,6 +77,16 @@ def moved(maps: Tensor, schema: LabelSchema, *, by: LabelSchema) -> Tensor:
     return torch.where(maps == schema.ignore_index, maps, maps + by.num_classes)
 
 
+def spread(count: int) -> list[int]:
+    """`_TUNING` places of a list, as far apart as can be."""
+    return torch.linspace(0, count - 1, _TUNING).round().long().unique().tolist()
+
+
+def some(tiles: Tiles) -> Tiles:
+    """`_TUNING` of the tiles."""
+    return tiles.take(spread(len(tiles)))
+
+
 def main() -> None:
     """Train, choose, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +97,8 @@ def main() -> None:
     config = RefinerConfig(
         each_class=True,
         crop=None,
-        rough=RoughConfig(folds=3),
+        timesteps="cubic",
+        rough=RoughConfig(folds=3, invented=0.5, noise=8.0),
         train=TrainConfig(
             steps=options.steps,
             batch_size=8,
@@ -97,7 +109,7 @@ def main() -> None:
         ),
     )
     train = {"world": scenes("train"), "dubai": data(options.data, "train", 128)}
-    validation = {"world": scenes("validation"), "dubai": data(options.data, "validation", 256)}
+    validation = {"world": scenes("validation"), "dubai": some(data(options.data, "validation", 256))}
     places = json.loads((options.data / "places.json").read_text())
     groups = {"world": None, "dubai": [places[name] for name in train["dubai"].ids]}
     rough: dict[str, RoughMaps] = {
@@ -122,11 +134,10 @@ def main() -> None:
     )
     checked: dict[str, tuple[Tiles, Tensor]] = {}
     for name, tiles in validation.items():
-        few = torch.linspace(0, len(tiles) - 1, _TUNING).round().long().tolist()
         read = rough[name].validation
         if read is None:
             raise SystemExit(f"{options.out / 'folds'} was made by an earlier version: remove it")
-        checked[name] = tiles.take(few), read[few]
+        checked[name] = some(tiles), read[spread(len(tiles))]
 
     def score(pipeline: IDGBRPipeline) -> dict[str, float]:
         return {
