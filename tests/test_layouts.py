@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from terrasynth.cli import app
 from terrasynth.data.folder import load_synthetic, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
+from terrasynth.io import weights_digest
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.recipe import GeneratorConfig, PairsSamplingConfig, SamplingConfig
@@ -414,6 +416,28 @@ def test_a_dataset_of_painted_layouts_and_images_under_them(trained, tmp_path):
     shares = how.model_copy(update={"shares": {"road": 0.5}})
     with pytest.raises(TerraSynthError, match="can not be asked for shares"):
         generate_pairs(model, tmp_path / "asked", shares, count=1, images=images)
+
+
+def test_a_recipe_whose_generator_learns_layouts_paints_pairs_with_it(trained, tiny_recipe, tmp_path):
+    """It trains what is not trained yet, asks the generator and not `pairs`, and paints what its model paints."""
+    values = tiny_recipe.model_dump(mode="json")
+    values["generator"]["layouts"] = 0.5
+    values["pairs"]["sampling"] |= {"steps": 3, "batch_size": 2}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    run = tmp_path / "run"
+    run.mkdir()
+    command = ["generate", str(tmp_path / "mine.yaml"), "--run", str(run), "--pairs", "3", "--seed", "3"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    (model,) = run.glob("*/model")
+    assert model.parent.name.startswith("generator-")
+    assert weights_digest(model) == weights_digest(trained / "model"), "trained by the recipe as in Python"
+    how, images = PairsSamplingConfig(steps=3, batch_size=2), tiny_recipe.sampling
+    expected = generate_pairs(trained / "model", tmp_path / "expected", how, count=3, images=images, seed=3)
+    assert first.stdout.split() == [str(model.parent / "synthetic")]
+    assert files(model.parent / "synthetic") == files(expected)
+    told = CliRunner().invoke(app, ["train", *command[1:2], "--out", str(run)]).stdout
+    assert f"generate {model} --masks DIR, or --pairs N" in told
 
 
 # Does it learn?

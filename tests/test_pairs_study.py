@@ -173,6 +173,20 @@ def test_a_study_of_pairs_alone_trains_no_generator(finished, tiny_recipe, tmp_p
     page = (tmp_path / "study" / "report.html").read_text()
     assert "One painter of pairs painted for all seeds" in page
     assert "TODSynth" not in page
+    assert "second stage" not in page
+
+
+def test_pairs_of_two_stages_have_the_size_of_the_tiles(finished, tiny_recipe, tmp_path):
+    keep = shutil.ignore_patterns("generator-*", "pairs-*", "synthetic", "audits")
+    shutil.copytree(finished, tmp_path / "study", ignore=keep)
+    values = with_arms(tiny_recipe, [ARMS[0], {"name": "pairs", "synthetic": "pairs"}], seeds=[0]).model_dump(
+        mode="json"
+    )
+    second = {name: PAIRS[name] for name in ("patch_size", "widths", "attention", "train")}
+    values["pairs"] |= {"two_stages": True, "upscaler": second}
+    Study(Recipe.model_validate(values), Path(), tmp_path / "study").run()
+    assert load_synthetic(dataset(tmp_path / "study", "pairs-seed-0")).masks.shape == (4, 32, 32)
+    assert "doubled by a second stage" in (tmp_path / "study" / "report.html").read_text()
 
 
 def test_pairs_are_filtered_by_the_teacher_as_other_paintings(finished, tiny_recipe, tmp_path):

@@ -27,6 +27,7 @@ KINDS = [
     ("refiner", {"base": "sd15"}),
     ("pairs", {}),
     ("pairs", {"asks_classes": False, "condition": "given"}),
+    ("upscaler", {}),
 ]
 
 
@@ -35,6 +36,9 @@ def recipe_of(tiny_recipe, sd15):
     def make(what, changes):
         values = tiny_recipe.model_dump(mode="json")
         values["data"]["image_size"] = SIZE
+        if what == "upscaler":
+            values["pairs"] |= {"two_stages": True, "upscaler": SMALL}
+            what = "pairs"
         values[what] |= SMALL | changes
         if "base" in changes:
             values[what] |= {"base": str(sd15[0]), "widths": Recipe.model_fields[what].default.widths}
@@ -59,7 +63,8 @@ def test_a_pretended_step_needs_what_the_training_loop_needs(recipe_of, tmp_path
         said = diffusion.train(recipe, diffusion.pretended(recipe, WORLD_SCHEMA, what), gpu=False).count("")
     assert said.weights + said.gradients + said.optimizer + said.average < said.peak
 
-    pipeline, config = at_work(recipe, what), getattr(recipe, what).train
+    pipeline = at_work(recipe, what)
+    config = diffusion.training(recipe, pipeline)
     mask = torch.zeros(SIZE, SIZE, dtype=torch.long)
     row = {"image": torch.zeros(3, SIZE, SIZE), "rough": mask, "mask": mask}
 
@@ -95,7 +100,7 @@ def nbytes_of_alignment(pipeline):
     return 0 if part is None else sum(4 * x.numel() for x in (*part.parameters(), *part.buffers()))
 
 
-@pytest.mark.parametrize(("changes", "scale"), [({}, 1.0), ({}, 2.0), (KINDS[-1][1], None)])
+@pytest.mark.parametrize(("changes", "scale"), [({}, 1.0), ({}, 2.0), (KINDS[5][1], None)])
 def test_painting_pairs_needs_what_was_said(recipe_of, changes, scale):
     shares = None if scale is None else {WORLD_SCHEMA.names[1]: 0.2}
     sampling = {"steps": 3} if shares is None else {"steps": 3, "shares": shares, "guidance_scale": scale}
@@ -107,6 +112,19 @@ def test_painting_pairs_needs_what_was_said(recipe_of, changes, scale):
     given = {} if shares is None else {"shares": pipeline.ask(shares, 2), "guidance_scale": scale}
     with count(held(pipeline)) as needs:
         pipeline(seeds=[0, 1], num_steps=3, **given)
+    assert said.flops == flops(needs.operations)
+    assert said.peak == pytest.approx(needs.peak, rel=0.1)
+
+
+def test_enlarging_pairs_needs_what_was_said(recipe_of):
+    recipe = recipe_of("upscaler", {"sampling": {"shares": {WORLD_SCHEMA.names[1]: 0.2}, "guidance_scale": 2.0}})
+    with pretend(gpu=False):
+        pipeline = diffusion.pretended(recipe, WORLD_SCHEMA, "upscaler")
+        said = diffusion.paint(recipe, pipeline, 2, 3, "fp32", gpu=False).count("")
+    pipeline, side = at_work(recipe, "upscaler"), SIZE // 2
+    images, masks = torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.zeros(2, side, side, dtype=torch.long)
+    with count(held(pipeline)) as needs:
+        pipeline.upscale(images, masks, seeds=[0, 1], num_steps=3)
     assert said.flops == flops(needs.operations)
     assert said.peak == pytest.approx(needs.peak, rel=0.1)
 
@@ -145,16 +163,18 @@ def test_stable_diffusion_has_the_published_number_of_parameters(tiny_recipe):
 def test_the_doctor_plans_what_is_asked_for(recipe_of, tmp_path):
     path = tmp_path / "mine.yaml"
     saving = SMALL["train"] | {"precision": "bf16", "offload_optimizer": True}
-    for what, uses, trained in (
-        ("refiner", "offload_optimizer|refine 8 windows", SMALL["train"]),
-        ("pairs", "paint [0-9]+", saving),
+    for what, uses, trained, expected in (
+        ("refiner", "offload_optimizer|refine 8 windows", SMALL["train"], 4),
+        ("pairs", "paint [0-9]+", saving, 3),
+        ("upscaler", "offload_optimizer|paint [0-9]+", SMALL["train"], 8),
     ):
         path.write_text(recipe_of(what, {"train": trained}).model_dump_json(), encoding="utf-8")
-        command = ["doctor", "--plan", str(path), "--card", "H100", "--what", what]
+        command = ["doctor", "--plan", str(path), "--card", "H100", "--what", what.replace("upscaler", "pairs")]
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
         rows = re.findall(rf"^  (?:training step|preview|{uses}) .* s$", result.stdout, re.MULTILINE)
-        assert len(rows) == 4 - (trained is saving)
+        assert len(rows) == expected
+        assert ("steps (2x) on H100" in result.stdout) == (what == "upscaler")
         assert ("time of its update there is not counted" in " ".join(result.stdout.split())) == (trained is saving)
         assert "steps on H100, at the data sheet's speed, so at least" in result.stdout
     assert CliRunner().invoke(app, ["doctor", "--what", "pairs"]).exit_code == 2

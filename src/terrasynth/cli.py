@@ -399,8 +399,9 @@ def train(
 ) -> None:
     """Train the generator of RECIPE, its refiner or its painter of pairs, and nothing that it does not need.
 
-    Stopped or killed, the same command goes on from the last checkpoint. Started by `torchrun` or `accelerate launch`,
-    its processes share every step: the result is the same but for rounding, and it may go on in more or in fewer.
+    Of `pairs.two_stages`, both are trained, one after the other. Stopped or killed, the same command goes on from the
+    last checkpoint. Started by `torchrun` or `accelerate launch`, its processes share every step: the result is the
+    same but for rounding, and it may go on in more or in fewer.
     """
     with _every_process() as speaks:
         study = _open(recipe, data, out, max_minutes, _settings(overrides, skip_bad))
@@ -409,7 +410,8 @@ def train(
     if speaks:
         name = shlex.quote(str(model))
         use = {
-            "generator": f"Paint with it: terrasynth generate {name} --masks DIR",
+            "generator": f"Paint with it: terrasynth generate {name} --masks DIR"
+            + (", or --pairs N" if study.recipe.generator.layouts else ""),
             "refiner": f"Refine with it: terrasynth refine IMAGE MAP --model {name} --out FILE",
             "pairs": f"Paint with it: terrasynth generate {name} --pairs N",
         }
@@ -467,9 +469,9 @@ def generate(
         typer.Option(
             metavar="N",
             min=1,
-            help="Paint N images and their masks together, by the recipe's `pairs`, by its generator if that learns "
-            "`layouts`, or by the folder of such a model; `--set pairs.sampling.shares={road: 0.2}` asks the first for "
-            "classes.",
+            help="Paint N images and their masks together, by the recipe's `pairs` (trained first if the run's folder "
+            "has none), by its generator if that learns `layouts`, or by the folder of such a model; `--set "
+            "'pairs.sampling.shares={road: 0.2}'` asks the first for classes.",
         ),
     ] = None,
     out: Annotated[
@@ -522,25 +524,27 @@ def generate(
     """Paint labelled images for masks: a data set of images, masks, metadata and a card.
 
     Image i depends on its mask, the seed and i alone, and with --references on these images. Stopped or killed, the
-    same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only.
-    With --like, one GeoTIFF instead; with --pairs, the masks are painted too.
+    same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only
+    (of `pairs.sampling` and `sampling` with --pairs). With --like, one GeoTIFF instead; with --pairs, the masks are
+    painted too.
     """
+    from terrasynth.packaged import PACKAGED
     from terrasynth.recipe_io import override_defaults
 
     model = Path(source)
+    trained = model.is_dir() or source in PACKAGED
+    if trained and (data or run or max_minutes is not None):
+        raise typer.BadParameter(
+            "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
+        )
     if pairs is not None:
         if any(option is not None for option in (masks, count, like, steer, references)):
             raise typer.BadParameter(
                 "these belong to paintings under masks, and --pairs paints masks too",
                 param_hint="--masks, --count, --like, --steer, --references",
             )
-        if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
-            if data or run or max_minutes is not None:
-                raise typer.BadParameter(
-                    "these belong to a recipe, and a model's folder was given",
-                    param_hint="--data, --run, --max-minutes",
-                )
-            recipe = override_defaults(overrides or (), ("pairs", "sampling"))
+        if trained:
+            recipe = override_defaults(overrides or (), ("pairs.sampling", "sampling"))
         else:
             opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
             recipe = opened.recipe
@@ -549,10 +553,7 @@ def generate(
         from terrasynth.systems.pairs import generate_pairs
 
         folder, how = out or model.parent / "synthetic", recipe.pairs.sampling
-        painted_pairs = generate_pairs(
-            model, folder, how, count=pairs, images=recipe.sampling, seed=seed, license=license
-        )
-        typer.echo(painted_pairs)
+        typer.echo(generate_pairs(model, folder, how, count=pairs, images=recipe.sampling, seed=seed, license=license))
         return
     if like is not None and any(option is not None for option in (masks, count, steer, references)):
         raise typer.BadParameter(
@@ -561,13 +562,9 @@ def generate(
         )
     if like is not None and out is None:
         raise typer.BadParameter("name the picture, as painted.tif", param_hint="--out")
-    if model.is_dir() or (Path(__file__).parent / "weights" / source).is_dir():
+    if trained:
         if masks is None and like is None:
             raise typer.BadParameter("a model alone has no masks to paint; give their folder", param_hint="--masks")
-        if data or run or max_minutes is not None:
-            raise typer.BadParameter(
-                "these belong to a recipe, and a model's folder was given", param_hint="--data, --run, --max-minutes"
-            )
         painted: Path | Tiles | None = masks
         settings = override_defaults(overrides or (), ("sampling", "steering"))
     else:

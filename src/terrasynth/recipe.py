@@ -6,6 +6,7 @@ command line as `--set generator.train.steps=2000`.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ __all__ = [
     "SteeringConfig",
     "StudyConfig",
     "TrainConfig",
+    "UpscalerConfig",
     "WorldConfig",
 ]
 
@@ -515,7 +517,7 @@ class PairsSamplingConfig(_Config):
     """How pairs are painted."""
 
     steps: Positive = 50
-    """DDIM steps."""
+    """DDIM steps, of each stage."""
     shares: dict[str, Fraction] = {}
     """What share of the pixels of every painting is asked for, by class name (`{road: 0.2}`): the way to rare classes.
     All others are left open."""
@@ -533,11 +535,27 @@ class PairsSamplingConfig(_Config):
         return self
 
 
+class UpscalerConfig(_Config):
+    """The second stage of what paints pairs, and its training; what it does not name is as in the first."""
+
+    patch_size: Positive = 4
+    """Side of the squares of pixels that make one of the network's; 1 as published."""
+    widths: Annotated[tuple[Positive, ...], Field(min_length=2)] = (56, 96, 128)
+    """Channels of every level of the U-Net, from the outermost inwards."""
+    layers: Positive = 1
+    """Residual blocks of a level."""
+    attention: tuple[Positive, ...] = (8, 4)
+    """Sides of the feature maps that have self-attention."""
+    train: TrainConfig = TrainConfig(steps=4000, batch_size=8, ema_decay=0.999)
+    """The training run."""
+
+
 class PairsConfig(_Config):
     """What paints images and their masks together (SatSynth, Toker et al. 2024), and its training."""
 
     base: str | None = None
-    """Start from this: a SatSynth folder that TerraSynth saved; its sizes are kept. Null trains from scratch."""
+    """Start from this: a SatSynth folder that TerraSynth saved; its networks are kept, those of both stages if it has
+    two. Null trains from scratch."""
     codes: Literal["bits", "onehot"] = "bits"
     """How a mask is written in numbers: `bits` of the class index, or one channel a class (an ablation there)."""
     prediction: Literal["sample", "epsilon", "v_prediction"] = "sample"
@@ -565,12 +583,28 @@ class PairsConfig(_Config):
     """Seed of initialisation, data order, timesteps and noise."""
     train: TrainConfig = TrainConfig(steps=4000, batch_size=8, ema_decay=0.999)
     """The training run."""
+    two_stages: bool = False
+    """Paint pairs of half the size of the tiles (`data.image_size`), and enlarge them to it with a second stage. Both
+    are trained, one after the other."""
+    upscaler: UpscalerConfig = UpscalerConfig()
+    """With `two_stages`: the second."""
     sampling: PairsSamplingConfig = PairsSamplingConfig()
     """How pairs are painted."""
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on, JSON-able."""
-        return self.model_dump(mode="json", exclude={"train": HARMLESS, "sampling": True})
+        """What the trained weights depend on, JSON-able; what belongs to another choice is not among it."""
+        idle: dict[str, Any] = {"train": HARMLESS, "sampling": True, "upscaler": {"train": HARMLESS}}
+        if not self.two_stages:
+            idle |= {"two_stages": True, "upscaler": True}
+        return self.model_dump(mode="json", exclude=idle)
+
+    @property
+    def multiple(self) -> int:
+        """What the side of the tiles must be a multiple of, unless a `base` has other networks."""
+        token = self.patch_size * 2 ** (len(self.widths) - 1)
+        if not self.two_stages:
+            return token
+        return math.lcm(2 * token, self.upscaler.patch_size * 2 ** (len(self.upscaler.widths) - 1))
 
     @model_validator(mode="after")
     def _asks_what_it_learns(self) -> PairsConfig:
@@ -781,6 +815,7 @@ class Recipe(_Config):
             "segmentor": self.segmentor.train,
             "refiner": self.refiner.train,
             "pairs": self.pairs.train,
+            "pairs.upscaler": self.pairs.upscaler.train,
         }
         faults = [
             f"{section}.train.warmup_steps ({train.warmup_steps}) must be less than {section}.train.steps "
@@ -841,12 +876,11 @@ class Recipe(_Config):
         ]
         if self.generator.reference is None and any(arm.references for arm in study.arms):
             faults.append("references of an arm need a generator that learned to look at them: generator.reference")
-        token = self.pairs.patch_size * 2 ** (len(self.pairs.widths) - 1)
-        pairs = [arm.name for arm in study.arms if "pairs" in arm.kind]
-        if pairs and self.pairs.base is None and self.data.image_size % token:
+        pairs, least = [arm.name for arm in study.arms if "pairs" in arm.kind], self.pairs.multiple
+        if pairs and self.pairs.base is None and self.data.image_size % least:
             faults.append(
-                f"data.image_size ({self.data.image_size}) must be a multiple of {token} (pairs.patch_size, doubled "
-                f"for each of pairs.widths but one) in the arm {pairs[0]!r}"
+                f"data.image_size ({self.data.image_size}) must be a multiple of {least} (pairs.patch_size, doubled "
+                f"for each of pairs.widths but one, and for pairs.two_stages) in the arm {pairs[0]!r}"
             )
         faults += self._untrained_nulls()
         if faults:

@@ -121,14 +121,15 @@ def override_defaults(overrides: Sequence[str], sections: Sequence[str]) -> Reci
 
     Args:
         overrides: as `load_recipe` takes them.
-        sections: keys of `Recipe` that they may enter.
+        sections: dotted keys of `Recipe` that they may enter.
 
     Raises:
         TerraSynthError: an override of anything else, or one that `Recipe` does not take.
     """
     values = Recipe(name="defaults").model_dump(mode="json")
     for override in overrides:
-        if re.split(r"[.=]", override, maxsplit=1)[0].strip() not in sections:
+        key = override.partition("=")[0].strip()
+        if not any(f"{key}.".startswith(f"{section}.") for section in sections):
             raise TerraSynthError(
                 f"--set {override}: no recipe is given, so there is no such value to set",
                 expected=" or ".join(f"{section}.…" for section in sections),

@@ -26,7 +26,7 @@ _CARD = """\
 {front}---
 # {title}
 
-**These images are synthetic.** A generative model painted them from label masks; they show no real place. Every image
+**These images are synthetic.** A generative model painted them {masks}; they show no real place. Every image
 says so in its PNG text (`synthetic=1`), together with its seed and what it was made from (`terrasynth`).
 
 {count} samples. {files}
@@ -111,6 +111,7 @@ def dataset_card(
         front=yaml.safe_dump(head, sort_keys=False),
         title=title,
         count=contents.count,
+        masks="and their masks" if "pairs" in plan else "from label masks",
         files=files,
         versions=", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in contents.versions.items()),
         license=_UNKNOWN_LICENSE if license == _UNKNOWN else license,

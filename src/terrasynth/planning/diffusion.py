@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,18 +26,18 @@ from terrasynth.planning.stages import Work, step, tensors
 from terrasynth.sampling.guidance import guidance_chain
 from terrasynth.systems import satsynth
 from terrasynth.systems.idgbr import IDGBRPipeline
-from terrasynth.systems.pairs import build_pairs
+from terrasynth.systems.pairs import UPSCALER, build_pairs, build_upscaler
 from terrasynth.systems.refine import build_refiner, check_base, set_up
 from terrasynth.systems.satsynth import SatSynthPipeline
 from terrasynth.training.precision import autocast
 
 if TYPE_CHECKING:
     from terrasynth.data.schema import LabelSchema
-    from terrasynth.recipe import Precision, Recipe, RefinerConfig
+    from terrasynth.recipe import PairsConfig, Precision, Recipe, RefinerConfig, TrainConfig
 
-__all__ = ["Diffuses", "paint", "parameters", "pipeline_of", "pretended", "refine", "train"]
+__all__ = ["Diffuses", "paint", "parameters", "pipeline_of", "pretended", "refine", "train", "training"]
 
-Diffuses = Literal["refiner", "pairs"]
+Diffuses = Literal["refiner", "pairs", "upscaler"]
 
 _SHARED = (AutoencoderKL, PatchPCA, GuidanceNet, LabelCodes, ConditionEmbedding, UNet2DModel, UNet2DConditionModel)
 #: What the parts of a base may be; an encoder of conditions says of itself that it is a U-Net.
@@ -46,21 +47,31 @@ _PAIRS = ("unet", "scheduler", "label_codes", "embedding")
 
 
 def pipeline_of(recipe: Recipe, schema: LabelSchema, what: Diffuses) -> IDGBRPipeline | SatSynthPipeline:
-    """The recipe's refiner or painter of pairs as it is trained, on torch's default device.
+    """The recipe's refiner, painter of pairs or what enlarges these, as it is trained, on torch's default device.
 
     Raises:
         TerraSynthError: the configuration of its base is not here, or the settings do not fit it or the tiles.
     """
     size = recipe.data.image_size
-    if what == "pairs":
-        if recipe.pairs.base is None:
-            return build_pairs(recipe.pairs, schema, size)
-        return _based(SatSynthPipeline, recipe.pairs.base, _PAIRS, label_schema=schema.to_dict())
+    if what != "refiner":
+        return _pairs(recipe.pairs, schema, size, upscaler=what == "upscaler")
     config, side = recipe.refiner, min(recipe.refiner.crop or size, size)
     plain = config.model_copy(update={"alignment": None})
     pipeline = build_refiner(plain, schema, side) if config.base is None else _refiner(plain, config.base, schema, side)
     if config.alignment is not None:
         pipeline.align(config.alignment, config.alignment_weight, steps=config.alignment_steps, pretrained=False)
+    return pipeline
+
+
+def _pairs(config: PairsConfig, schema: LabelSchema, size: int, *, upscaler: bool) -> SatSynthPipeline:
+    base = config.base
+    if upscaler and base is not None:
+        base = str(inside) if (inside := Path(base, UPSCALER)).is_dir() else None
+    if base is None:
+        build = build_upscaler if upscaler else build_pairs
+        return build(config.model_copy(update={"base": None}), schema, size)
+    side = size // 2 if config.two_stages and not upscaler else size
+    pipeline: SatSynthPipeline = _based(SatSynthPipeline, base, _PAIRS, label_schema=schema.to_dict(), image_size=side)
     return pipeline
 
 
@@ -126,10 +137,7 @@ def train(
     recipe: Recipe, pipeline: IDGBRPipeline | SatSynthPipeline, *, gpu: bool, offload: bool | None = None
 ) -> Work:
     """A step of the training, as `stages.train` has that of the generator."""
-    if isinstance(pipeline, IDGBRPipeline):
-        config, side = recipe.refiner.train, int(pipeline.config.image_size)
-    else:
-        config, side = recipe.pairs.train, recipe.data.image_size
+    config, side = training(recipe, pipeline), int(pipeline.config.image_size)
     count = config.batch_size
     with unset_fake_temporarily():
         seeds = torch.arange(count)  # real, because they are read
@@ -138,6 +146,13 @@ def train(
     weights = tensors(*_networks(pipeline))
     work = step(pipeline.network, pipeline.training_loss, batch, config, weights, gpu=gpu, offload=offload)
     return replace(work, around=_nothing_given)
+
+
+def training(recipe: Recipe, pipeline: IDGBRPipeline | SatSynthPipeline) -> TrainConfig:
+    """The settings of a pipeline's training."""
+    if isinstance(pipeline, IDGBRPipeline):
+        return recipe.refiner.train
+    return recipe.pairs.upscaler.train if pipeline.config.condition == "half" else recipe.pairs.train
 
 
 @contextmanager
@@ -202,21 +217,23 @@ def refine(pipeline: IDGBRPipeline, windows: int, steps: int, precision: Precisi
 def paint(
     recipe: Recipe, pipeline: SatSynthPipeline, pairs: int, steps: int, precision: Precision, *, gpu: bool
 ) -> Work:
-    """Pairs, by all steps, asked for and guided as the recipe has it."""
-    sampling, side = recipe.pairs.sampling, recipe.data.image_size
-    terms = len(guidance_chain({"told": sampling.guidance_scale if sampling.shares else 1.0}))
+    """Pairs, by all steps, asked for and guided as the recipe has it; or enlarged."""
+    sampling, side, kind = recipe.pairs.sampling, int(pipeline.config.image_size), pipeline.config.condition
+    terms = len(guidance_chain({"told": sampling.guidance_scale if sampling.shares and kind != "half" else 1.0}))
     images = torch.zeros(pairs, 3, side, side, dtype=torch.uint8)
     masks, known = torch.zeros(pairs, side, side, dtype=torch.long), torch.zeros(pairs, side, side, dtype=torch.bool)
     joint = pipeline.encode(images.float(), masks)
-    given = pipeline.see(joint, known, known)
-    told = torch.zeros(terms * pairs, 2 * pipeline.num_classes)
+    # Seen and where it is given; or seen, and the noise of both it and the pair.
+    given = (joint, torch.cat([joint, joint])) if kind == "half" else pipeline.see(joint, known, known)
+    seen = None if kind == "none" else given[0]
+    told = torch.zeros(terms * pairs, 1 if kind == "half" else 2 * pipeline.num_classes)
     latents, clean, timestep = torch.zeros_like(joint), torch.zeros_like(joint), torch.zeros(pairs, dtype=torch.long)
 
     @torch.no_grad()
     def evaluate() -> None:
         x = latents.repeat(terms, 1, 1, 1)
-        condition = given[0].repeat(terms, 1, 1, 1) if pipeline.config.condition == "given" else None
-        pipeline._evaluate(x, timestep.repeat(terms), condition, told if pipeline.config.asks_classes else None)
+        condition = None if seen is None else seen.repeat(terms, 1, 1, 1)
+        pipeline._evaluate(x, timestep.repeat(terms), condition, None if pipeline.embedding is None else told)
 
     @torch.no_grad()
     def decode() -> None:

@@ -21,11 +21,11 @@ from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import TEXT_BRANCH, Trainable
 from terrasynth.models.text import word_encoder, word_tokenizer
+from terrasynth.packaged import packaged_or
 from terrasynth.systems.build import check_divides, check_positions
 from terrasynth.systems.todsynth import (
     TODSynthPipeline,
     mask_channels,
-    packaged_or,
     untrained_autoencoder,
     untrained_transformer,
 )

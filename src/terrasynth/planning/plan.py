@@ -48,7 +48,7 @@ class Plan:
 
     Attributes:
         about: what it trains, in words.
-        train: how.
+        steps: how many optimiser steps, by the name of the stage that is one.
         parameters: of every part: how many, and how many of them are trained.
         stages: in the order of a run.
         choices: the training step under other settings than the recipe's.
@@ -57,7 +57,7 @@ class Plan:
     """
 
     about: list[str]
-    train: TrainConfig
+    steps: dict[str, int]
     parameters: dict[str, tuple[int, int]]
     stages: list[Stage]
     choices: list[Stage]
@@ -147,14 +147,37 @@ def make_plan(
             f"gradient checkpointing {'on' if on else 'off'}",
         ]
         about = _about(recipe, config.base, recipe.data.image_size, config.train) + about
-        return Plan(about, config.train, counts, stages, choices, parts, notes)
+        return Plan(about, {"training step": config.train.steps}, counts, stages, choices, parts, notes)
 
 
-def _plan_diffusion(recipe: Recipe, schema: LabelSchema, what: Diffuses, notes: list[str], *, gpu: bool) -> Plan:
+def _plan_diffusion(
+    recipe: Recipe, schema: LabelSchema, what: Literal["refiner", "pairs"], notes: list[str], *, gpu: bool
+) -> Plan:
     """The plan of a refiner or a painter of pairs, of which everything is on the card all the time."""
-    config = recipe.refiner if what == "refiner" else recipe.pairs
+    plan = _plan_stage(recipe, schema, what, gpu=gpu)
+    if what == "pairs" and recipe.pairs.two_stages:
+        second = _plan_stage(recipe, schema, "upscaler", gpu=gpu)
+        both = plan.stages[-1].weights + second.stages[-1].weights  # where pairs are painted
+        for each in (plan, second):
+            each.stages[-1] = replace(each.stages[-1], weights=both)
+        plan = Plan(
+            [*plan.about, "painted at half the size, then enlarged (2x)"],
+            plan.steps | {f"{name} (2x)": steps for name, steps in second.steps.items()},
+            plan.parameters | {f"{name} (2x)": counts for name, counts in second.parameters.items()},
+            plan.stages + [replace(stage, name=f"{stage.name} (2x)") for stage in second.stages],
+            plan.choices + [replace(stage, name=f"{stage.name} (2x)") for stage in second.choices],
+            {},
+            [*plan.notes, *(f"2x: {note}" for note in second.notes)],
+        )
+    return replace(plan, notes=notes + plan.notes)
+
+
+def _plan_stage(recipe: Recipe, schema: LabelSchema, what: Diffuses, *, gpu: bool) -> Plan:
+    """The plan of one training and its use."""
     with pretend(gpu=gpu), track(4, "planning", unit="stages") as progress:
         pipeline = diffusion.pretended(recipe, schema, what)
+        config = diffusion.training(recipe, pipeline)
+        notes: list[str] = []
 
         def counted(name: str, work: Work) -> Stage:
             stage = work.count(name)
@@ -163,24 +186,24 @@ def _plan_diffusion(recipe: Recipe, schema: LabelSchema, what: Diffuses, notes: 
 
         stages = [counted("training step", diffusion.train(recipe, pipeline, gpu=gpu))]
         choices = []
-        if not config.train.offload_optimizer:
+        if not config.offload_optimizer:
             choices = [counted("offload_optimizer", diffusion.train(recipe, pipeline, gpu=gpu, offload=True))]
-        notes += _offloaded(config.train, stages[0])
+        notes += _offloaded(config, stages[0])
         if isinstance(pipeline, IDGBRPipeline):
-            size, steps, count = int(pipeline.config.image_size), _REFINING, _WINDOWS
-            shown = diffusion.refine(pipeline, _PREVIEWS, steps, config.train.precision, gpu=gpu)
+            base, steps, count = recipe.refiner.base, _REFINING, _WINDOWS
+            shown = diffusion.refine(pipeline, _PREVIEWS, steps, config.precision, gpu=gpu)
             used, name = diffusion.refine(pipeline, count, steps, "auto", gpu=gpu), f"refine {count} windows"
             if pipeline.config.each_class:
                 notes.append("A window is refined once for every class in it; told is what one of them takes")
         else:
-            size, sampling = recipe.data.image_size, recipe.pairs.sampling
+            base, sampling = recipe.pairs.base, recipe.pairs.sampling
             count, precision = sampling.batch_size, sampling.precision
-            shown = diffusion.paint(recipe, pipeline, *PREVIEW, config.train.precision, gpu=gpu)
+            shown = diffusion.paint(recipe, pipeline, *PREVIEW, config.precision, gpu=gpu)
             used, name = diffusion.paint(recipe, pipeline, count, sampling.steps, precision, gpu=gpu), f"paint {count}"
         preview = replace(counted("preview", shown), optimizer=stages[0].optimizer, average=stages[0].average)
         stages += [preview, counted(name, used)]
-        about = _about(recipe, config.base, size, config.train)
-        return Plan(about, config.train, diffusion.parameters(pipeline), stages, choices, {}, notes)
+        about = _about(recipe, base, int(pipeline.config.image_size), config)
+        return Plan(about, {"training step": config.steps}, diffusion.parameters(pipeline), stages, choices, {}, notes)
 
 
 def _about(recipe: Recipe, base: str | None, size: int, train: TrainConfig) -> list[str]:
@@ -232,12 +255,14 @@ def show_plan(plan: Plan, cards: Sequence[Card], console: Console) -> None:
     shares = sorted(plan.parts.items(), key=lambda part: -part[1])
     said = ", ".join(f"{part} {flops / sum(plan.parts.values()):.0%}" for part, flops in shares)
     lines = [f"Of the network's operations: {said}"] if said else []
-    step = next(stage for stage in plan.stages if stage.name == "training step")
-    for card in cards:
-        if card.speed is not None and step.peak <= card.memory:
-            time = duration(plan.train.steps * seconds(step.operations, card.speed))
-            speed = "the speed measured just now" if card.measured else "the data sheet's speed"
-            lines.append(f"All {plan.train.steps:,} steps on {card.name}, at {speed}, so at least: {time}")
+    for step in (stage for stage in plan.stages if stage.name in plan.steps):
+        steps = plan.steps[step.name]
+        for card in cards:
+            if card.speed is not None and step.peak <= card.memory:
+                time = duration(steps * seconds(step.operations, card.speed))
+                speed = "the speed measured just now" if card.measured else "the data sheet's speed"
+                which = step.name.removeprefix("training step")
+                lines.append(f"All {steps:,} steps{which} on {card.name}, at {speed}, so at least: {time}")
     lines += [
         *plan.notes,
         "Fits: in 92 % of the memory; drivers, kernels and gaps have the rest",

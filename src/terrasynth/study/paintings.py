@@ -12,8 +12,7 @@ from terrasynth.io import digest
 from terrasynth.sampling.flow import seeded_generator
 from terrasynth.study.products import painted_tiles, remade, segmentor_of
 from terrasynth.systems.generate import load_pipeline, paint, plan, steering_for
-from terrasynth.systems.pairs import paint_pairs
-from terrasynth.systems.satsynth import SatSynthPipeline
+from terrasynth.systems.pairs import load_pairs, paint_pairs
 from terrasynth.training.units import Unit
 
 if TYPE_CHECKING:
@@ -64,9 +63,9 @@ def _pairs(study: Study, seed: int) -> Unit:
 
     def work(folder: Path) -> None:
         with remade(study.pairs):
-            pipeline = SatSynthPipeline.from_pretrained(study.pairs.folder / "model")
+            painter = load_pairs(study.pairs.folder / "model", sampling.precision)
         paint_pairs(
-            pipeline.place(_DEVICE, sampling.precision),
+            painter,
             count,
             sampling,
             folder / "dataset",

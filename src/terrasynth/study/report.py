@@ -809,8 +809,10 @@ def _pairs(pairs: PairsConfig) -> str:
     """What paints images and masks together, in words."""
     origin = pairs.base or f"from scratch, levels of {', '.join(map(str, pairs.widths))} channels"
     asked = ", ".join(f"{name} {points(share, signed=False)} %" for name, share in pairs.sampling.shares.items())
+    second = f"at half the size, doubled by a second stage ({_training(pairs.upscaler.train)}); "
+    stages = second if pairs.two_stages else ""
     return (
-        f"pixel diffusion of image and mask together (SatSynth), {origin}; {_training(pairs.train)}; "
+        f"pixel diffusion of image and mask together (SatSynth), {origin}; {_training(pairs.train)}; {stages}"
         f"{pairs.sampling.steps} steps (DDIM)" + (f", asked for {asked} of the pixels" if asked else "")
     )
 

@@ -16,6 +16,7 @@ from terrasynth.curation.filter import dropped
 from terrasynth.curation.images import from_tiles, read_painted
 from terrasynth.data.folder import Tiles, check_splits, join, load_tiles, unlabelled_windows
 from terrasynth.data.prepared import ground_groups, imagery
+from terrasynth.packaged import packaged_or
 from terrasynth.recipe import HARMLESS, KINDS, ArmConfig, Recipe, SegmentorConfig
 from terrasynth.study import paintings
 from terrasynth.study.products import (
@@ -33,9 +34,9 @@ from terrasynth.study.report import write_report
 from terrasynth.study.results import write_results
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import model_digest
-from terrasynth.systems.pairs import fit_pairs
+from terrasynth.systems.pairs import UPSCALER, fit_pairs
 from terrasynth.systems.refine import check_refiner, fit_refiner
-from terrasynth.systems.todsynth import packaged_or
+from terrasynth.systems.satsynth import check_shares
 from terrasynth.tasks.folds import out_of_fold
 from terrasynth.tasks.refiner_scores import score_refiner
 from terrasynth.tasks.segmentation import Segmentor, adapt, batch_norms, fit, label
@@ -214,6 +215,7 @@ class Study:
     def pairs(self) -> Unit:
         """What paints images and masks together, trained on the training tiles."""
         config = self.recipe.pairs
+        check_shares(config.sampling.shares, self.train.schema)  # before hours of training
         inputs = {
             "pairs": config.identity(),
             "base": None if config.base is None else model_digest(config.base),
@@ -224,7 +226,7 @@ class Study:
             if not fit_pairs(self.train, config, folder, max_minutes=self.clock.left()).finished:
                 raise OutOfTime
 
-        made = {"products": ("model",), "scratch": ("checkpoints",)}
+        made = {"products": ("model",), "scratch": ("checkpoints", f"{UPSCALER}/checkpoints")}
         return self.unit("train what paints pairs", "", "pairs", inputs, work, together=True, **made)
 
     @property
@@ -540,6 +542,8 @@ class Study:
     def work(self) -> None:
         """Do every unit that is not done. What another process is at is left to it: several share the work."""
         self.test  # noqa: B018 (before anything is trained: no tile is in two splits)
+        if self.paints_pairs:
+            check_shares(self.recipe.pairs.sampling.shares, self.train.schema)
         tasks = self.tasks()
         while tasks:
             left: list[tuple[Task, Busy]] = []

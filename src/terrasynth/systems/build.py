@@ -10,11 +10,12 @@ import torch
 from terrasynth.data.folder import Tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
+from terrasynth.packaged import packaged_or
 from terrasynth.progress import say
 from terrasynth.systems.generate import Pipeline
 from terrasynth.systems.loading import loading
 from terrasynth.systems.tisynth import TISynthPipeline
-from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or, untrained_autoencoder
+from terrasynth.systems.todsynth import TODSynthPipeline, untrained_autoencoder
 from terrasynth.training.precision import computes_in_bfloat16
 
 if TYPE_CHECKING:

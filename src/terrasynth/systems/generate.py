@@ -17,15 +17,16 @@ from terrasynth.data.folder import Tiles
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import digest, read_json, weights_digest
+from terrasynth.packaged import packaged_or
 from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
 from terrasynth.systems.loading import blind
 from terrasynth.systems.tisynth import TISynthPipeline
-from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or
+from terrasynth.systems.todsynth import TODSynthPipeline
 
-__all__ = ["Job", "Pipeline", "load_pipeline", "model_digest", "paint", "plan", "steering_for"]
+__all__ = ["Job", "Pipeline", "load_pipeline", "model_class", "model_digest", "paint", "plan", "steering_for"]
 
 Pipeline = TODSynthPipeline | TISynthPipeline
 """What paints."""
@@ -206,6 +207,26 @@ def load_pipeline(model: str | Path) -> Pipeline:
     Raises:
         TerraSynthError: the folder is something else, or damaged.
     """
+    folder, kind = Path(packaged_or(model)), model_class(model)
+    if kind == "TISynthPipeline":
+        return TISynthPipeline.from_pretrained(folder)
+    if kind in ("SatSynthPipeline", "IDGBRPipeline"):
+        paints = kind == "SatSynthPipeline"
+        raise TerraSynthError(
+            "not the folder of a generator, which paints under masks",
+            path=folder,
+            found="what paints images and masks together" if paints else "a refiner",
+            fix="paint with --pairs N" if paints else "refine class maps with it: `terrasynth refine`",
+        )
+    return TODSynthPipeline.from_pretrained(folder)
+
+
+def model_class(model: str | Path) -> str | None:
+    """Of which class of pipeline a model's folder says that it is; `model` may be a packaged name.
+
+    Raises:
+        TerraSynthError: the folder is none of a model, or damaged.
+    """
     folder = Path(packaged_or(model))
     if not (folder / "model_index.json").is_file():
         raise TerraSynthError(
@@ -216,9 +237,7 @@ def load_pipeline(model: str | Path) -> Pipeline:
             fix="give the folder called `model` that `terrasynth train` printed",
         )
     index = read_json(folder / "model_index.json", fix="copy or train the model again")
-    if isinstance(index, dict) and index.get("_class_name") == "TISynthPipeline":
-        return TISynthPipeline.from_pretrained(folder)
-    return TODSynthPipeline.from_pretrained(folder)
+    return index.get("_class_name") if isinstance(index, dict) else None
 
 
 def model_digest(model: str | Path) -> str:

@@ -53,5 +53,6 @@ def paints_no_layouts() -> TerraSynthError:
         "the model can not paint layouts",
         found="a model that was trained without them",
         expected="one trained with generator.layouts",
-        fix="paint under masks (--masks), or train one: `terrasynth train RECIPE --set generator.layouts=0.5`",
+        fix="paint under masks (--masks), or train one: `terrasynth train RECIPE --set generator.layouts=0.5`, or what "
+        "paints both: `terrasynth train RECIPE --what pairs`",
     )

@@ -1,5 +1,6 @@
 """Images and masks that are painted together: from labelled tiles to a model, and from it to a dataset.
 
+One diffusion paints them in the size of the tiles, or two: the first in half of it, the second doubles that.
 The dataset may also be painted by a generator that learned layouts (`generator.layouts`): first the masks, then images
 under them.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,33 +23,49 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.data.write import SyntheticWriter
 from terrasynth.errors import TerraSynthError
-from terrasynth.io import atomic_dir, atomic_write, digest, read_json
+from terrasynth.io import atomic_dir, atomic_write, digest
+from terrasynth.packaged import packaged_or
 from terrasynth.progress import say, track
-from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig
-from terrasynth.systems.generate import load_pipeline, model_digest
+from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig, TrainConfig, UpscalerConfig
+from terrasynth.systems.generate import load_pipeline, model_class, model_digest
 from terrasynth.systems.loading import paints_no_layouts
-from terrasynth.systems.satsynth import Pairs, SatSynthPipeline
-from terrasynth.systems.todsynth import TODSynthPipeline, packaged_or
+from terrasynth.systems.satsynth import Pairs, SatSynthPipeline, halve
+from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Outcome, train
 from terrasynth.training.processes import process_state
+from terrasynth.training.units import Clock
 
-__all__ = ["LayoutPainter", "PairViews", "build_pairs", "fit_pairs", "generate_pairs", "paint_pairs"]
+__all__ = [
+    "UPSCALER",
+    "LayoutPainter",
+    "PairViews",
+    "TwoStages",
+    "build_pairs",
+    "build_upscaler",
+    "first_stage",
+    "fit_pairs",
+    "generate_pairs",
+    "load_pairs",
+    "paint_pairs",
+]
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: Paintings in a preview, and their steps.
 PREVIEW = 8, 20
+#: Folder of the second stage, in that of a training and in that of a model.
+UPSCALER = "upscaler"
 
 
 class PairViews(Dataset[dict[str, Tensor]]):
     """Labelled tiles under `views` fixed flips, quarter turns and zooms, which do not change colours.
 
     Item (index, seed) has `image` float32 (3, S, S) in [0, 1] and `mask` int64 (S, S), class indices or the ignore
-    index.
+    index; S is the tiles' or, where they are `halved`, half of that.
     """
 
-    def __init__(self, tiles: Tiles, views: int) -> None:
-        self.tiles, self.views = tiles, views
+    def __init__(self, tiles: Tiles, views: int, *, halved: bool = False) -> None:
+        self.tiles, self.views, self.halved = tiles, views, halved
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -55,67 +73,213 @@ class PairViews(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: Key) -> dict[str, Tensor]:
         index, seed = key
         image, mask = view(self.tiles.images[index], self.tiles.masks[index], seed % self.views)
-        return {"image": image.float() / 255, "mask": mask.long()}
+        image, mask = image.float() / 255, mask.long()
+        if self.halved:
+            images, masks = halve(image[None], mask[None], self.tiles.schema.num_classes)
+            image, mask = images[0], masks[0]
+        return {"image": image, "mask": mask}
 
 
 def build_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> SatSynthPipeline:
-    """An untrained pipeline of a recipe, or the `base` that it starts from."""
+    """What a recipe trains on tiles of this size, untrained or the `base` that it starts from; the first of two stages.
+
+    Raises:
+        TerraSynthError: the base is a second stage, or the tiles do not divide into the levels of the network.
+    """
+    side = image_size // 2 if config.two_stages else image_size
     if config.base is None:
-        pipeline = SatSynthPipeline.from_scratch(
-            schema,
-            codes=config.codes,
-            prediction_type=config.prediction,
-            patch_size=config.patch_size,
-            widths=config.widths,
-            layers=config.layers,
-            attention=config.attention,
-            asks_classes=config.asks_classes,
-            condition=config.condition,
-            image_size=image_size,
-            seed=config.seed,
-        )
+        pipeline = _from_scratch(config, config, schema, side, asks_classes=config.asks_classes)
     else:
-        pipeline = SatSynthPipeline.from_pretrained(config.base, label_schema=schema.to_dict())
+        pipeline = first_stage(config.base, label_schema=schema.to_dict(), image_size=side)
     pipeline.class_dropout, pipeline.given_dropout = config.class_dropout, config.given_dropout
+    least = pipeline.multiple * (2 if config.two_stages else 1)
+    return _divides(pipeline, image_size, least)
+
+
+def build_upscaler(config: PairsConfig, schema: LabelSchema, image_size: int) -> SatSynthPipeline:
+    """The second stage of a recipe, untrained or its base's; arguments and errors as of `build_pairs`."""
+    base = None if config.base is None else Path(config.base, UPSCALER)
+    if base is None or not base.is_dir():
+        pipeline = _from_scratch(config, config.upscaler, schema, image_size, condition="half")
+    else:
+        pipeline = SatSynthPipeline.from_pretrained(base, label_schema=schema.to_dict(), image_size=image_size)
+    return _divides(pipeline, image_size, pipeline.multiple)
+
+
+def _from_scratch(
+    config: PairsConfig, sizes: PairsConfig | UpscalerConfig, schema: LabelSchema, side: int, **options: Any
+) -> SatSynthPipeline:
+    return SatSynthPipeline.from_scratch(
+        schema,
+        codes=config.codes,
+        prediction_type=config.prediction,
+        patch_size=sizes.patch_size,
+        widths=sizes.widths,
+        layers=sizes.layers,
+        attention=sizes.attention,
+        image_size=side,
+        seed=config.seed,
+        **({"condition": config.condition} | options),
+    )
+
+
+def _divides(pipeline: SatSynthPipeline, image_size: int, least: int) -> SatSynthPipeline:
+    if image_size % least:
+        raise TerraSynthError(
+            "the tiles do not divide into the levels of what paints pairs",
+            found=f"data.image_size {image_size}",
+            expected=f"a multiple of {least}",
+            fix="change data.image_size, or patch_size or widths",
+        )
+    return pipeline
+
+
+def first_stage(model: str | Path, **options: Any) -> SatSynthPipeline:
+    """What paints pairs, loaded; options as of `SatSynthPipeline.from_pretrained`.
+
+    Raises:
+        TerraSynthError: there is none, or it is something else or a second stage.
+    """
+    if Path(packaged_or(model)).is_dir() and (kind := model_class(model)) != "SatSynthPipeline":
+        raise TerraSynthError(
+            "not the folder of what paints images and masks together",
+            path=model,
+            found=f"a model of {kind}",
+            expected="what `terrasynth train --what pairs` printed",
+        )
+    pipeline = SatSynthPipeline.from_pretrained(model, **options)
+    if pipeline.config.condition == "half":
+        raise TerraSynthError(
+            "a second stage alone paints no pairs, it enlarges them",
+            path=model,
+            expected="what `terrasynth train --what pairs` printed",
+            fix=f"give the folder that `{UPSCALER}` lies in",
+        )
     return pipeline
 
 
 def fit_pairs(tiles: Tiles, config: PairsConfig, folder: Path, *, max_minutes: float | None = None) -> Outcome:
     """Train on labelled tiles what paints images and masks together; `folder/model` is the result.
 
-    Run again after an interruption it goes on from the last checkpoint; finished, it returns at once.
+    Of two stages the second is trained in `folder/upscaler`, and lies in `folder/model/upscaler`. Run again after an
+    interruption it goes on from the last checkpoint; finished, it returns at once.
     """
-    pipeline = build_pairs(config, tiles.schema, tiles.images.shape[-1])
-    pipeline.place(_DEVICE, config.train.precision)
+    clock, identity = Clock(max_minutes), config.identity()
+    size, schema = tiles.images.shape[-1], tiles.schema
+    first = build_pairs(config, schema, size)
+    second = build_upscaler(config, schema, size) if config.two_stages else None
+    outcome = _fit(
+        first,
+        PairViews(tiles, config.views, halved=config.two_stages),
+        config.train,
+        folder,
+        seed=config.seed,
+        identity={"pairs": {name: value for name, value in identity.items() if name not in ("train", "upscaler")}},
+        max_minutes=clock.left(),
+        label="training what paints pairs",
+    )
+    if second is not None and outcome.finished:
+        outcome = _fit(
+            second,
+            PairViews(tiles, config.views),
+            config.upscaler.train,
+            folder / UPSCALER,
+            seed=config.seed,
+            identity={"upscaler": {name: value for name, value in identity.items() if name != "train"}},
+            max_minutes=clock.left(),
+            label="training what enlarges pairs",
+        )
+    if outcome.finished and process_state().is_main_process and not (folder / "model").is_dir():
+        with atomic_dir(folder / "model") as partial:
+            first.save_pretrained(partial)
+            if second is not None:
+                second.save_pretrained(partial / UPSCALER)
+    return outcome
 
-    shown, steps = PREVIEW
+
+def _fit(
+    pipeline: SatSynthPipeline,
+    views: PairViews,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    identity: Mapping[str, object],
+    **options: Any,
+) -> Outcome:
+    """Train one stage; its weights are on the processor afterwards."""
+    pipeline.place(_DEVICE, config.precision)
 
     def preview(step: int) -> dict[str, float]:
-        painted = pipeline(seeds=range(shown), num_steps=steps)
         with atomic_write(folder / "previews" / f"step-{step:08d}.png") as partial:
-            contact_sheet({"painted": painted.images.cpu()}, painted.masks.cpu(), tiles.schema).save(partial)
+            _show(pipeline, views.tiles).save(partial)
         return {}
 
     outcome = train(
         pipeline.network,
         pipeline.training_loss,
-        PairViews(tiles, config.views),
-        config.train,
+        views,
+        config,
         folder,
-        seed=config.seed,
-        identity={
-            "pairs": {name: value for name, value in config.identity().items() if name != "train"},
-            "data": tiles.fingerprint(),
-        },
+        identity={**identity, "data": views.tiles.fingerprint()},
         evaluate=preview,
-        max_minutes=max_minutes,
-        label="training what paints pairs",
+        **options,
     )
-    if outcome.finished and process_state().is_main_process and not (folder / "model").is_dir():
-        nn.Module.to(pipeline.network, "cpu", torch.float32)
-        with atomic_dir(folder / "model") as partial:
-            pipeline.save_pretrained(partial)
+    nn.Module.to(pipeline.network, "cpu", torch.float32)
     return outcome
+
+
+def _show(pipeline: SatSynthPipeline, tiles: Tiles) -> Image:
+    """What a stage paints; the second enlarges the first tiles from half their size."""
+    count, steps = PREVIEW
+    if pipeline.config.condition != "half":
+        painted = pipeline(seeds=range(count), num_steps=steps)
+        return contact_sheet({"painted": painted.images.cpu()}, painted.masks.cpu(), tiles.schema)
+    real = tiles.first(count)
+    images, masks = halve(real.images.float() / 255, real.masks, tiles.schema.num_classes)
+    large = pipeline.upscale((images * 255).round().byte(), masks, seeds=range(len(real)), num_steps=steps)
+    return contact_sheet({"real": real.images, "enlarged": large.images.cpu()}, large.masks.cpu(), tiles.schema)
+
+
+class TwoStages:
+    """A pair of half the size, then twice as large: two pipelines as one that paints pairs.
+
+    Args:
+        first: paints.
+        second: enlarges, a pipeline with the condition `half`.
+    """
+
+    def __init__(self, first: SatSynthPipeline, second: SatSynthPipeline) -> None:
+        self.first, self.second = first, second
+        self.schema, self.ask = first.schema, first.ask
+
+    def __call__(
+        self,
+        *,
+        seeds: Sequence[int],
+        shares: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        num_steps: int = 50,
+        precision: Precision | None = None,
+    ) -> Pairs:
+        """Paint pairs, as `SatSynthPipeline` does; `num_steps` are those of each stage."""
+        small = self.first(
+            seeds=seeds, shares=shares, guidance_scale=guidance_scale, num_steps=num_steps, precision=precision
+        )
+        # Other seeds: the noise of both stages would begin with the same numbers.
+        others = [int(digest(seed, "upscale"), 16) >> 1 for seed in seeds]
+        return self.second.upscale(*small, seeds=others, num_steps=num_steps, precision=precision)
+
+
+def load_pairs(model: str | Path, precision: Precision) -> SatSynthPipeline | TwoStages:
+    """What `fit_pairs` saved, of one stage or two, where it computes.
+
+    Raises:
+        TerraSynthError: it is something else, or damaged.
+    """
+    first = first_stage(model).place(_DEVICE, precision)
+    if not (upscaler := Path(model, UPSCALER)).is_dir():
+        return first
+    return TwoStages(first, SatSynthPipeline.from_pretrained(upscaler).place(_DEVICE, precision))
 
 
 class LayoutPainter:
@@ -160,7 +324,7 @@ class LayoutPainter:
 
 
 def paint_pairs(
-    pipeline: SatSynthPipeline | LayoutPainter,
+    pipeline: SatSynthPipeline | TwoStages | LayoutPainter,
     count: int,
     sampling: PairsSamplingConfig,
     folder: Path,
@@ -192,8 +356,10 @@ def paint_pairs(
     """
     settings = sampling.model_dump(mode="json", exclude={"batch_size"})
     plan = {**provenance, "run_seed": seed, "pairs": settings}
+    size = sampling.batch_size
+    asked = pipeline.ask(sampling.shares, size) if sampling.shares else None
     writer = SyntheticWriter(folder, pipeline.schema, plan=plan, license=license)
-    done, size = writer.done(), sampling.batch_size
+    done = writer.done()
     if len(done) > count:
         say(f"{folder} has {len(done)} pairs already, more than the {count} asked for: it is left as it is")
     jobs = [(f"{index:06d}", int(digest(seed, index, "pair"), 16) >> 1) for index in range(count)]
@@ -207,7 +373,7 @@ def paint_pairs(
                 between()
             pairs = pipeline(
                 seeds=[each for _, each in batch],
-                shares=pipeline.ask(sampling.shares, len(batch)) if sampling.shares else None,
+                shares=None if asked is None else asked[: len(batch)],
                 guidance_scale=sampling.guidance_scale,
                 num_steps=sampling.steps,
                 precision=sampling.precision,
@@ -241,21 +407,14 @@ def generate_pairs(
     if license is not None:
         check_license(license)  # before the model is loaded
     provenance: dict[str, Any] = {"model": model_digest(model)}
-    painter: SatSynthPipeline | LayoutPainter
-    if _is_generator(model):
+    painter: SatSynthPipeline | TwoStages | LayoutPainter
+    if model_class(model) == "SatSynthPipeline":
+        painter = load_pairs(model, sampling.precision)
+    else:
         images = SamplingConfig() if images is None else images
         generator = load_pipeline(model)
         if not isinstance(generator, TODSynthPipeline) or not generator.paints_layouts:
             raise paints_no_layouts()
         painter = LayoutPainter(generator.place(_DEVICE, sampling.precision), images)
         provenance["sampling"] = images.model_dump(mode="json", exclude={"batch_size", "precision"})
-    else:
-        painter = SatSynthPipeline.from_pretrained(model).place(_DEVICE, sampling.precision)
     return paint_pairs(painter, count, sampling, folder, seed=seed, provenance=provenance, license=license)
-
-
-def _is_generator(model: Path) -> bool:
-    """Whether a folder, or a packaged name, is that of a model that paints under masks."""
-    index = Path(packaged_or(model)) / "model_index.json"
-    known = read_json(index, fix="copy or train the model again") if index.is_file() else None
-    return isinstance(known, dict) and known.get("_class_name") in ("TODSynthPipeline", "TISynthPipeline")

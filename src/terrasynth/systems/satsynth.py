@@ -32,7 +32,7 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision
 
-__all__ = ["PUBLISHED", "Condition", "Pairs", "SatSynthPipeline", "class_shares", "halve"]
+__all__ = ["PUBLISHED", "Condition", "Pairs", "SatSynthPipeline", "check_shares", "class_shares", "halve"]
 
 Condition = Literal["none", "given", "half"]
 
@@ -169,6 +169,11 @@ class SatSynthPipeline(SavedPipeline):
         """K."""
         return int(self.label_codes.config.num_classes)
 
+    @property
+    def multiple(self) -> int:
+        """What the sides of the pairs that it paints must be multiples of."""
+        return int(self.config.patch_size * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
     # The joint code
 
     def encode(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -200,11 +205,7 @@ class SatSynthPipeline(SavedPipeline):
         Raises:
             TerraSynthError: there is no such class, or the shares sum to more than 1.
         """
-        unknown = sorted(set(shares) - set(self.schema.names))
-        if unknown:
-            raise TerraSynthError("no such class", found=unknown[0], expected=", ".join(self.schema.names))
-        if min(shares.values(), default=0) < 0 or sum(shares.values()) > 1 + 1e-6:
-            raise TerraSynthError("these are no shares of the pixels", found=dict(shares), expected="a sum up to 1")
+        check_shares(shares, self.schema)
         return torch.tensor([shares.get(name, math.nan) for name in self.schema.names]).expand(count, -1)
 
     def see(self, joint: Tensor, image_given: Tensor, mask_given: Tensor) -> tuple[Tensor, Tensor]:
@@ -472,9 +473,9 @@ class SatSynthPipeline(SavedPipeline):
         tensors = {"images": images, "known": known, "masks": masks}
         sizes = {name: tuple(tensor.shape[-2:]) for name, tensor in tensors.items() if tensor is not None}
         height, width = size or next(iter(sizes.values()), (self.config.image_size,) * 2)
-        factor = self.config.patch_size * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if self.config.condition == "half":
-            factor = max(1, factor // 2)
+        factor = self.multiple
+        if self.config.condition == "half":  # what is given is half as large
+            factor = factor // math.gcd(factor, 2)
         if height % factor or width % factor:
             raise TerraSynthError(
                 "the size does not divide into the levels of the network",
@@ -630,6 +631,19 @@ class SatSynthPipeline(SavedPipeline):
 def condition_channels(condition: Condition, joint: int) -> int:
     """Numbers a pixel that a network sees beside the noisy pair, which has `joint`."""
     return {"none": 0, "given": joint + _FLAGS, "half": joint}[condition]
+
+
+def check_shares(shares: Mapping[str, float], schema: LabelSchema) -> None:
+    """Refuse what can not be asked for: shares of the pixels by class name.
+
+    Raises:
+        TerraSynthError: there is no such class, or the shares sum to more than 1.
+    """
+    unknown = sorted(set(shares) - set(schema.names))
+    if unknown:
+        raise TerraSynthError("no such class to ask for", found=unknown[0], expected=", ".join(schema.names))
+    if min(shares.values(), default=0) < 0 or sum(shares.values()) > 1 + 1e-6:
+        raise TerraSynthError("these are no shares of the pixels", found=dict(shares), expected="a sum up to 1")
 
 
 def class_shares(masks: Tensor, num_classes: int) -> Tensor:

@@ -7,7 +7,6 @@ the paper, after SatSynth, is that the masks may be painted first, by the same n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -25,6 +24,7 @@ from terrasynth.models.autoencoder import PatchPCA, spatial_factor
 from terrasynth.models.control import CONTROL_SCHEMES
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.models.text import PromptCache, encode_prompts, word_encoder, word_tokenizer
+from terrasynth.packaged import packaged_or
 from terrasynth.sampling.categories import category_loss, category_scores, category_velocity, to_codes, to_points
 from terrasynth.sampling.flow import (
     FlowBatch,
@@ -45,34 +45,11 @@ from terrasynth.training.precision import autocast, computes_in_bfloat16, round_
 if TYPE_CHECKING:
     from terrasynth.recipe import GeneratorConfig, Precision, SamplingConfig
 
-__all__ = ["PACKAGED", "TODSynthPipeline", "packaged_or", "untrained_autoencoder", "untrained_transformer"]
+__all__ = ["TODSynthPipeline", "untrained_autoencoder", "untrained_transformer"]
 
-_WEIGHTS = Path(__file__).parents[1] / "weights"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 #: How often a layout is learned without its prompt, at least: to paint any layout is the rule, and images have prompts.
 _ANY_LAYOUT = 0.5
-#: Base models that come with the package, loaded by name.
-PACKAGED = ("terrasynth-tiny",)
-
-
-def packaged_or(model: str | Path) -> str | Path:
-    """The folder of a model that comes with the package; anything else as it is.
-
-    Raises:
-        TerraSynthError: a bare name, neither packaged nor a folder here: what hubs have is called OWNER/NAME.
-    """
-    name = str(model)
-    if name in PACKAGED:
-        return _WEIGHTS / name
-    if "/" not in name and not Path(name).exists():
-        near = difflib.get_close_matches(name, PACKAGED, n=1)
-        raise TerraSynthError(
-            "no such model",
-            path=name,
-            expected=f"{', '.join(PACKAGED)}, a folder, or OWNER/NAME on the hub",
-            fix=f"did you mean `{near[0]}`?" if near else "correct the name",
-        )
-    return model
 
 
 class TODSynthPipeline(MaskPipeline):

@@ -27,6 +27,7 @@ from terrasynth.data.scenes import check_aligned
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import TIFF_SUFFIXES, digest, read_json, weights_digest
+from terrasynth.packaged import PACKAGED, packaged_or
 from terrasynth.progress import say, track
 from terrasynth.tasks.bands import Tolerance, as_labels, dilate, disc, mixed, planes
 from terrasynth.tasks.class_map import Made, alone_at, append_rows, is_finished, open_rows, tidy, write_map
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Confidence", "RefineSettings", "Refiner", "load_refiner", "refine"]
 
-_WEIGHTS = Path(__file__).parents[1] / "weights"
 #: Scores that differ by less are equal.
 _EQUAL = 1e-6
 
@@ -164,8 +164,7 @@ def load_refiner(model: str | Path, *, steps: int = 4, strength: float = 1.0, gu
         TerraSynthError: the folder is no refiner's, or the strength is not above 0 and up to 1. What is wrong with its
             parts shows when it is used.
     """
-    packaged = _WEIGHTS / str(model)
-    folder = packaged if packaged.is_dir() else Path(model)
+    folder = Path(packaged_or(model) if str(model) in PACKAGED else model)
     path = folder / "model_index.json"
     index = read_json(path, fix="copy the folder again") if path.is_file() else None
     kind = index.get("_class_name") if isinstance(index, dict) else None
