@@ -20,7 +20,8 @@ from terrasynth.planning.footprint import Speed, count, enter, flops, flops_by_m
 from terrasynth.planning.plan import make_plan
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
-from terrasynth.systems.todsynth import load_pipeline, packaged_or
+from terrasynth.systems.generate import load_pipeline
+from terrasynth.systems.todsynth import packaged_or
 from terrasynth.training.loop import train
 
 MIB = 2**20

@@ -192,7 +192,7 @@ KILLS = [
     (1, "cells/real-.*/training/checkpoints"),
     (0, "cells/real-.*/segmentor$"),
     (0, "cells/real-.*/unit.json"),
-    (1, "generator-.*/training/checkpoints"),
+    (1, "generator-.*/checkpoints"),
     (0, "generator-.*/unit.json"),
     (2, "synthetic/.*/images/"),
     (0, "synthetic/.*/unit.json"),
