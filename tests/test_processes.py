@@ -76,9 +76,10 @@ def name(variant):
 
 # Forked after the imports, which take longer than everything else here.
 TOGETHER = """
-import json, os, signal, socket, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 import torch
+from torch.distributed import TCPStore
 torch.set_num_threads(1)
 from test_processes import UNEVEN, VARIANTS, config, metric, name, run, train_variant
 from terrasynth.cli import _every_process
@@ -87,10 +88,10 @@ from terrasynth.training.processes import process_state
 root = Path(sys.argv[1])
 
 def launch(count, work):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # The launcher keeps the store and outlives them all, as torchrun and accelerate do.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_USE_AGENT_STORE": True}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     children = []
     for rank in range(count):
         if pid := os.fork():
