@@ -72,6 +72,7 @@ def tiny_recipe() -> Recipe:
             "sampling": {"steps": 3, "batch_size": 2},
             "steering": {"steps": 2},
             "segmentor": {
+                "encoder": "tu-test_resnet",
                 "options": {"encoder_depth": 3, "decoder_channels": [16, 16, 8]},
                 "train": {"steps": 4, "batch_size": 4, "evaluate_every": 2, "checkpoint_every": 2, "warmup_steps": 1},
             },

@@ -209,7 +209,10 @@ def test_the_commands_follow_one_another(tmp_path, monkeypatch):
         data: {{image_size: 32, world: {{train: 4, validation: 2, test: 2}}}}
         generator: {{width: 16, heads: 2, blocks: 1, views: 1, train: {training}}}
         sampling: {{steps: 2}}
-        segmentor: {{train: {training}}}
+        segmentor:
+          encoder: tu-test_resnet
+          options: {{encoder_depth: 3, decoder_channels: [16, 16, 8]}}
+          train: {training}
         study:
           seeds: [0, 1]
           ratio: 1

@@ -473,7 +473,7 @@ def test_layouts_of_a_toy_are_learned_and_so_are_images_under_them():
     embeds, pooled = pipeline.prompts(pipeline.captions(masks))
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     steps, size, rate = 280, 32, 3e-3
-    optimizer = torch.optim.AdamW(parameters, rate, foreach=True)
+    optimizer = torch.optim.AdamW(parameters, rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
     for step in range(steps):
         rows = torch.randint(256, (size,), generator=torch.Generator().manual_seed(step))

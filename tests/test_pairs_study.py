@@ -18,6 +18,7 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import choose_arms
 from terrasynth.study.left import outlook
+from terrasynth.study.results import write_results
 from terrasynth.study.run import Study
 from terrasynth.systems.satsynth import SatSynthPipeline
 
@@ -196,7 +197,9 @@ def test_pairs_are_filtered_by_the_teacher_as_other_paintings(finished, tiny_rec
         {"name": "filtered", "synthetic": "pairs", "filter": True},
         {"name": "curated", "synthetic": "pairs", "curate": {"resample": 2}},
     ]
-    Study(with_arms(tiny_recipe, arms, seeds=[0]), Path(), tmp_path / "study").run()
+    study = Study(with_arms(tiny_recipe, arms, seeds=[0]), Path(), tmp_path / "study")
+    study.work()
+    write_results(study, "")
     results = results_of(tmp_path / "study")
     assert 0 <= results["filtered"]["filtered"]["dropped"] < 1
     assert results["curated"]["curated"]["used"] > 0

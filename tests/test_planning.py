@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from terrasynth.planning.footprint import Speed, count, enter, flops, flops_by_m
 from terrasynth.planning.plan import make_plan
 from terrasynth.recipe import Recipe
 from terrasynth.recipe_io import load_recipe
+from terrasynth.systems.generate import load_pipeline
+from terrasynth.systems.todsynth import packaged_or
 from terrasynth.training.loop import train
 
 MIB = 2**20
@@ -292,12 +296,35 @@ def test_the_doctor_prints_every_stage_and_where_it_fits(recipe, tmp_path):
     assert "All 6 steps on H100, at the data sheet's speed, so at least" in result.stdout
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """What `terrasynth-tiny` says of itself, but with two blocks instead of six: every operation, a third as often."""
+    folder = tmp_path_factory.mktemp("base") / "shallow"
+    shutil.copytree(packaged_or("terrasynth-tiny"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 2}))
+    return folder
+
+
+def test_the_packaged_base_is_planned_with_the_weights_it_has(recipe):
+    based = recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"base": "terrasynth-tiny"})})
+    with torch.device("meta"):
+        planned = parts.pipeline_of(based, WORLD_SCHEMA, None, gpu=False)
+    loaded = load_pipeline("terrasynth-tiny")
+    loaded.adapt(WORLD_SCHEMA)
+    shapes = [
+        [{name: tuple(value.shape) for name, value in part.state_dict().items()} for part in parts.modules(pipeline)]
+        for pipeline in (planned, loaded)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize(("trained", "painted"), [("bf16", "fp32"), ("fp32", "bf16"), ("auto", "auto")])
 @pytest.mark.parametrize("gpu", [True, False])
-def test_every_mixture_of_precisions_is_planned(recipe, trained, painted, gpu):
+def test_every_mixture_of_precisions_is_planned(recipe, shallow, trained, painted, gpu):
     """Frozen weights are in bfloat16 where the training is, all weights where the painting is."""
     values = with_training(recipe, precision=trained).model_dump(mode="json")
-    values["generator"] |= {"base": "terrasynth-tiny", "trainable": "mask"}
+    values["generator"] |= {"base": str(shallow), "trainable": "mask"}
     values["sampling"] |= {"precision": painted}
     plan = make_plan(Recipe.model_validate(values), Path(), gpu=gpu)
     assert [stage.name for stage in plan.stages][1:4] == ["training step", "preview", "encode prompts to paint"]

@@ -37,9 +37,8 @@ def tiles():
 
 
 def config(steps=4, learning_rate=2e-3, **changes):
-    train = TrainConfig(
-        steps=steps, batch_size=4, learning_rate=learning_rate, warmup_steps=2, checkpoint_every=2, evaluate_every=steps
-    )
+    often = {"checkpoint_every": steps // 2, "evaluate_every": steps}
+    train = TrainConfig(steps=steps, batch_size=4, learning_rate=learning_rate, warmup_steps=2, **often)
     values = {"widths": (16, 16), "patch_size": 4, "crop": 24, "train": train} | changes
     return RefinerConfig(rough=RoughConfig(noise=3, invented=0.5), **values)
 

@@ -53,7 +53,7 @@ def fitted(steps, batch_size=16, **changes):
     """A toy's pipeline after so many steps of AdamW."""
     pipeline = SatSynthPipeline.from_scratch(SCHEMA, **TOY | changes)
     images, masks = toy_tiles(512, 0)
-    optimizer = torch.optim.AdamW(pipeline.network.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(pipeline.network.parameters(), 3e-3, fused=True)
     for step in range(steps):
         seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
         rows = seeds % 512

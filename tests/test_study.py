@@ -1,10 +1,10 @@
 import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+import torch
 from safetensors.torch import load_file, save_file
 
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import open_image
 from terrasynth.recipe import ArmConfig, Recipe, SearchConfig
 from terrasynth.study.report import read_results, verdict
+from terrasynth.study.results import write_results
 from terrasynth.study.run import Study
 from terrasynth.study.workers import workers
 from terrasynth.training.units import Clock, OutOfTime, do
@@ -147,8 +148,7 @@ def test_finished_units_are_not_computed_again(finished, tiny_recipe):
 def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
     before = stamps(finished)
     steering = tiny_recipe.steering.model_copy(update={"strength": 0.2})
-    study = Study(tiny_recipe.model_copy(update={"steering": steering}), Path(), finished)
-    study.run()
+    Study(tiny_recipe.model_copy(update={"steering": steering}), Path(), finished).work()
     after = stamps(finished)
     assert {name: after[name] for name in before} == before
     new = {name.rsplit("-", 1)[0] for name in after.keys() - before.keys()}
@@ -158,39 +158,53 @@ def test_only_what_depends_on_a_change_is_computed_again(finished, tiny_recipe):
         *(f"scores/agreement-steered-seed-{seed}" for seed in (0, 1)),
         *(f"audits/steered-seed-{seed}" for seed in (0, 1)),
     }
-    Study(tiny_recipe, Path(), finished).run()  # leave results.json as the other tests expect it
 
 
-def run_and_kill(recipe, folder, waits, jobs=1):
-    """Run a study in another process that is killed after each of `waits` in seconds, and once more to its end."""
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    code = (
-        "import sys; from pathlib import Path; from terrasynth.recipe_io import load_recipe;"
-        "from terrasynth.study.run import Study; from terrasynth.study.workers import workers\n"
-        "loaded = load_recipe(sys.argv[1], []); what = loaded.recipe, loaded.base, Path(sys.argv[2])\n"
-        f"with workers({jobs - 1}, *what): print('ready', flush=True); Study(*what).run()"
-    )
-    command = [sys.executable, "-c", code, str(path), str(folder / "out")]
-    kills = 0
-    for seconds in (*waits, None):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
-        assert process.stdout is not None
-        process.stdout.readline()
-        if seconds is None:
-            assert process.wait(240) == 0
-            break
-        time.sleep(seconds)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills, "the study was over before it could be killed"
-    return scores(folder / "out")
+def done(study):
+    """Do a study but for its page, which takes longer than most units, and read its scores."""
+    study.work()
+    write_results(study, "")
+    return scores(study.out)
+
+
+def dies_before(run, number, made):
+    """`run()` in a process that is killed right before its change `number`, counted from 0, that puts a finished file
+    or folder with a path like `made` in its place. Whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        changes = itertools.count()
+
+        def watch(event, arguments):
+            if event == "os.rename" and re.search(made, str(arguments[1])) and next(changes) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        try:
+            torch.set_num_threads(1)
+            run()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+#: How often a study came so far, in every kind of unit, before it was killed.
+KILLS = [
+    (1, "cells/real-.*/training/checkpoints"),
+    (0, "cells/real-.*/segmentor$"),
+    (0, "cells/real-.*/unit.json"),
+    (1, "generator-.*/checkpoints"),
+    (0, "generator-.*/unit.json"),
+    (2, "synthetic/.*/images/"),
+    (0, "synthetic/.*/unit.json"),
+    (0, "scores/.*/unit.json"),
+    (0, "audits/"),
+]
 
 
 def test_killed_at_any_time_it_ends_with_the_results_of_an_uninterrupted_run(finished, tiny_recipe, tmp_path):
-    assert run_and_kill(tiny_recipe, tmp_path, (2.0, 5.0)) == scores(finished)
+    for number, made in KILLS:
+        assert dies_before(Study(tiny_recipe, Path(), tmp_path).work, number, made), made
+    assert done(Study(tiny_recipe, Path(), tmp_path)) == scores(finished)
 
 
 def decided(study):
@@ -324,8 +338,7 @@ def test_another_process_does_the_units_and_what_it_is_at_is_waited_for(finished
                 break
             time.sleep(0.1)
         assert stamps(tmp_path)
-        Study(tiny_recipe, Path(), tmp_path).run()
-    assert scores(tmp_path) == scores(finished)
+        assert done(Study(tiny_recipe, Path(), tmp_path)) == scores(finished)
     assert stamps(tmp_path).keys() <= stamps(finished).keys()  # where other tests leave theirs
 
 
@@ -335,8 +348,8 @@ def test_a_process_that_starts_beside_another_takes_other_units(tiny_recipe, tmp
     recipe = tiny_recipe.model_copy(update={"study": tiny_recipe.study.model_copy(update=update)})
     first = Study(recipe, Path(), tmp_path).cell(real, 0).folder
     (first / "unit.json").unlink()
-    done = []
-    thread = threading.Thread(target=lambda: done.append(Study(recipe, Path(), tmp_path).run()))
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(Study(recipe, Path(), tmp_path).work()))
     with (first / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         thread.start()
@@ -346,9 +359,9 @@ def test_a_process_that_starts_beside_another_takes_other_units(tiny_recipe, tmp
             time.sleep(0.1)
         # Three other cells and their scores, and the audit of the splits; the last is still somebody else's.
         assert len(stamps(tmp_path)) == 7
-        assert not done
+        assert not ended
     thread.join(120)
-    assert done
+    assert ended
     assert len(stamps(tmp_path)) == 9
 
 
@@ -393,10 +406,9 @@ def test_a_piece_missing_from_a_painted_dataset_is_named_with_the_way_out(finish
     image = next((tmp_path / "copy").glob("synthetic/plain-seed-0-*/dataset/images/000001.png"))
     image.unlink()
     with pytest.raises(TerraSynthError, match=r"delete .*unit\.json"):
-        Study(tiny_recipe, Path(), tmp_path / "copy").run()
+        Study(tiny_recipe, Path(), tmp_path / "copy").work()
     (image.parents[2] / "unit.json").unlink()
-    Study(tiny_recipe, Path(), tmp_path / "copy").run()
-    assert scores(tmp_path / "copy") == scores(finished)
+    assert done(Study(tiny_recipe, Path(), tmp_path / "copy")) == scores(finished)
 
 
 def test_more_painted_tiles_continue_the_set_and_change_no_arm_that_takes_fewer(finished, tiny_recipe, tmp_path):
@@ -534,21 +546,31 @@ def semi_supervised(tiny_recipe, tmp_path_factory):
     return Recipe.model_validate(recipe)
 
 
-def test_generator_and_layouts_take_what_the_teachers_read_in_unlabelled_images(semi_supervised, tmp_path, monkeypatch):
-    import torch
+@pytest.fixture(scope="module")
+def taught(semi_supervised, tmp_path_factory):
+    """Its folder when it is done, and the unlabelled tiles that its generator was trained on."""
+    from terrasynth.study import run
 
+    out, seen, fit_generator = tmp_path_factory.mktemp("taught"), [], run.fit_generator
+
+    def spy(*arguments, **named):
+        seen.append(named["unlabelled"])
+        return fit_generator(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "fit_generator", spy)
+        Study(semi_supervised, Path(), out).run()
+    return out, seen
+
+
+def test_generator_and_layouts_take_what_the_teachers_read_in_unlabelled_images(semi_supervised, taught):
     from terrasynth.data.augment import view
     from terrasynth.data.folder import load_synthetic
-    from terrasynth.study import run
     from terrasynth.systems.generate import plan
     from terrasynth.tasks.segmentation import Segmentor, label
 
-    seen = []
-    monkeypatch.setattr(run, "fit_generator", lambda *a, **k: seen.append(k["unlabelled"]) or fit_generator(*a, **k))
-    from terrasynth.systems.fit import fit_generator
-
-    study = Study(semi_supervised, Path(), tmp_path)
-    study.run()
+    out, seen = taught
+    study = Study(semi_supervised, Path(), out)
     cells = [study.cell(study.recipe.study.arms[1], seed) for seed in (0, 1)]
     teachers = [Segmentor.from_pretrained(cell.folder / "segmentor") for cell in cells]
     assert torch.equal(seen[0].masks, label(teachers, study.unlabelled, 0.18))
@@ -565,15 +587,13 @@ def test_generator_and_layouts_take_what_the_teachers_read_in_unlabelled_images(
     assert len(painted) == 8
     for job, mask in zip(plan(8, 8, 0), painted.masks, strict=True):
         assert torch.equal(mask, view(study.train.images[0], layouts[job.source], job.view)[1])
-    page = (tmp_path / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert "the segmentors of “mixed”, all seeds together, read in them with a probability of 0.18 or more" in page
     assert "Mask, as teachers read it" in page
-    assert len(list((tmp_path / "readings").glob("*/unit.json"))) == 2
+    assert len(list((out / "readings").glob("*/unit.json"))) == 2
 
 
 def test_an_arm_trains_on_the_unlabelled_images_themselves(semi_supervised, tmp_path, monkeypatch):
-    import torch
-
     from terrasynth.data.folder import join, load_synthetic
     from terrasynth.study import run
 
@@ -621,8 +641,9 @@ def test_what_reads_is_not_trained_on_what_it_read(semi_supervised, arms, teache
         Recipe.model_validate(values)
 
 
-def test_damaged_readings_are_named_with_the_way_out(semi_supervised, tmp_path):
-    study = Study(semi_supervised, Path(), tmp_path)
+def test_damaged_readings_are_named_with_the_way_out(semi_supervised, taught, tmp_path):
+    shutil.copytree(taught[0], tmp_path / "study")
+    study = Study(semi_supervised, Path(), tmp_path / "study")
     masks = study.reading(0.0).folder / "masks.safetensors"
     masks.write_bytes(masks.read_bytes()[:20])
     with pytest.raises(TerraSynthError, match="delete this file"):
@@ -631,16 +652,15 @@ def test_damaged_readings_are_named_with_the_way_out(semi_supervised, tmp_path):
     assert len(study.layouts(0)) == 8
 
 
-def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path, monkeypatch):
-    import json
-
+def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, taught, tmp_path, monkeypatch):
     from terrasynth.data.folder import load_synthetic
 
     values = semi_supervised.model_dump(mode="json")
     values["generator"] |= {"reference": "view", "pseudo_labels": None}
     arms = [{"name": "real"}, {"name": "mixed", "mix": "cutmix"}, {"name": "painted", "synthetic": "plain"}]
     arms.append({"name": "like", "synthetic": "plain", "references": True})
-    values["study"] |= {"seeds": [0, 1], "arms": arms, "layouts": "labelled", "ratio": 2}
+    values["study"] |= {"seeds": [0], "arms": arms, "layouts": "labelled", "ratio": 2}
+    shutil.copytree(taught[0] / "cells", tmp_path / "cells")  # of real tiles alone they are the same
     study = Study(Recipe.model_validate(values), Path(), tmp_path)
     page = study.run().read_text()
     plain, like = (study.painted(kind, 0).folder / "dataset" for kind in ("plain", "plain-like"))
@@ -664,13 +684,14 @@ def test_an_arm_is_painted_like_unlabelled_images(semi_supervised, tmp_path, mon
     assert keys[-1]["sampling"]["reference_scale"] == 1.5
 
 
-def test_a_study_of_tisynth(semi_supervised, tmp_path):
+def test_a_study_of_tisynth(semi_supervised, taught, tmp_path):
     values = semi_supervised.model_dump(mode="json")
     unet = {"widths": [16, 32], "layers": 1}
     values["generator"] |= {"system": "tisynth", "reference": "augmented", "pseudo_labels": None, "unet": unet}
     arms = [{"name": "real"}, {"name": "mixed", "mix": "cutmix"}]
     arms.append({"name": "like", "synthetic": "plain", "references": True, "ratio": 1})
     values["study"] |= {"seeds": [0], "arms": arms, "layouts": "labelled"}
+    shutil.copytree(taught[0] / "cells", tmp_path / "cells")
     page = Study(Recipe.model_validate(values), Path(), tmp_path).run().read_text()
     assert "TISynth" in page
     assert "TODSynth" not in page
@@ -683,8 +704,6 @@ def test_a_study_of_tisynth(semi_supervised, tmp_path):
 
 
 def test_an_arm_is_adapted_to_unlabelled_images(semi_supervised, tmp_path, monkeypatch):
-    import torch
-
     from terrasynth.data.folder import unlabelled_windows
     from terrasynth.study import run
     from terrasynth.tasks.segmentation import Segmentor, adapt
@@ -785,9 +804,21 @@ def test_near_copies_of_held_out_tiles_in_what_is_trained_on_are_reported(semi_s
     assert [(one["name"], one["copies"]) for one in unit.result["sets"]] == [("train", 1)]
 
 
-def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, tmp_path):
-    Study(semi_supervised, Path(), tmp_path / "whole").run()
-    assert run_and_kill(semi_supervised, tmp_path, (4.0, 6.0, 8.0), jobs=2) == scores(tmp_path / "whole")
+def test_killed_while_it_learns_from_unlabelled_images_it_ends_with_the_same_results(semi_supervised, taught, tmp_path):
+    def beside_another():
+        with workers(1, semi_supervised, Path(), tmp_path):
+            before = len(stamps(tmp_path))
+            for _ in range(1200):
+                if len(stamps(tmp_path)) > before:
+                    break
+                time.sleep(0.1)
+            Study(semi_supervised, Path(), tmp_path).work()
+
+    for number, made in ((0, "readings/.*/masks"), (0, "readings/.*/unit.json"), (1, "generator-.*/checkpoints")):
+        assert dies_before(Study(semi_supervised, Path(), tmp_path).work, number, made), made
+    # The other process ends with it, wherever it is.
+    assert dies_before(beside_another, 0, str(tmp_path))
+    assert done(Study(semi_supervised, Path(), tmp_path)) == scores(taught[0])
 
 
 @pytest.mark.parametrize(
