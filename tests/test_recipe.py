@@ -3,7 +3,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from terrasynth.data.schema import LabelSchema
@@ -260,6 +260,7 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
 
 @settings(deadline=None, max_examples=50)
+@example(name="", caption="\xa0", rate=1.0, clip=None, seeds=[0], arms=[ArmConfig(name="")], options={})
 @given(
     name=texts,
     caption=texts,

@@ -439,7 +439,7 @@ def _explain(config: BaseModel, indent: str) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from (f"{indent}  - {_inline(entry)}" for entry in plain[name])
         else:
-            yield f"{indent}{name}: {_inline(plain[name])}".rstrip()
+            yield f"{indent}{name}: {_inline(plain[name])}".rstrip(" ")
 
 
 def _description(field: FieldInfo) -> str:
