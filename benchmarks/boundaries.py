@@ -10,6 +10,8 @@ and then stays one. Settings of rivals (`rivals.py`) and of the refiner's sampli
 validation tiles, by the mean of boundary IoU and BF, with the maps of the first seed; nothing is chosen on test tiles.
 The intervals are over seeds: how much the choice of places matters they do not tell.
 
+`votes of alike pixels alone` is what the refiner begins with (`models/snap.py`): what is above it was learned.
+
     mIoU, boundary IoU, BF, WF, mBA    in percent; the last four as in `terrasynth.tasks.boundary`, WF that of edges
     s/Mpx                              seconds for a million pixels: medians of tiles that all methods take in turn
 
@@ -38,6 +40,7 @@ from torch import Tensor
 import rivals
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.io import weights_digest, write_json
+from terrasynth.models.snap import snap
 from terrasynth.progress import say, track
 from terrasynth.recipe import DataConfig, RefinerConfig, RoughConfig, SegmentorConfig, SplitConfig, TrainConfig
 from terrasynth.study.statistics import compare, summarise
@@ -69,6 +72,8 @@ SEGMENTORS = {
 FIRST = "U-Net"
 REFINER = RefinerConfig(
     crop=None,
+    codes="onehot",
+    timesteps="cubic",
     rough=RoughConfig(folds=3),  # Kampala has three places to learn from
     train=TrainConfig(
         steps=1500, batch_size=8, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=100, evaluate_every=500
@@ -76,10 +81,11 @@ REFINER = RefinerConfig(
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "without the rough map": {"sees_rough": False, "rough_start": 0.0},
-    "cubic timesteps": {"timesteps": "cubic"},
+    "rough maps as they are": {"snap_rounds": 0},
+    "uniform timesteps": {"timesteps": "uniform"},
     "no boundary noise": {"rough": {"folds": 3, "noise": 0.0, "invented": 0.0}},
     "never starts at the rough map": {"rough_start": 0.0},
-    "one-hot codes": {"codes": "onehot"},
+    "codes of bits": {"codes": "bits"},
     "aligned to the segmentor's encoder": {},
 }
 #: What of `VARIANTS` is no setting of a recipe: the backbone is the segmentor's own.
@@ -282,6 +288,15 @@ def refined(unit: Unit, steps: int, strength: float, *, near: bool = False) -> M
     return refine, [unit.key, steps, strength]
 
 
+def voted(classes: int) -> Made:
+    """What a refiner from scratch begins with, before it has learned anything."""
+
+    def refine(image: Tensor, rough: Tensor, shares: Tensor, number: int) -> Tensor:
+        return snap(image[None].float() / 255, rough[None], classes, REFINER.snap_rounds).argmax(1)[0].byte()
+
+    return refine, REFINER.snap_rounds
+
+
 def near_boundaries(rough: NDArray[np.uint8], distance: float) -> NDArray[np.bool_]:
     """Which pixels have another class within `distance` pixels."""
     near = np.zeros(rough.shape, bool)
@@ -328,6 +343,7 @@ def main() -> None:
         rows: dict[str, list[dict[str, Any]]] = {}
         for seed in options.seeds:
             jobs: dict[str, Made] = {"rough map": (lambda image, rough, shares, number: rough, None)}
+            jobs["votes of alike pixels alone"] = voted(classes)
             jobs |= {other: rival(other, each, classes) for other, each in settings.items()}
             main_one = bench.refiner(None, seed, options.steps)
             jobs["IDGBR"] = refined(main_one, *sampling[None])
