@@ -903,10 +903,10 @@ def test_the_command_starts_from_the_map_and_exaggerates_as_the_pipeline_does(tm
         "guidance": {"guidance_scale": 3.0},
     }.items():
         flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)]
-        asked = [image, rough, "--model", folder, "--steps", 2, "--band", "3px", *flags]
+        asked = [image, rough, "--model", folder, "--steps", 3, "--band", "3px", *flags]
         assert command(*asked, "--out", tmp_path / f"{name}.tif").exit_code == 0
         found.append(read(tmp_path / f"{name}.tif"))
-        np.testing.assert_array_equal(found[-1], by_pipeline(folder, bands, classes, num_steps=2, **options))
+        np.testing.assert_array_equal(found[-1], by_pipeline(folder, bands, classes, num_steps=3, **options))
         if options:
             again = command(*asked, "--out", tmp_path / "plain.tif")
             assert (again.exit_code, "was made of something else" in again.stderr) == (2, True)

@@ -74,3 +74,4 @@ def test_no_rounds_and_one_class_change_nothing_and_unlabelled_pixels_stay():
     found = snap(image, maps, 3, 8)
     assert torch.equal(found.sum(1) == 0, maps == 3)
     torch.testing.assert_close(snap(image[:1], maps[:1], 3, 8), found[:1])
+    torch.testing.assert_close(snap(image, maps.where(maps < 3, 255), 5, 8)[:, :3], found)

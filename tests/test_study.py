@@ -406,7 +406,7 @@ def test_a_piece_missing_from_a_painted_dataset_is_named_with_the_way_out(finish
     image = next((tmp_path / "copy").glob("synthetic/plain-seed-0-*/dataset/images/000001.png"))
     image.unlink()
     with pytest.raises(TerraSynthError, match=r"delete .*unit\.json"):
-        Study(tiny_recipe, Path(), tmp_path / "copy").work()
+        Study(tiny_recipe, Path(), tmp_path / "copy").run()
     (image.parents[2] / "unit.json").unlink()
     assert done(Study(tiny_recipe, Path(), tmp_path / "copy")) == scores(finished)
 

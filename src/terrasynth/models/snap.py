@@ -40,10 +40,11 @@ def snap(images: Tensor, maps: Tensor, num_classes: int, rounds: int) -> Tensor:
             22 pixels.
 
     Returns:
-        float32 (B, K, H, W), from 0 to 1 with sum 1, or 0 where the map is unlabelled.
+        float32 (B, K, H, W), from 0 to 1 with sum 1, or 0 where the map is unlabelled; 0 of classes that it has nowhere.
     """
     known = (maps >= 0) & (maps < num_classes)
     first = F.one_hot(maps.long().where(known, 0), num_classes).movedim(-1, 1)
+    first = first * known.unsqueeze(1)
     votes = (2.0 * first - 1) * known.unsqueeze(1)
     weights = _weights(images.float()) if rounds else images
     for number in range(rounds):
@@ -53,7 +54,8 @@ def snap(images: Tensor, maps: Tensor, num_classes: int, rounds: int) -> Tensor:
         for weight, near in zip(weights, _neighbours(votes), strict=True):
             found.addcmul_(weight, near)
         votes = found
-    shares = (1 + votes).clamp_min(0)
+    # None for classes that are nowhere in the map: shares do not depend on how many others there might have been.
+    shares = (1 + votes).clamp_min(0) * first.flatten(2).any(2).view(len(maps), num_classes, 1, 1)
     return shares / shares.sum(1, keepdim=True).clamp_min(1e-6) * known.unsqueeze(1)
 
 

@@ -19,6 +19,7 @@ from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.condition import ConditionEmbedding
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import LabelCodes
+from terrasynth.models.snap import snap
 from terrasynth.models.unet import UNetEncoder
 from terrasynth.planning.footprint import enter
 from terrasynth.planning.parts import configurations, modules, on_card
@@ -189,7 +190,14 @@ def refine(pipeline: IDGBRPipeline, windows: int, steps: int, precision: Precisi
     """Windows of a class map, by all steps; of a refiner of one class against the rest, those of one class."""
     side = pipeline.config.image_size
     images = torch.zeros(windows, 3, side, side)
-    codes = pipeline.label_codes.encode(torch.zeros(windows, side, side, dtype=torch.long))
+    maps = torch.zeros(windows, side, side, dtype=torch.long)
+
+    @torch.no_grad()
+    def follow() -> Tensor:
+        shares = snap(images, maps, pipeline.num_classes, pipeline.config.snap_rounds)
+        return pipeline.label_codes.mean(shares)
+
+    codes = follow()
 
     @torch.no_grad()
     def look() -> list[Tensor]:
@@ -210,8 +218,8 @@ def refine(pipeline: IDGBRPipeline, windows: int, steps: int, precision: Precisi
     with around():
         seen, predict = look(), pipeline.denoiser(images, codes)
     latents, timestep = torch.zeros(seen[0].shape), torch.zeros(windows, dtype=torch.long)
-    parts = [(look, 1), (evaluate, steps), (decode, 1)]
-    return Work(parts, tensors(*modules(pipeline)), others=[images, codes, latents, *seen], around=around)
+    parts = [(follow, 1), (look, 1), (evaluate, steps), (decode, 1)]
+    return Work(parts, tensors(*modules(pipeline)), others=[images, maps, codes, latents, *seen], around=around)
 
 
 def paint(
