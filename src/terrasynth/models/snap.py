@@ -40,7 +40,8 @@ def snap(images: Tensor, maps: Tensor, num_classes: int, rounds: int) -> Tensor:
             22 pixels.
 
     Returns:
-        float32 (B, K, H, W), from 0 to 1 with sum 1, or 0 where the map is unlabelled; 0 of classes that it has nowhere.
+        float32 (B, K, H, W), from 0 to 1 with sum 1, or 0 where the map is unlabelled; 0 of classes that it does not
+        have.
     """
     known = (maps >= 0) & (maps < num_classes)
     first = F.one_hot(maps.long().where(known, 0), num_classes).movedim(-1, 1)
