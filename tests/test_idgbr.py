@@ -501,9 +501,12 @@ def squares(count, generator):
     return images.clamp(0, 1), rough, mask
 
 
-def test_it_learns_to_mend_boundaries_and_from_the_rough_map_as_well_as_from_noise():
-    pipeline = IDGBRPipeline.from_scratch(widths=(32,), guidance_width=16, image_size=24)
-    generator, rate, steps = torch.Generator().manual_seed(0), 4e-3, 70
+@pytest.mark.parametrize(("corrects", "steps", "left"), [(False, 70, 1 / 3), (True, 140, 2 / 3)])
+def test_it_learns_to_mend_boundaries_and_from_the_rough_map_as_well_as_from_noise(corrects, steps, left):
+    """By the network alone, without votes, which mend nearly all of these maps; to correct is learned more slowly."""
+    pipeline = IDGBRPipeline.from_scratch(widths=(32,), guidance_width=16, image_size=24, snap_rounds=0)
+    pipeline.register_to_config(corrects=corrects)
+    generator, rate = torch.Generator().manual_seed(0), 4e-3
     optimizer = torch.optim.AdamW(pipeline.network.parameters(), lr=rate, fused=True)
     for step in range(steps):
         images, rough, mask = squares(16, generator)
@@ -522,7 +525,7 @@ def test_it_learns_to_mend_boundaries_and_from_the_rough_map_as_well_as_from_noi
 
     from_noise = error(num_steps=2)
     print(f"wrong pixels: rough {before:.2%}, refined {from_noise:.2%}")
-    assert from_noise < before / 3
+    assert from_noise < before * left
     # Without training on rough starts it is worse by a third from little noise.
     for num_steps, strength in ((1, 0.15), (1, 0.5), (2, 0.5), (4, 0.5)):
         found = error(num_steps=num_steps, strength=strength)
