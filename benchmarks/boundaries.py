@@ -111,6 +111,11 @@ def data(root: Path, split: str, size: int) -> Tiles:
     return load_tiles(config, split, base=root)
 
 
+def spread(count: int) -> list[int]:
+    """`_TUNING` places of a list, as far apart as can be; all of a shorter one."""
+    return torch.linspace(0, count - 1, _TUNING).round().long().unique().tolist()
+
+
 class Bench:
     """Trainings and scores of one data set, each a unit of work."""
 
@@ -120,9 +125,7 @@ class Bench:
         self.test = data(root, "test", 256)
         validation = data(root, "validation", 256)
         # Spread over the places: neighbours in the list are neighbours on the ground.
-        self.validation = validation.take(
-            torch.linspace(0, len(validation) - 1, _TUNING).round().long().unique().tolist()
-        )
+        self.validation = validation.take(spread(len(validation)))
         self.schema = self.train.schema
         places = json.loads((root / "places.json").read_text())
         self.places = [places[name] for name in self.train.ids]

@@ -46,8 +46,10 @@ def snap(images: Tensor, maps: Tensor, num_classes: int, rounds: int) -> Tensor:
     known = (maps >= 0) & (maps < num_classes)
     first = F.one_hot(maps.long().where(known, 0), num_classes).movedim(-1, 1)
     first = first * known.unsqueeze(1)
+    if not rounds:
+        return first.float()
     votes = (2.0 * first - 1) * known.unsqueeze(1)
-    weights = _weights(images.float()) if rounds else images
+    weights = _weights(images.float())
     for number in range(rounds):
         if number:
             votes = torch.tanh(_GAIN * votes)

@@ -499,7 +499,9 @@ class IDGBRPipeline(SavedPipeline):
         device = self._execution_device
         images, rough = images.to(device), rough.to(device).long()
         reads_once = each_class and self.config.conditions == "separate"
-        count = num_classes or self._highest(rough) + 1 if each_class else self.num_classes
+        count = self.num_classes
+        if each_class:
+            count = num_classes or int(rough.where(rough != self.ignore_index, 0).max().item()) + 1
         shares = snap(images, rough, count, self.config.snap_rounds)
 
         def of_rows(rows: Tensor, shares: Tensor) -> Tensor:
@@ -558,9 +560,6 @@ class IDGBRPipeline(SavedPipeline):
         if self.alignment is not None:
             self.alignment.to(device)
         return super().place(device, precision)
-
-    def _highest(self, rough: Tensor) -> int:
-        return int(rough.where(rough != self.ignore_index, 0).max().item())
 
     def _check(self, images: Tensor, rough: Tensor, seeds: Sequence[int], each_class: bool) -> None:
         height, width = rough.shape[-2:]

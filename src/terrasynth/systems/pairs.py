@@ -256,15 +256,12 @@ class TwoStages:
         self,
         *,
         seeds: Sequence[int],
-        shares: Tensor | None = None,
-        guidance_scale: float = 1.0,
         num_steps: int = 50,
         precision: Precision | None = None,
+        **asked: Any,
     ) -> Pairs:
-        """Paint pairs, as `SatSynthPipeline` does; `num_steps` are those of each stage."""
-        small = self.first(
-            seeds=seeds, shares=shares, guidance_scale=guidance_scale, num_steps=num_steps, precision=precision
-        )
+        """Paint pairs, as `SatSynthPipeline` does, which takes what is `asked`; `num_steps` are those of each stage."""
+        small = self.first(seeds=seeds, num_steps=num_steps, precision=precision, **asked)
         # Other seeds: the noise of both stages would begin with the same numbers.
         others = [int(digest(seed, "upscale"), 16) >> 1 for seed in seeds]
         return self.second.upscale(*small, seeds=others, num_steps=num_steps, precision=precision)
