@@ -118,7 +118,7 @@ def computed_as_released(pipeline):
             }
             seen, unseen = (pipeline.unet(x, timestep, text, **more).sample for more in (added, {}))
             if pipeline.config.corrects:
-                seen = seen + F.pixel_unshuffle(rough, 2)
+                seen = seen + pipeline.start_of(rough)
             return unseen + guidance_scale * (seen - unseen)
 
         return predict
@@ -233,18 +233,19 @@ def test_the_highest_score_decides_and_the_rough_map_where_none_is_higher():
 @torch.no_grad()
 @pytest.mark.parametrize("codes", ["bits", "onehot"])
 def test_what_is_refined_is_what_follows_the_colors(codes, images, rough):
-    """In refinement and in training the condition is the mean code of the shares of votes."""
+    """In refinement and in training conditions are the mean code of the shares of votes, and the map as it is."""
     rough = rough.where(rough != 255, 1)
     pipeline = small_pipeline(codes=codes, snap_rounds=3)
     table = pipeline.label_codes.table
     expected = torch.einsum("kc,bkhw->bchw", table, snap(images, rough, 3, 3))
-    assert (expected - LabelCodes(3, codes).encode(rough)).abs().max() > 0.5
+    as_it_is = LabelCodes(3, codes).encode(rough)
+    assert (expected - as_it_is).abs().max() > 0.5
     seen = []
     pipeline.condition_encoder.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0][:, 12:]))
     pipeline.scores(images, rough, seeds=[1, 2, 3], num_steps=1)
     pipeline.training_loss(batch(images, rough))
     for labels in seen:
-        torch.testing.assert_close(F.pixel_shuffle(labels, 2), expected)
+        torch.testing.assert_close(F.pixel_shuffle(labels, 2), torch.cat([expected, as_it_is], dim=1))
     assert len(seen) == 2
 
 
@@ -258,7 +259,8 @@ def test_class_by_class_the_map_of_all_classes_follows_the_colors_once(images, r
     shares = snap(images, rough, 3, 3)
     for k, labels in enumerate(seen):
         there = (rough == k).flatten(1).any(1)
-        torch.testing.assert_close(F.pixel_shuffle(labels, 2), 2 * shares[there, k : k + 1] - 1)
+        both = [2 * shares[there, k : k + 1] - 1, 2.0 * (rough[there].unsqueeze(1) == k) - 1]
+        torch.testing.assert_close(F.pixel_shuffle(labels, 2), torch.cat(both, dim=1))
 
 
 def test_from_scratch_it_begins_with_the_rough_map(images, rough):
@@ -593,7 +595,7 @@ def test_a_refiner_from_scratch_has_five_million_parameters_and_costs_15_gflop_a
     count = sum(parameter.numel() for parameter in pipeline.network.parameters())
     for part in pipeline.network.values():
         part.to("meta")
-    x, condition, t = (torch.empty(1, *shape, device="meta") for shape in ((16, 64, 64), (64, 64, 64), ()))
+    x, condition, t = (torch.empty(1, *shape, device="meta") for shape in ((16, 64, 64), (80, 64, 64), ()))
     with FlopCounterMode(display=False) as counter:
         found = encode(pipeline.unet, x, t)
         decode(pipeline.unet, found.plus(pipeline.guidance_net(found, [pipeline.condition_encoder(condition, t)])))
@@ -796,11 +798,11 @@ def test_other_classes_start_as_what_one_against_the_rest_has_learned(codes, cha
     three = LabelSchema(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
     many = IDGBRPipeline.from_pretrained(tmp_path / "one").adapt(three, codes)
     assert many.label_codes.channels == channels
-    image, code = torch.rand(2, 3, 16, 16), torch.randn(2, 1, 16, 16)
+    image, code = torch.rand(2, 3, 16, 16), torch.randn(2, 2, 16, 16)  # after votes, and as it is
     noisy = torch.randn(2, 1, 16, 16)
 
     def predicted(pipeline, count):
-        x, rough = pipeline.encode_labels(noisy.expand(-1, count, -1, -1)), code.expand(-1, count, -1, -1)
+        x, rough = pipeline.encode_labels(noisy.expand(-1, count, -1, -1)), code.repeat_interleave(count, 1)
         time = torch.tensor([700, 30])
         encoded = encode(pipeline.unet, x, time, None)
         guided = encoded.plus(pipeline.guidance_net(encoded, pipeline.read(image, rough)))

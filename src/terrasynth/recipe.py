@@ -458,7 +458,7 @@ class RefinerConfig(_Config):
     """Whether the rough map is a condition; without, the image alone is (an ablation of the paper)."""
     snap_rounds: NonNegative = 16
     """In how many rounds rough maps first follow the colours of the image, by a vote of similar pixels nearby: it is
-    from there that the refiner begins. 0 takes them as they are, as published."""
+    from there that the refiner begins. 0 takes them as they are, as published. A refiner as `base` has its own."""
     prediction_type: Literal["sample", "epsilon", "v_prediction"] | None = None
     """What is predicted: the clean map, the noise, or what lies between. Null: what the base predicts (Stable
     Diffusion the noise), and from scratch the clean map, which needs the fewest steps."""

@@ -44,12 +44,23 @@ def snap(images: Tensor, maps: Tensor, num_classes: int, rounds: int) -> Tensor:
         have.
     """
     known = (maps >= 0) & (maps < num_classes)
-    first = F.one_hot(maps.long().where(known, 0), num_classes).movedim(-1, 1)
-    first = first * known.unsqueeze(1)
+    first = F.one_hot(maps.long().where(known, 0), num_classes).movedim(-1, 1) * known.unsqueeze(1)
+    shares = first.float()
     if not rounds:
-        return first.float()
-    votes = (2.0 * first - 1) * known.unsqueeze(1)
-    weights = _weights(images.float())
+        return shares
+    # One map after the other, of the classes that it has: others have no share, and votes of one do not change another.
+    for number, there in enumerate(first.flatten(2).any(2)):
+        if there.sum() > 1:
+            some = first[number : number + 1, there]
+            votes = (2.0 * some - 1) * known[number]
+            votes = (1 + _voted(images[number : number + 1].float(), votes, rounds)).clamp_min(0) * known[number]
+            shares[number, there] = (votes / votes.sum(1, keepdim=True).clamp_min(1e-6))[0]
+    return shares
+
+
+def _voted(image: Tensor, votes: Tensor, rounds: int) -> Tensor:
+    """Votes (1, K, H, W) after so many rounds."""
+    weights = _weights(image)
     for number in range(rounds):
         if number:
             votes = torch.tanh(_GAIN * votes)
@@ -57,9 +68,7 @@ def snap(images: Tensor, maps: Tensor, num_classes: int, rounds: int) -> Tensor:
         for weight, near in zip(weights, _neighbours(votes), strict=True):
             found.addcmul_(weight, near)
         votes = found
-    # None for classes that are nowhere in the map: shares do not depend on how many others there might have been.
-    shares = (1 + votes).clamp_min(0) * first.flatten(2).any(2).view(len(maps), num_classes, 1, 1)
-    return shares / shares.sum(1, keepdim=True).clamp_min(1e-6) * known.unsqueeze(1)
+    return votes
 
 
 def _weights(images: Tensor) -> Tensor:

@@ -172,7 +172,9 @@ class UNetEncoder(UNet2DConditionModel):
         return nn.Module.to(encoder, unet.device, unet.dtype)
 
 
-def repeat_mean(parameter: nn.Parameter, dim: int, before: int, after: int, *, group: int = 1) -> nn.Parameter:
+def repeat_mean(
+    parameter: nn.Parameter, dim: int, before: int, after: int, *, group: int = 1, times: int = 1
+) -> nn.Parameter:
     """The mean of a parameter's last channels, as often as there are channels now.
 
     Args:
@@ -181,7 +183,10 @@ def repeat_mean(parameter: nn.Parameter, dim: int, before: int, after: int, *, g
         before: how many there were, in groups of `group` numbers; whatever stands before them is kept.
         after: how many there shall be.
         group: numbers a channel, as `pixel_unshuffle` makes them.
+        times: how often such channels follow one another, each time with a mean of their own.
     """
-    kept, last = parameter.detach().split([parameter.shape[dim] - before * group, before * group], dim)
-    mean = last.unflatten(dim, (before, group)).mean(dim)
-    return nn.Parameter(torch.cat([kept, *[mean] * after], dim), requires_grad=parameter.requires_grad)
+    count = times * before * group
+    kept, last = parameter.detach().split([parameter.shape[dim] - count, count], dim)
+    means = last.unflatten(dim, (times, before, group)).mean(dim + 1, keepdim=True)
+    repeated = torch.cat([means] * after, dim + 1).flatten(dim, dim + 2)
+    return nn.Parameter(torch.cat([kept, repeated], dim), requires_grad=parameter.requires_grad)

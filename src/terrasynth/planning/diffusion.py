@@ -195,13 +195,13 @@ def refine(pipeline: IDGBRPipeline, windows: int, steps: int, precision: Precisi
     @torch.no_grad()
     def follow() -> Tensor:
         shares = snap(images, maps, pipeline.num_classes, pipeline.config.snap_rounds)
-        return pipeline.label_codes.mean(shares)
+        return pipeline.rough_codes(shares, maps)
 
     codes = follow()
 
     @torch.no_grad()
     def look() -> list[Tensor]:
-        start = pipeline.encode_labels(codes)
+        start = pipeline.start_of(codes)
         return [start, *(tensor for seen in pipeline.read(images, codes) for tensor in (*seen.skips, seen.middle))]
 
     @torch.no_grad()

@@ -104,7 +104,8 @@ class IDGBRPipeline(SavedPipeline):
         patch_size: without a VAE, the side of the squares of pixels that the U-Net sees as one.
         image_size: side of the images it is trained on, in pixels; any multiple of `factor` can be refined.
         snap_rounds: in how many rounds rough maps follow the colours of the image before they are looked at, see
-            `models.snap`; 0 takes them as they are, as published.
+            `models.snap`; 0 takes them as they are, as published. `joint` conditions have both the map that follows
+            the image and the one as it is, since to follow is not always right.
         corrects: whether the U-Net predicts what is to be added to the rough map's code, in place of the clean code
             itself. Only where that is predicted (`sample`).
         imagenet_statistics: bring images to ImageNet's mean and deviation in place of [-1, 1], as the released code
@@ -183,7 +184,8 @@ class IDGBRPipeline(SavedPipeline):
             )
         code_channels = label_codes.channels * patch_size**2 if vae is None else image_channels
         if condition_encoder is None:
-            channels = image_channels + code_channels if conditions == "joint" else image_channels
+            maps = 0 if conditions == "separate" else 2 if snap_rounds else 1
+            channels = image_channels + maps * code_channels
             condition_encoder = UNetEncoder.from_unet(unet, in_channels=channels)
         if guidance_net is None:
             count = 1 if conditions == "joint" else 2
@@ -256,10 +258,10 @@ class IDGBRPipeline(SavedPipeline):
         if after != before:
             group = self.config.patch_size**2
             read, condition, drawn = self.unet.conv_in, self.condition_encoder.conv_in, self.unet.conv_out
-            for conv in (read, condition):
-                weight = repeat_mean(conv.weight, 1, before, after, group=group)
+            for conv, times in ((read, 1), (condition, self._maps)):
+                weight = repeat_mean(conv.weight, 1, before, after, group=group, times=times)
                 with torch.no_grad():
-                    weight[:, weight.shape[1] - after * group :] *= before / after  # what they sum to stays
+                    weight[:, weight.shape[1] - times * after * group :] *= before / after  # what they sum to stays
                 conv.weight, conv.in_channels = weight, weight.shape[1]
             drawn.weight = repeat_mean(drawn.weight, 0, before, after, group=group)
             drawn.bias = repeat_mean(drawn.bias, 0, before, after, group=group)
@@ -308,7 +310,7 @@ class IDGBRPipeline(SavedPipeline):
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            rough: label codes of the rough map, (B, C, H, W).
+            rough: see `rough_codes`.
         """
         image = self.encode_images(images)
         if self.config.conditions == "separate":
@@ -320,8 +322,32 @@ class IDGBRPipeline(SavedPipeline):
 
     def _seen_of(self, rough: Tensor) -> Tensor:
         """What the encoder is shown of the rough map; where it is not to be seen zeros, as in the released code."""
-        labels = self.encode_labels(rough)
+        maps = rough.split(self.label_codes.channels, dim=1)
+        labels = torch.cat([self.encode_labels(codes) for codes in maps], dim=1)
         return labels if self.config.sees_rough else torch.zeros_like(labels)
+
+    @property
+    def _maps(self) -> int:
+        """How many maps a condition is made of."""
+        return 2 if self.config.conditions == "joint" and self.config.snap_rounds else 1
+
+    def rough_codes(self, shares: Tensor, rough: Tensor) -> Tensor:
+        """Label codes of rough maps, as conditions have them.
+
+        Args:
+            shares: of the classes in the votes, (B, K, H, W), see `models.snap`.
+            rough: class indices (B, H, W); other values are unlabelled.
+
+        Returns:
+            (B, C, H, W): the mean code of the shares; or (B, 2C, H, W), then the code of the map as it is, where
+            conditions have both (`snap_rounds`).
+        """
+        codes = self.label_codes.mean(shares)
+        return torch.cat([codes, self.label_codes.encode(rough)], dim=1) if self._maps == 2 else codes
+
+    def start_of(self, rough: Tensor) -> Tensor:
+        """What refinement may start from, and `corrects` adds to, (B, c, h, w), given `rough_codes`."""
+        return self.encode_labels(rough[:, : self.label_codes.channels])
 
     def _encode_condition(self, condition: Tensor) -> Features:
         timestep = torch.full((len(condition),), _CONDITION_TIMESTEP, device=condition.device)
@@ -376,7 +402,8 @@ class IDGBRPipeline(SavedPipeline):
         step = int(batch.get("step", 0))
         images, rough, masks = batch["image"], batch["rough"].long(), batch["mask"].long()
         labelled = (masks >= 0) & (masks < self.num_classes)
-        rough_codes = self.label_codes.mean(snap(images, rough, self.num_classes, self.config.snap_rounds))
+        shares = snap(images, rough, self.num_classes, self.config.snap_rounds)
+        rough_codes = self.rough_codes(shares, rough)
         # What is unknown is noised as the rough map has it, so that nothing else is to be seen than in refinement.
         truth = self.encode_labels(self.label_codes.encode(torch.where(labelled, masks, rough)))
         # One stream of random numbers a sample: what is dropped and where it starts, then its timestep and noise.
@@ -387,7 +414,7 @@ class IDGBRPipeline(SavedPipeline):
         )
         start = None
         if self.rough_start:
-            start = condition_or_null(starts_rough, self.encode_labels(rough_codes), truth)
+            start = condition_or_null(starts_rough, self.start_of(rough_codes), truth)
         noisy, target, timestep = diffusion_batch(
             truth, generators, self.noising, timesteps=self.timesteps, start=start
         )
@@ -396,7 +423,7 @@ class IDGBRPipeline(SavedPipeline):
         residuals = self.guidance_net(encoded, self.read(images, rough_codes))
         predicted = decode(self.unet, encoded.plus(residuals.times((~dropped).to(self.unet.dtype))), text).float()
         if self.config.corrects:
-            predicted = predicted + self._seen_of(rough_codes) * (~dropped).view(-1, 1, 1, 1)
+            predicted = predicted + self.start_of(rough_codes) * (~dropped).view(-1, 1, 1, 1)
         weight = self._weight(labelled, target)
         error = weight * (predicted - target).square()
         losses = error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
@@ -504,11 +531,11 @@ class IDGBRPipeline(SavedPipeline):
             count = num_classes or int(rough.where(rough != self.ignore_index, 0).max().item()) + 1
         shares = snap(images, rough, count, self.config.snap_rounds)
 
-        def of_rows(rows: Tensor, shares: Tensor) -> Tensor:
-            codes = self.label_codes.mean(shares)
+        def of_rows(rows: Tensor, shares: Tensor, rough: Tensor) -> Tensor:
+            codes = self.rough_codes(shares, rough)
             of_image = None if image_features is None else image_features.rows(rows)
             predict = self.denoiser(images[rows], codes, guidance_scale, of_image)
-            start = self.encode_labels(codes)
+            start = self.start_of(codes)
             noise = seeded_noise([seeds[row] for row in rows.tolist()], start.shape[1:], device)
             latents = sample_ddim(predict, noise, self.scheduler, num_steps, start=start, strength=strength)
             return self.label_codes.scores(self.decode_labels(latents))
@@ -516,14 +543,16 @@ class IDGBRPipeline(SavedPipeline):
         with autocast(device, precision or self._precision):
             image_features = self._encode_condition(self.encode_images(images)) if reads_once else None
             if not each_class:
-                return of_rows(torch.arange(len(images), device=device), shares)
-            known = (rough != self.ignore_index).unsqueeze(1)
+                return of_rows(torch.arange(len(images), device=device), shares, rough)
+            known = rough != self.ignore_index
             found = torch.zeros(len(images), count, *rough.shape[1:], device=device)
             for k in range(count):
                 rows = (rough == k).flatten(1).any(1).nonzero().squeeze(1)
                 if len(rows):
-                    share = shares[rows, k : k + 1]
-                    found[rows, k] = of_rows(rows, torch.cat([1 - share, share], dim=1) * known[rows])[:, 1]
+                    share, there = shares[rows, k : k + 1], known[rows]
+                    binary = (rough[rows] == k).long().where(there, self.ignore_index)
+                    both = torch.cat([1 - share, share], dim=1) * there.unsqueeze(1)
+                    found[rows, k] = of_rows(rows, both, binary)[:, 1]
             return found
 
     @torch.no_grad()
@@ -537,13 +566,13 @@ class IDGBRPipeline(SavedPipeline):
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            rough: label codes of the rough maps, (B, C, H, W).
+            rough: see `rough_codes`.
             guidance_scale: see `scores`.
             of_image: what the encoder finds in the images, where it is known and `conditions` are `separate`.
         """
         text = self._text(len(images))
         conditions = self.read(images, rough) if of_image is None else [of_image, self._read_rough(rough)]
-        added = self._seen_of(rough) if self.config.corrects else 0
+        added = self.start_of(rough) if self.config.corrects else 0
 
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
             encoded = encode(self.unet, x.to(self.unet.dtype), timestep, text)
@@ -659,7 +688,8 @@ class IDGBRPipeline(SavedPipeline):
                 unet.conv_out.weight.data.mul_(0.1)
                 unet.conv_out.bias.data.zero_()
             joint = conditions == "joint"
-            encoder = UNetEncoder.from_config(unet.config, in_channels=image + label if joint else image)
+            maps = 0 if not joint else 2 if snap_rounds else 1
+            encoder = UNetEncoder.from_config(unet.config, in_channels=image + maps * label)
             guidance_net = GuidanceNet.for_unet(
                 unet,
                 image_size // factor,

@@ -53,16 +53,22 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
             stored = IDGBRPipeline.load_config(config.base)
         check_base(stored, config.base, config)
         refiner = stored.get("_class_name") == IDGBRPipeline.__name__
-        named = None if classes is None else classes.to_dict()
+        settings: dict[str, Any] = {}
+        if not refiner:  # which has its own, and an encoder made for them
+            named = None if classes is None else classes.to_dict()
+            settings = {
+                "label_schema": named,
+                "each_class": config.each_class,
+                "codes": config.codes,
+                "snap_rounds": config.snap_rounds,
+            }
         pipeline = IDGBRPipeline.from_pretrained(
             config.base,
-            # A refiner loads with its own classes.
-            **({} if refiner else {"label_schema": named, "each_class": config.each_class, "codes": config.codes}),
             conditions=config.conditions,
             sees_rough=config.sees_rough,
             prediction_type=config.prediction_type,
             image_size=image_size,
-            snap_rounds=config.snap_rounds,
+            **settings,
         )
         if refiner:
             pipeline.adapt(classes, config.codes)
