@@ -269,6 +269,8 @@ def test_from_scratch_it_begins_with_the_rough_map(images, rough):
     assert (found == rough)[rough != 255].double().mean() > 0.97
     with pytest.raises(TerraSynthError, match="corrects"):
         IDGBRPipeline(**pipeline.components, prediction_type="epsilon", patch_size=2, image_size=16, corrects=True)
+    with pytest.raises(TerraSynthError, match="sees_rough false"):  # it would show what is not to be seen
+        IDGBRPipeline(**pipeline.components, sees_rough=False, patch_size=2, image_size=16, corrects=True)
 
 
 @LAYOUTS

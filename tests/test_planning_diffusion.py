@@ -15,6 +15,7 @@ from terrasynth.planning import diffusion
 from terrasynth.planning.footprint import count, flops, pretend
 from terrasynth.recipe import Recipe
 from terrasynth.systems.idgbr import IDGBRPipeline
+from terrasynth.systems.refine import build_refiner
 from terrasynth.training.loop import train
 
 SIZE = 32
@@ -52,6 +53,11 @@ def at_work(recipe, what):
     return diffusion.pipeline_of(recipe, WORLD_SCHEMA, what)
 
 
+def maps(pipeline, *count):
+    """Class maps that have all classes."""
+    return torch.arange(SIZE**2).view(SIZE, SIZE).remainder(pipeline.num_classes).expand(*count, SIZE, SIZE)
+
+
 def held(pipeline):
     return [x for part in diffusion._networks(pipeline) for x in (*part.parameters(), *part.buffers())]
 
@@ -65,7 +71,7 @@ def test_a_pretended_step_needs_what_the_training_loop_needs(recipe_of, tmp_path
 
     pipeline = at_work(recipe, what)
     config = diffusion.training(recipe, pipeline)
-    mask = torch.zeros(SIZE, SIZE, dtype=torch.long)
+    mask = maps(pipeline)
     row = {"image": torch.zeros(3, SIZE, SIZE), "rough": mask, "mask": mask}
 
     class Rows:
@@ -75,7 +81,7 @@ def test_a_pretended_step_needs_what_the_training_loop_needs(recipe_of, tmp_path
         def __getitem__(self, key):
             return row
 
-    with diffusion._nothing_given(), count(held(pipeline)) as needs:
+    with diffusion._unread(), count(held(pipeline)) as needs:
         train(pipeline.network, pipeline.training_loss, Rows(), config, tmp_path, seed=0)
     assert flops(needs.operations) == 2 * said.flops > 0
     assert said.peak == pytest.approx(needs.peak, rel=0.05)
@@ -87,7 +93,7 @@ def test_refining_needs_what_was_said(recipe_of, what, changes):
     with pretend(gpu=False):
         said = diffusion.refine(diffusion.pretended(recipe, WORLD_SCHEMA, what), 2, 3, "fp32", gpu=False).count("")
     pipeline = at_work(recipe, what)
-    images, rough = torch.zeros(2, 3, SIZE, SIZE), torch.zeros(2, SIZE, SIZE, dtype=torch.long)
+    images, rough = torch.zeros(2, 3, SIZE, SIZE), maps(pipeline, 2)
     with count(held(pipeline)) as needs:
         pipeline.scores(images, rough, seeds=[0, 1], num_steps=3)
     assert said.flops == flops(needs.operations)
@@ -131,9 +137,8 @@ def test_enlarging_pairs_needs_what_was_said(recipe_of):
 
 def test_what_is_built_of_a_base_is_what_loads(recipe_of, sd15, tmp_path):
     recipe = recipe_of("refiner", {"base": "sd15"})
-    loaded = IDGBRPipeline.from_pretrained(
-        sd15[0], label_schema=WORLD_SCHEMA.to_dict(), conditions="joint", image_size=SIZE
-    )
+    loaded = build_refiner(recipe.refiner, WORLD_SCHEMA, SIZE)
+    assert loaded.config.snap_rounds == recipe.refiner.snap_rounds > 0
     loaded.save_pretrained(tmp_path)
 
     def shapes(pipeline):
@@ -146,6 +151,18 @@ def test_what_is_built_of_a_base_is_what_loads(recipe_of, sd15, tmp_path):
     other = again.model_copy(update={"refiner": again.refiner.model_copy(update={"conditions": "separate"})})
     with pytest.raises(TerraSynthError, match=r"--set refiner\.conditions=joint"):
         at_work(other, "refiner")
+
+
+def test_a_base_of_other_classes_is_planned_as_it_is_trained(recipe_of, tmp_path):
+    base = IDGBRPipeline.from_scratch(widths=(8, 8), guidance_width=8, image_size=SIZE)
+    base.save_pretrained(tmp_path)
+    recipe = recipe_of("refiner", {})
+    refiner = recipe.refiner.model_copy(update={"base": str(tmp_path), "codes": "onehot"})
+    trained = build_refiner(refiner, WORLD_SCHEMA, SIZE)
+    planned = at_work(recipe.model_copy(update={"refiner": refiner}), "refiner")
+    assert planned.num_classes == trained.num_classes == WORLD_SCHEMA.num_classes
+    assert planned.unet.conv_in.weight.shape == trained.unet.conv_in.weight.shape
+    assert planned.condition_encoder.conv_in.weight.shape == trained.condition_encoder.conv_in.weight.shape
 
 
 def test_stable_diffusion_has_the_published_number_of_parameters(tiny_recipe):

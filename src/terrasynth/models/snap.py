@@ -43,19 +43,23 @@ def snap(images: Tensor, maps: Tensor, num_classes: int, rounds: int) -> Tensor:
         float32 (B, K, H, W), from 0 to 1 with sum 1, or 0 where the map is unlabelled; 0 of classes that it does not
         have.
     """
-    known = (maps >= 0) & (maps < num_classes)
-    first = F.one_hot(maps.long().where(known, 0), num_classes).movedim(-1, 1) * known.unsqueeze(1)
-    shares = first.float()
+    first = maps.long().unsqueeze(1) == torch.arange(num_classes, device=maps.device).view(-1, 1, 1)
+    known, shares = first.any(1), first.float()
     if not rounds:
         return shares
     # One map after the other, of the classes that it has: others have no share, and votes of one do not change another.
-    for number, there in enumerate(first.flatten(2).any(2)):
-        if there.sum() > 1:
+    for number, there in enumerate(_present(first)):
+        if len(there) > 1:
             some = first[number : number + 1, there]
             votes = (2.0 * some - 1) * known[number]
             votes = (1 + _voted(images[number : number + 1].float(), votes, rounds)).clamp_min(0) * known[number]
             shares[number, there] = (votes / votes.sum(1, keepdim=True).clamp_min(1e-6))[0]
     return shares
+
+
+def _present(first: Tensor) -> list[Tensor]:
+    """Of every map, the indices of the classes that it has; `first` is (B, K, H, W), whether a pixel is of a class."""
+    return [there.nonzero().flatten() for there in first.flatten(2).any(2)]
 
 
 def _voted(image: Tensor, votes: Tensor, rounds: int) -> Tensor:

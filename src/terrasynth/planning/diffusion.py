@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from terrasynth.models import snap
 from terrasynth.models.autoencoder import PatchPCA
 from terrasynth.models.condition import ConditionEmbedding
 from terrasynth.models.guidance_net import GuidanceNet
 from terrasynth.models.label_codes import LabelCodes
-from terrasynth.models.snap import snap
 from terrasynth.models.unet import UNetEncoder
 from terrasynth.planning.footprint import enter
 from terrasynth.planning.parts import configurations, modules, on_card
@@ -28,7 +29,7 @@ from terrasynth.sampling.guidance import guidance_chain
 from terrasynth.systems import satsynth
 from terrasynth.systems.idgbr import IDGBRPipeline
 from terrasynth.systems.pairs import UPSCALER, build_pairs, build_upscaler
-from terrasynth.systems.refine import build_refiner, check_base, set_up
+from terrasynth.systems.refine import build_refiner, from_base, set_up
 from terrasynth.systems.satsynth import SatSynthPipeline
 from terrasynth.training.precision import autocast
 
@@ -77,20 +78,9 @@ def _pairs(config: PairsConfig, schema: LabelSchema, size: int, *, upscaler: boo
 
 
 def _refiner(config: RefinerConfig, base: str, schema: LabelSchema, side: int) -> IDGBRPipeline:
-    check_base(configurations(base, _REFINER), base, config)
-    pipeline = _based(
-        IDGBRPipeline,
-        base,
-        _REFINER,
-        tokenizer=None,
-        label_schema=None if config.each_class else schema.to_dict(),
-        each_class=config.each_class,
-        codes=config.codes,
-        conditions=config.conditions,
-        sees_rough=config.sees_rough,
-        prediction_type=config.prediction_type,
-        image_size=side,
-    )
+    stored = configurations(base, _REFINER)
+    load = partial(_based, IDGBRPipeline, base, _REFINER, tokenizer=None)
+    pipeline = from_base(load, stored, base, config, schema, side)
     if pipeline.text_encoder is not None:
         text = pipeline.text_encoder.config
         pipeline._empty_text = torch.zeros(1, text.max_position_embeddings, text.hidden_size)
@@ -146,7 +136,7 @@ def train(
     batch = {"image": torch.zeros(count, 3, side, side), "rough": masks, "mask": masks.clone(), "seed": seeds}
     weights = tensors(*_networks(pipeline))
     work = step(pipeline.network, pipeline.training_loss, batch, config, weights, gpu=gpu, offload=offload)
-    return replace(work, around=_nothing_given)
+    return replace(work, around=_unread)
 
 
 def training(recipe: Recipe, pipeline: IDGBRPipeline | SatSynthPipeline) -> TrainConfig:
@@ -157,17 +147,24 @@ def training(recipe: Recipe, pipeline: IDGBRPipeline | SatSynthPipeline) -> Trai
 
 
 @contextmanager
-def _nothing_given() -> Iterator[None]:
-    """What pairs are given is drawn and read, which a pretended number can not be; the network sees as much without."""
+def _unread() -> Iterator[None]:
+    """Without what depends on numbers, which pretended tensors do not have.
+
+    Pairs are given nothing; the network sees as much. Class maps have all classes, which is the most that they can.
+    """
 
     def nothing(size: Sequence[int], dropout: float, generator: torch.Generator) -> Tensor:
         return torch.zeros(2, *size, dtype=torch.bool)
 
-    drawn, satsynth._given = satsynth._given, nothing
+    def everything(first: Tensor) -> list[Tensor]:
+        return [torch.arange(first.shape[1])] * len(first)
+
+    given, present = satsynth._given, snap._present
+    satsynth._given, snap._present = nothing, everything
     try:
         yield
     finally:
-        satsynth._given = drawn
+        satsynth._given, snap._present = given, present
 
 
 def parameters(pipeline: IDGBRPipeline | SatSynthPipeline) -> dict[str, tuple[int, int]]:
@@ -194,10 +191,8 @@ def refine(pipeline: IDGBRPipeline, windows: int, steps: int, precision: Precisi
 
     @torch.no_grad()
     def follow() -> Tensor:
-        shares = snap(images, maps, pipeline.num_classes, pipeline.config.snap_rounds)
+        shares = snap.snap(images, maps, pipeline.num_classes, pipeline.config.snap_rounds)
         return pipeline.rough_codes(shares, maps)
-
-    codes = follow()
 
     @torch.no_grad()
     def look() -> list[Tensor]:
@@ -212,10 +207,13 @@ def refine(pipeline: IDGBRPipeline, windows: int, steps: int, precision: Precisi
     def decode() -> None:
         pipeline.label_codes.scores(pipeline.decode_labels(latents))
 
-    def around() -> torch.autocast:
-        return autocast(torch.device("cpu"), on_card(precision, gpu=gpu))
+    @contextmanager
+    def around() -> Iterator[None]:
+        with _unread(), autocast(torch.device("cpu"), on_card(precision, gpu=gpu)):
+            yield
 
     with around():
+        codes = follow()
         seen, predict = look(), pipeline.denoiser(images, codes)
     latents, timestep = torch.zeros(seen[0].shape), torch.zeros(windows, dtype=torch.long)
     parts = [(follow, 1), (look, 1), (evaluate, steps), (decode, 1)]

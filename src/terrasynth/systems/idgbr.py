@@ -154,6 +154,12 @@ class IDGBRPipeline(SavedPipeline):
                 expected="prediction_type sample",
                 fix="leave out `prediction_type`",
             )
+        if corrects and not sees_rough:
+            raise TerraSynthError(
+                "a refiner that corrects the rough map's code shows the map that it is not to see",
+                found="corrects, and sees_rough false",
+                fix="leave out `sees_rough`, or train from scratch without the rough map",
+            )
         self.schema = None if label_schema is None else LabelSchema.from_dict(label_schema)
         trained = label_codes is not None  # Stable Diffusion has none
         num_classes = 2 if label_codes is None else label_codes.config.num_classes

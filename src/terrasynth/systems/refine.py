@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from terrasynth.systems.rough import OneClass, RoughViews
 from terrasynth.training.loop import Outcome, train
 from terrasynth.training.processes import process_state
 
-__all__ = ["build_refiner", "check_base", "check_refiner", "fit_refiner", "set_up"]
+__all__ = ["build_refiner", "check_refiner", "fit_refiner", "from_base", "set_up"]
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: What a preview shows of a refiner of one class.
@@ -51,28 +52,50 @@ def build_refiner(config: RefinerConfig, schema: LabelSchema, image_size: int) -
     else:
         with loading(config.base, IDGBRPipeline.EXPECTED):
             stored = IDGBRPipeline.load_config(config.base)
-        check_base(stored, config.base, config)
-        refiner = stored.get("_class_name") == IDGBRPipeline.__name__
-        settings: dict[str, Any] = {}
-        if not refiner:  # which has its own, and an encoder made for them
-            named = None if classes is None else classes.to_dict()
-            settings = {
-                "label_schema": named,
-                "each_class": config.each_class,
-                "codes": config.codes,
-                "snap_rounds": config.snap_rounds,
-            }
-        pipeline = IDGBRPipeline.from_pretrained(
-            config.base,
-            conditions=config.conditions,
-            sees_rough=config.sees_rough,
-            prediction_type=config.prediction_type,
-            image_size=image_size,
-            **settings,
-        )
-        if refiner:
-            pipeline.adapt(classes, config.codes)
+        load = partial(IDGBRPipeline.from_pretrained, config.base)
+        pipeline = from_base(load, stored, config.base, config, schema, image_size)
     return set_up(pipeline, config, image_size)
+
+
+def from_base(
+    load: Callable[..., IDGBRPipeline],
+    stored: Mapping[str, Any],
+    base: str,
+    config: RefinerConfig,
+    schema: LabelSchema,
+    image_size: int,
+) -> IDGBRPipeline:
+    """A refiner of the classes of `schema`, or of any with `each_class`, that starts from another or Stable Diffusion.
+
+    Args:
+        load: makes the pipeline of the base, given settings that are not as stored.
+        stored: the configuration of that pipeline.
+        base: where it lies.
+        config: the settings.
+        schema: the classes.
+        image_size: side of the images it is trained on.
+
+    Raises:
+        TerraSynthError: the settings do not fit the base.
+    """
+    classes = None if config.each_class else schema
+    settings: dict[str, Any] = {
+        "conditions": config.conditions,
+        "sees_rough": config.sees_rough,
+        "prediction_type": config.prediction_type,
+        "image_size": image_size,
+    }
+    if stored.get("_class_name") == IDGBRPipeline.__name__:
+        # It has its own classes until it is adapted, and an encoder made for the rounds of its votes.
+        _check_conditions(stored, base, config)
+        return load(**settings).adapt(classes, config.codes)
+    return load(
+        **settings,
+        label_schema=None if classes is None else classes.to_dict(),
+        each_class=config.each_class,
+        codes=config.codes,
+        snap_rounds=config.snap_rounds,
+    )
 
 
 def set_up(pipeline: IDGBRPipeline, config: RefinerConfig, image_size: int) -> IDGBRPipeline:
@@ -110,19 +133,7 @@ def check_refiner(tiles: Tiles, config: RefinerConfig) -> None:
         pipeline.training_loss(view | {"seed": torch.tensor([0])})
 
 
-def check_base(stored: Mapping[str, Any], base: str, config: RefinerConfig) -> None:
-    """Refuse what a refiner that TerraSynth saved can not be trained to; Stable Diffusion takes any.
-
-    Args:
-        stored: the configuration of the base's pipeline.
-        base: where it lies.
-        config: the settings.
-
-    Raises:
-        TerraSynthError: they differ.
-    """
-    if stored.get("_class_name") != IDGBRPipeline.__name__:
-        return
+def _check_conditions(stored: Mapping[str, Any], base: str, config: RefinerConfig) -> None:
     if stored["conditions"] != config.conditions:
         raise TerraSynthError(
             "the base is a refiner that reads its conditions otherwise than the recipe's",
