@@ -278,6 +278,15 @@ def test_what_is_left_is_told_with_the_times_of_what_is_done(finished, recipe, t
     assert int(time) <= round(max(seconds)) + 1
 
 
+def test_where_teachers_are_trained_only_their_tests_are_left(finished, recipe, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    for path in (tmp_path / "study" / "scores").glob("real-seed-*/unit.json"):
+        path.unlink()
+    study = Study(recipe, Path(), tmp_path / "study")
+    assert [(task.group, task.seed) for task in study.left()] == [("test", 0), ("test", 1)]
+    assert "\n  test, seeds 0, 1: about" in outlook(study)
+
+
 def test_out_of_minutes_the_command_says_what_is_left_and_how_to_go_on(recipe, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))

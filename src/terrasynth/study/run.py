@@ -531,7 +531,8 @@ class Study:
                 tasks.extend(Task(label, seed, partial(work, name, seed, **named)) for seed in study.seeds)
 
         each("paint ({})", self.painted, kinds)
-        each("train: {}", self.metrics, study.arms)
+        for arm in study.arms:
+            each("test" if arm in teachers else "train: {}", self.metrics, [arm])
         each("plateau check", self.metrics, self.checked, times=2)
         each("test", self.agreement, self.kinds)
         each("audit", self.audited, self.kinds)
