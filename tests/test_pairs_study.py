@@ -153,6 +153,7 @@ def test_the_report_shows_pairs_with_their_masks_and_the_audit_compares_them(fin
     page = (finished / "report.html").read_text()
     assert {"Mask, painted", "Painted with it", "Painted under it"} <= set(re.findall(r"<div>([\w ,]+)<img", page))
     assert "What is in painted masks" in page
+    assert re.search(r"an mIoU of\s+[\d.]+ \(with their masks\), [\d.]+ \(plain, under painted masks\)\.", page)
     assert "8 (with their masks), 4 (plain, under painted masks)" in page
     assert "“pairs 1:1” has the first 4 of them" in page
     assert "pixel diffusion of image and mask together (SatSynth), from scratch, levels of 16, 16 channels" in page

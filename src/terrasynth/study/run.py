@@ -514,7 +514,7 @@ class Study:
     def tasks(self) -> list[Task]:
         """All that is to be done, in this order; what is done costs nothing."""
         study = self.recipe.study
-        teachers = dict.fromkeys((study.arms[0], self.teacher))
+        teachers = [*dict.fromkeys((study.arms[0], self.teacher))]  # a list: not every arm can be hashed
         tasks = [
             Task(f"train: {arm.name}", seed, partial(self.cell, arm, seed)) for arm in teachers for seed in study.seeds
         ]
