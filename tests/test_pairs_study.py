@@ -288,6 +288,13 @@ def test_where_teachers_are_trained_only_their_tests_are_left(finished, recipe, 
     assert "\n  test, seeds 0, 1: about" in outlook(study)
 
 
+def test_arms_of_any_settings_have_tasks(tiny_recipe, tmp_path):
+    curated = {"name": "curated", "synthetic": "pairs", "curate": {"balance": {"road": 0.2}}}
+    tasks = Study(with_arms(tiny_recipe, [ARMS[0], curated]), Path(), tmp_path).tasks()
+    groups = [task.group for task in tasks]
+    assert (groups.count("train: real"), groups.count("train: curated")) == (2, 2)
+
+
 def test_out_of_minutes_the_command_says_what_is_left_and_how_to_go_on(recipe, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))

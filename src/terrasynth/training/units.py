@@ -120,8 +120,8 @@ def do(
             raise OutOfTime
         if process.num_processes > 1 and not together:
             raise TerraSynthError(
-                "the processes of one launch can share the training of generator, refiner or pairs only, and this comes "
-                "first",
+                "the processes of one launch can share the training of generator, refiner or pairs only, and this "
+                "comes first",
                 path=folder,
                 found=f"{process.num_processes} processes",
                 fix="run the same command without torchrun or accelerate until it says `training the generator`, "
