@@ -122,6 +122,14 @@ def test_settings_reach_the_pipeline(trained):
     assert torch.equal(torch.cat([v.flatten() for v in further.network.state_dict().values()]), weights(trained))
 
 
+def test_a_base_that_can_not_be_asked_is_refused_before_it_is_trained(tmp_path):
+    config = CONFIG.model_copy(update={"sampling": PairsSamplingConfig(shares={"road": 0.2})})
+    build_pairs(config.model_copy(update={"asks_classes": False}), SCHEMA, 16).save_pretrained(tmp_path)
+    with pytest.raises(TerraSynthError, match=r"did not learn to be asked"):
+        build_pairs(config.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16)
+    assert not build_pairs(CONFIG.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16).config.asks_classes
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="asks_classes"):
         PairsConfig(asks_classes=False, sampling={"shares": {"road": 0.1}})
@@ -129,3 +137,5 @@ def test_settings_that_do_not_fit_are_refused():
         PairsConfig(class_dropout=0, sampling={"guidance_scale": 2})
     with pytest.raises(ValueError, match="more than 1"):
         PairsSamplingConfig(shares={"road": 0.7, "water": 0.7})
+    with pytest.raises(ValueError, match="less than or equal to 1000"):
+        PairsSamplingConfig(steps=1001)

@@ -153,6 +153,7 @@ def test_the_report_shows_pairs_with_their_masks_and_the_audit_compares_them(fin
     page = (finished / "report.html").read_text()
     assert {"Mask, painted", "Painted with it", "Painted under it"} <= set(re.findall(r"<div>([\w ,]+)<img", page))
     assert "What is in painted masks" in page
+    assert re.search(r"an mIoU of\s+[\d.]+ \(with their masks\), [\d.]+ \(plain, under painted masks\)\.", page)
     assert "8 (with their masks), 4 (plain, under painted masks)" in page
     assert "“pairs 1:1” has the first 4 of them" in page
     assert "pixel diffusion of image and mask together (SatSynth), from scratch, levels of 16, 16 channels" in page
@@ -276,6 +277,22 @@ def test_what_is_left_is_told_with_the_times_of_what_is_done(finished, recipe, t
     (time,) = re.findall(r"By the times of what is done: about (\d+) s;", told)
     # The other seed's; every cell here takes about as long.
     assert int(time) <= round(max(seconds)) + 1
+
+
+def test_where_teachers_are_trained_only_their_tests_are_left(finished, recipe, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    for path in (tmp_path / "study" / "scores").glob("real-seed-*/unit.json"):
+        path.unlink()
+    study = Study(recipe, Path(), tmp_path / "study")
+    assert [(task.group, task.seed) for task in study.left()] == [("test", 0), ("test", 1)]
+    assert "\n  test, seeds 0, 1: about" in outlook(study)
+
+
+def test_arms_of_any_settings_have_tasks(tiny_recipe, tmp_path):
+    curated = {"name": "curated", "synthetic": "pairs", "curate": {"balance": {"road": 0.2}}}
+    tasks = Study(with_arms(tiny_recipe, [ARMS[0], curated]), Path(), tmp_path).tasks()
+    groups = [task.group for task in tasks]
+    assert (groups.count("train: real"), groups.count("train: curated")) == (2, 2)
 
 
 def test_out_of_minutes_the_command_says_what_is_left_and_how_to_go_on(recipe, tmp_path):

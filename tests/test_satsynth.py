@@ -400,7 +400,10 @@ def test_the_default_costs_ten_gigaflop_a_step_of_eight_tiles_and_the_published_
         ("none", {"images": torch.rand(2, 3, 8, 8)}, "no bytes"),
         ("none", {"known": torch.ones(2, 8, 8).bool()}, "there are none"),
         ("none", {"masks": torch.full((2, 8, 8), 3)}, "does not know"),
+        ("none", {"masks": torch.full((2, 8, 8), -1)}, "class -1"),
         ("none", {"shares": torch.zeros(2, 4)}, "do not fit seeds and classes"),
+        ("none", {"shares": torch.tensor([[0.2, torch.nan, 0.1], [-0.1, 0.0, torch.nan]])}, "no shares"),
+        ("none", {"shares": torch.tensor([[0.2, torch.nan, 0.1], [0.6, torch.nan, 0.5]])}, "no shares"),
         ("half", {}, "call `upscale`"),
     ],
 )
@@ -415,6 +418,10 @@ def test_what_was_not_learned_can_not_be_asked_for():
         pipeline(seeds=[0], shares=pipeline.ask({}, 1))
     with pytest.raises(TerraSynthError, match="not trained to enlarge"):
         pipeline.upscale(torch.zeros(1, 3, 4, 4).byte(), torch.zeros(1, 4, 4), seeds=[0])
+    with pytest.raises(TerraSynthError, match="no such noise"):
+        tiny(condition="half").upscale(
+            torch.zeros(1, 3, 4, 4).byte(), torch.zeros(1, 4, 4), seeds=[0], augmentation=1.0
+        )
     with pytest.raises(TerraSynthError, match="no such class"):
         pipeline.ask({"lava": 0.5}, 1)
     with pytest.raises(TerraSynthError, match="no shares"):

@@ -516,8 +516,8 @@ class RefinerConfig(_Config):
 class PairsSamplingConfig(_Config):
     """How pairs are painted."""
 
-    steps: Positive = 50
-    """DDIM steps, of each stage."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    """DDIM steps, of each stage; the model knows 1000 noise levels."""
     shares: dict[str, Fraction] = {}
     """What share of the pixels of every painting is asked for, by class name (`{road: 0.2}`): the way to rare classes.
     All others are left open."""

@@ -29,7 +29,7 @@ Operation = Literal["drop", "stamp", "grow", "warp", "coarsen"]
 _OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 _MOVING: tuple[Operation, ...] = ("grow", "warp", "coarsen")
 
-# The streams of a seed from 0 to 6 are those of `data.augment` and `data.reference`.
+# `data.mixes` lists the other streams of a seed.
 _CHOICE, _DROP, _STAMP, _GROW, _WARP, _COARSEN = range(7, 13)
 _PROBABILITY = 0.5
 #: One spurious disc at most for so many pixels of a map.

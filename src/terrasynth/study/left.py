@@ -17,21 +17,21 @@ def outlook(study: Study, jobs: int = 1) -> str:
         study: of which some may be finished.
         jobs: processes that share the work.
     """
-    left = list(dict.fromkeys((task.group, task.seed) for task in study.left()))
+    left = study.left()
     if not left:
         return "All is done but the report."
     done = study.timing()
     cells = [seconds for group, each in done.items() if group.startswith("train: ") for seconds in each]
     seeds: dict[str, list[int | None]] = {}
-    for group, seed in left:
-        seeds.setdefault(group, []).append(seed)
+    for task in left:
+        seeds.setdefault(task.group, []).append(task.seed)
     lines, total, unknown = [], 0.0, False
     for group, under in seeds.items():
         known = done.get(group) or (cells if group.startswith("train: ") else [])
         seconds = len(under) * sum(known) / len(known) if known else None
         total, unknown = total + (seconds or 0.0), unknown or seconds is None
-        which = ", ".join(str(seed) for seed in under if seed is not None)
-        told = f", {'seed' if len(under) == 1 else 'seeds'} {which}" if which else ""
+        some = [str(seed) for seed in dict.fromkeys(under) if seed is not None]
+        told = f", {'seed' if len(some) == 1 else 'seeds'} {', '.join(some)}" if some else ""
         lines.append(f"  {group}{told}: {'not known yet' if seconds is None else f'about {duration(seconds)}'}")
     end = f"By the times of what is done: {'at least ' if unknown else ''}about {duration(total / jobs)}"
     if study.clock.max_minutes is not None:

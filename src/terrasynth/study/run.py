@@ -514,7 +514,7 @@ class Study:
     def tasks(self) -> list[Task]:
         """All that is to be done, in this order; what is done costs nothing."""
         study = self.recipe.study
-        teachers = dict.fromkeys((study.arms[0], self.teacher))
+        teachers = [*dict.fromkeys((study.arms[0], self.teacher))]  # a list: not every arm can be hashed
         tasks = [
             Task(f"train: {arm.name}", seed, partial(self.cell, arm, seed)) for arm in teachers for seed in study.seeds
         ]
@@ -531,7 +531,8 @@ class Study:
                 tasks.extend(Task(label, seed, partial(work, name, seed, **named)) for seed in study.seeds)
 
         each("paint ({})", self.painted, kinds)
-        each("train: {}", self.metrics, study.arms)
+        for arm in study.arms:
+            each("test" if arm in teachers else "train: {}", self.metrics, [arm])
         each("plateau check", self.metrics, self.checked, times=2)
         each("test", self.agreement, self.kinds)
         each("audit", self.audited, self.kinds)

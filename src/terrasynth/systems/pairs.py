@@ -84,13 +84,22 @@ def build_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> Sa
     """What a recipe trains on tiles of this size, untrained or the `base` that it starts from; the first of two stages.
 
     Raises:
-        TerraSynthError: the base is a second stage, or the tiles do not divide into the levels of the network.
+        TerraSynthError: the base is a second stage, or did not learn to be asked for the shares that are to be painted;
+            or the tiles do not divide into the levels of the network.
     """
     side = image_size // 2 if config.two_stages else image_size
     if config.base is None:
         pipeline = _from_scratch(config, config, schema, side, asks_classes=config.asks_classes)
     else:
         pipeline = first_stage(config.base, label_schema=schema.to_dict(), image_size=side)
+        if config.sampling.shares and not pipeline.config.asks_classes:  # before hours of training
+            raise TerraSynthError(
+                "pairs.base did not learn to be asked for classes",
+                path=config.base,
+                found=f"pairs.sampling.shares {config.sampling.shares}",
+                expected="a base that was trained with asks_classes",
+                fix="leave out pairs.sampling.shares, or start from another base",
+            )
     pipeline.class_dropout, pipeline.given_dropout = config.class_dropout, config.given_dropout
     least = pipeline.multiple * (2 if config.two_stages else 1)
     return _divides(pipeline, image_size, least)

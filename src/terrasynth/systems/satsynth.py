@@ -394,6 +394,10 @@ class SatSynthPipeline(SavedPipeline):
                 expected="half",
                 fix="load a 2x stage",
             )
+        if not 0 <= augmentation < 1:
+            raise TerraSynthError(
+                "no such noise on what is enlarged", found=augmentation, expected="from 0 on, less than 1"
+            )
         height, width = self._check(seeds, None, images, None, masks, None)
         device, joint = self._execution_device, 3 + self.label_codes.channels
         larger, p = (2 * height, 2 * width), self.config.patch_size
@@ -499,7 +503,7 @@ class SatSynthPipeline(SavedPipeline):
         if known is not None and images is None:
             raise TerraSynthError("`known` says which pixels of `images` are given, and there are none")
         if masks is not None:
-            foreign = (masks != self.schema.ignore_index) & (masks >= self.num_classes)
+            foreign = (masks != self.schema.ignore_index) & ((masks < 0) | (masks >= self.num_classes))
             if foreign.any():
                 raise TerraSynthError(
                     "the masks have classes that the model does not know",
@@ -518,6 +522,10 @@ class SatSynthPipeline(SavedPipeline):
                 "the shares do not fit seeds and classes",
                 found=tuple(shares.shape),
                 expected=(len(seeds), self.num_classes),
+            )
+        if shares is not None and ((shares < 0).any() or (shares.nansum(1) > 1 + 1e-6).any()):
+            raise TerraSynthError(
+                "these are no shares of the pixels", found=shares.tolist(), expected="from 0 on, with a sum up to 1"
             )
         return height, width
 

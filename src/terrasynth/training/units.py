@@ -120,11 +120,12 @@ def do(
             raise OutOfTime
         if process.num_processes > 1 and not together:
             raise TerraSynthError(
-                "the processes of one launch can share the training of generator or refiner only, and this comes first",
+                "the processes of one launch can share the training of generator, refiner or pairs only, and this "
+                "comes first",
                 path=folder,
                 found=f"{process.num_processes} processes",
-                fix="run the same command without torchrun or accelerate until it says `training the generator` or "
-                "`training the refiner`, stop it, and start this again",
+                fix="run the same command without torchrun or accelerate until it says `training the generator`, "
+                "`training the refiner` or `training what paints pairs`, stop it, and start this again",
             )
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, Busy(folder)) if process.is_main_process else nullcontext():
