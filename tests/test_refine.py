@@ -984,6 +984,13 @@ def test_a_map_of_one_class_is_told_with_what_may_be_wrong(image, tmp_path, sche
     assert "unsetnodata" not in said
 
 
+def test_a_map_of_the_first_class_alone_is_not_one_of_black_pixels(image, tmp_path):
+    zeros = np.zeros_like(areas())
+    rough = tiff(tmp_path / "rough.tif", zeros, **PLACE)
+    refine(image, rough, tmp_path / "out.tif", Next(), SETTINGS, schema=SCHEMA)
+    np.testing.assert_array_equal(read(tmp_path / "out.tif"), zeros)
+
+
 def test_a_refiner_knows_its_classes(tmp_path, folder):
     from terrasynth.systems.idgbr import IDGBRPipeline
 

@@ -15,7 +15,7 @@ from rasterio.windows import Window
 
 from terrasynth.data.masks import Lookup, Survey, settle, survey
 from terrasynth.data.raster import Raster
-from terrasynth.data.read import refuse_jpeg, without_alpha, without_recipe
+from terrasynth.data.read import mask_readings, refuse_jpeg, without_alpha, without_recipe
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError, listed
 from terrasynth.tasks.class_map import Legend
@@ -115,7 +115,7 @@ def read_rough_map(raster: Raster, schema: LabelSchema | None, num_classes: int 
 
 def _by_schema(raster: Raster, found: Survey, schema: LabelSchema) -> RoughMap:
     try:
-        coding, lookups, faults = settle([found], schema, "auto")
+        coding, lookups, faults = settle([found], schema, _coding(found, schema))
         if faults:
             raise faults[0]
     except TerraSynthError as error:
@@ -133,6 +133,13 @@ def _by_schema(raster: Raster, found: Survey, schema: LabelSchema) -> RoughMap:
     named = dict(zip(schema.stored, schema.names, strict=True))
     legend = Legend(schema.stored_ignore[0], named, schema.palette())
     return _rough_map(raster, found, classes, schema.names, written, legend)
+
+
+def _coding(found: Survey, schema: LabelSchema) -> str:
+    """`index` where the colours alone would leave nothing labelled, as of zeros where black is unlabelled."""
+    readings = mask_readings(found.pixels, schema, "auto", found.path, found.counts)
+    labelled = {coding for coding, classes in readings.items() if (classes != schema.ignore_index).any()}
+    return "index" if "index" in labelled and "color" in readings.keys() - labelled else "auto"
 
 
 def _by_value(raster: Raster, found: Survey) -> RoughMap:
