@@ -781,6 +781,14 @@ def test_unknown_choices_are_refused(given, message):
         small_pipeline(**given)
 
 
+def test_other_conditions_than_the_encoders_are_refused(tmp_path):
+    small_pipeline(snap_rounds=2).save_pretrained(tmp_path)
+    assert IDGBRPipeline.from_pretrained(tmp_path, snap_rounds=3).config.snap_rounds == 3
+    for changes in ({"snap_rounds": 0}, {"conditions": "separate"}):
+        with pytest.raises(TerraSynthError, match="was made for others"):
+            IDGBRPipeline.from_pretrained(tmp_path, **changes)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_a_model_that_can_not_be_loaded_is_one_message(name, tmp_path):
     (tmp_path / "empty").mkdir()

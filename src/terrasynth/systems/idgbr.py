@@ -189,10 +189,17 @@ class IDGBRPipeline(SavedPipeline):
                 fix="leave out `each_class` or `label_schema`",
             )
         code_channels = label_codes.channels * patch_size**2 if vae is None else image_channels
+        maps = 0 if conditions == "separate" else 2 if snap_rounds else 1
+        channels = image_channels + maps * code_channels
         if condition_encoder is None:
-            maps = 0 if conditions == "separate" else 2 if snap_rounds else 1
-            channels = image_channels + maps * code_channels
             condition_encoder = UNetEncoder.from_unet(unet, in_channels=channels)
+        if condition_encoder.config.in_channels != channels:
+            raise TerraSynthError(
+                "the encoder of the conditions was made for others",
+                found=f"{condition_encoder.config.in_channels} channels",
+                expected=f"{channels}, for {conditions} conditions and snap_rounds {snap_rounds}",
+                fix="leave out `conditions` and `snap_rounds` to load a refiner with its own",
+            )
         if guidance_net is None:
             count = 1 if conditions == "joint" else 2
             guidance_net = GuidanceNet.for_unet(unet, image_size // self.factor, conditions=count, max_grid=_MAX_GRID)
