@@ -76,7 +76,7 @@ REFINER = RefinerConfig(
     timesteps="cubic",
     rough=RoughConfig(folds=3),  # Kampala has three places to learn from
     train=TrainConfig(
-        steps=600, batch_size=8, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=100, evaluate_every=300
+        steps=600, batch_size=8, learning_rate=7e-4, ema_decay=0.99, checkpoint_every=100, evaluate_every=300
     ),
 )
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000, help="of the refiner's training")
+    parser.add_argument("--steps", type=int, default=2000, help="of the refiner's training")
     options = parser.parse_args()
     config = RefinerConfig(
         each_class=True,
@@ -90,7 +90,7 @@ def main() -> None:
         train=TrainConfig(
             steps=options.steps,
             batch_size=8,
-            learning_rate=2e-3,
+            learning_rate=7e-4,
             ema_decay=0.995,
             checkpoint_every=100,
             evaluate_every=500,

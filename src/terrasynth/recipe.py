@@ -482,7 +482,7 @@ class RefinerConfig(_Config):
     """What it learns to mend."""
     seed: NonNegative = 0
     """Seed of initialisation, data order, rough maps and noise."""
-    train: TrainConfig = TrainConfig(steps=2000, batch_size=8, learning_rate=1e-3, ema_decay=0.999)
+    train: TrainConfig = TrainConfig(steps=2000, batch_size=8, learning_rate=7e-4, ema_decay=0.999)
     """The training run."""
 
     @model_validator(mode="after")
