@@ -76,7 +76,7 @@ REFINER = RefinerConfig(
     timesteps="cubic",
     rough=RoughConfig(folds=3),  # Kampala has three places to learn from
     train=TrainConfig(
-        steps=600, batch_size=8, learning_rate=7e-4, ema_decay=0.99, checkpoint_every=100, evaluate_every=300
+        steps=800, batch_size=8, learning_rate=7e-4, ema_decay=0.99, checkpoint_every=100, evaluate_every=400
     ),
 )
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="of a refiner's training")
+    parser.add_argument("--steps", type=int, default=800, help="of a refiner's training")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--base", type=Path, help="refiner of one class against the rest to start from")
     how.add_argument("--ablations", action="store_true")
