@@ -189,8 +189,7 @@ class IDGBRPipeline(SavedPipeline):
                 fix="leave out `each_class` or `label_schema`",
             )
         code_channels = label_codes.channels * patch_size**2 if vae is None else image_channels
-        maps = 0 if conditions == "separate" else 2 if snap_rounds else 1
-        channels = image_channels + maps * code_channels
+        channels = image_channels + _maps_beside(conditions, snap_rounds) * code_channels
         if condition_encoder is None:
             condition_encoder = UNetEncoder.from_unet(unet, in_channels=channels)
         if condition_encoder.config.in_channels != channels:
@@ -271,7 +270,8 @@ class IDGBRPipeline(SavedPipeline):
         if after != before:
             group = self.config.patch_size**2
             read, condition, drawn = self.unet.conv_in, self.condition_encoder.conv_in, self.unet.conv_out
-            for conv, times in ((read, 1), (condition, self._maps)):
+            beside = _maps_beside(self.config.conditions, self.config.snap_rounds)
+            for conv, times in ((read, 1), (condition, beside)):
                 weight = repeat_mean(conv.weight, 1, before, after, group=group, times=times)
                 with torch.no_grad():
                     weight[:, weight.shape[1] - times * after * group :] *= before / after  # what they sum to stays
@@ -339,11 +339,6 @@ class IDGBRPipeline(SavedPipeline):
         labels = torch.cat([self.encode_labels(codes) for codes in maps], dim=1)
         return labels if self.config.sees_rough else torch.zeros_like(labels)
 
-    @property
-    def _maps(self) -> int:
-        """How many maps a condition is made of."""
-        return 2 if self.config.conditions == "joint" and self.config.snap_rounds else 1
-
     def rough_codes(self, shares: Tensor, rough: Tensor) -> Tensor:
         """Label codes of rough maps, as conditions have them.
 
@@ -356,7 +351,8 @@ class IDGBRPipeline(SavedPipeline):
             conditions have both (`snap_rounds`).
         """
         codes = self.label_codes.mean(shares)
-        return torch.cat([codes, self.label_codes.encode(rough)], dim=1) if self._maps == 2 else codes
+        both = _maps_beside(self.config.conditions, self.config.snap_rounds) == 2
+        return torch.cat([codes, self.label_codes.encode(rough)], dim=1) if both else codes
 
     def start_of(self, rough: Tensor) -> Tensor:
         """What refinement may start from, and `corrects` adds to, (B, c, h, w), given `rough_codes`."""
@@ -701,8 +697,8 @@ class IDGBRPipeline(SavedPipeline):
                 unet.conv_out.weight.data.mul_(0.1)
                 unet.conv_out.bias.data.zero_()
             joint = conditions == "joint"
-            maps = 0 if not joint else 2 if snap_rounds else 1
-            encoder = UNetEncoder.from_config(unet.config, in_channels=image + maps * label)
+            beside = _maps_beside(conditions, snap_rounds)
+            encoder = UNetEncoder.from_config(unet.config, in_channels=image + beside * label)
             guidance_net = GuidanceNet.for_unet(
                 unet,
                 image_size // factor,
@@ -765,6 +761,13 @@ class IDGBRPipeline(SavedPipeline):
             imagenet_statistics=True,
             each_class=False,
         )
+
+
+def _maps_beside(conditions: Conditions, snap_rounds: int) -> int:
+    """How many maps the encoder of the conditions reads beside an image."""
+    if conditions == "separate":
+        return 0
+    return 2 if snap_rounds else 1
 
 
 def decide(scores: Tensor, rough: Tensor, band: Tensor | None = None) -> Tensor:
