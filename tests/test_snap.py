@@ -38,15 +38,16 @@ def by_hand(image, labels, num_classes, rounds):
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_it_is_the_sum_that_is_written_down(rounds):
+@pytest.mark.parametrize("classes", [2, 3])
+def test_it_is_the_sum_that_is_written_down(classes, rounds):
     generator = torch.Generator().manual_seed(rounds)
     image = 0.5 + 0.1 * torch.randn(3, 7, 24, generator=generator, dtype=torch.float64)
-    labels = torch.randint(3, (7, 24), generator=generator)
+    labels = torch.randint(classes, (7, 24), generator=generator)
     labels[2:4, 5:9] = 255
-    votes = by_hand(image, labels.tolist(), 3, rounds)
+    votes = by_hand(image, labels.tolist(), classes, rounds)
     expected = (1 + votes) / (1 + votes).sum(0) * (labels != 255)
     assert (expected.argmax(0) != labels)[labels != 255].float().mean() > 0.1
-    found = snap(image[None].float(), labels[None], 3, rounds)[0]
+    found = snap(image[None].float(), labels[None], classes, rounds)[0]
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=0)
 
 

@@ -23,6 +23,7 @@ __all__ = ["snap"]
 #: Distances of the neighbours that are asked, in pixels along either axis.
 _RADII = (1, 2, 4, 8, 14, 22)
 _OFFSETS = [(r * y, r * x) for r in _RADII for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+_REACH = max(_RADII)
 #: σ, of colours in [0, 1], and s, in pixels.
 _COLOR, _SPACE = 0.1, 20.0
 _GAIN = 2.0
@@ -65,29 +66,35 @@ def _present(first: Tensor) -> list[Tensor]:
 def _voted(image: Tensor, votes: Tensor, rounds: int) -> Tensor:
     """Votes (1, K, H, W) after so many rounds."""
     weights = _weights(image)
+    # Of two classes one has the votes of the other with the other sign, to the last bit.
+    two = votes.shape[1] == 2
+    found = votes[:, :1] if two else votes
+    padded = F.pad(found, [_REACH] * 4)
+    middle, near = _shifted(padded, 0, 0), [_shifted(padded, dy, dx) for dy, dx in _OFFSETS]
     for number in range(rounds):
         if number:
-            votes = torch.tanh(_GAIN * votes)
-        found = torch.zeros_like(votes)
-        for weight, near in zip(weights, _neighbours(votes), strict=True):
-            found.addcmul_(weight, near)
-        votes = found
-    return votes
+            middle.copy_(found.mul_(_GAIN).tanh_())
+        found = torch.zeros_like(found)
+        for weight, asked in zip(weights, near, strict=True):
+            found.addcmul_(weight, asked)
+    return torch.cat([found, -found], dim=1) if two else found
 
 
-def _weights(images: Tensor) -> Tensor:
-    """a_ij for the neighbours at every offset, (O, B, 1, H, W); zero beyond the frame."""
-    frame = _neighbours(torch.ones_like(images[:1, :1]))
-    found = []
-    for (dy, dx), near, there in zip(_OFFSETS, _neighbours(images), frame, strict=True):
-        apart = (near - images).square().sum(1, keepdim=True) / (2 * _COLOR**2)
-        found.append(torch.exp(-apart - (dy**2 + dx**2) / (2 * _SPACE**2)) * there)
-    weights = torch.stack(found)
+def _weights(image: Tensor) -> Tensor:
+    """a_ij of (1, 3, H, W) for the neighbours at every offset, (O, 1, 1, H, W); zero beyond the frame."""
+    padded, frame = (F.pad(x, [_REACH] * 4) for x in (image, torch.ones_like(image[:, :1])))
+    found: dict[tuple[int, int], Tensor] = {}
+    for dy, dx in _OFFSETS:
+        if (-dy, -dx) in found:  # the other of two neighbours has looked already
+            found[dy, dx] = _shifted(F.pad(found[-dy, -dx], [_REACH] * 4), dy, dx)
+            continue
+        apart = (_shifted(padded, dy, dx) - image).square().sum(1, keepdim=True) / (2 * _COLOR**2)
+        found[dy, dx] = torch.exp(-apart - (dy**2 + dx**2) / (2 * _SPACE**2)) * _shifted(frame, dy, dx)
+    weights = torch.stack(list(found.values()))
     return weights / weights.sum(0).clamp_min(1e-6)
 
 
-def _neighbours(x: Tensor) -> list[Tensor]:
-    """Views of (B, C, H, W) as the neighbours at `_OFFSETS` have it; zero beyond the frame."""
-    most, (height, width) = max(_RADII), x.shape[-2:]
-    padded = F.pad(x, [most] * 4)
-    return [padded[..., most + dy : most + dy + height, most + dx : most + dx + width] for dy, dx in _OFFSETS]
+def _shifted(padded: Tensor, dy: int, dx: int) -> Tensor:
+    """A view of (B, C, H, W) that was padded by `_REACH`: what lies `dy` below every pixel, `dx` to its right."""
+    top, left = _REACH + dy, _REACH + dx
+    return padded[..., top : top + padded.shape[-2] - 2 * _REACH, left : left + padded.shape[-1] - 2 * _REACH]
