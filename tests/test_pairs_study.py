@@ -73,6 +73,17 @@ def test_a_list_of_ratios_is_an_arm_of_each(recipe):
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
+def test_a_base_that_can_not_be_asked_is_told_before_anything_is_trained(recipe, tmp_path):
+    schema = load_tiles(recipe.data, "train").schema
+    base = SatSynthPipeline.from_scratch(schema, widths=(16, 16), image_size=recipe.data.image_size, asks_classes=False)
+    base.save_pretrained(tmp_path / "base")
+    values = recipe.model_dump(mode="json")
+    values["pairs"] |= {"base": str(tmp_path / "base"), "sampling": {"shares": {schema.names[0]: 0.5}}}
+    with pytest.raises(TerraSynthError, match="did not learn to be asked"):
+        Study(Recipe.model_validate(values), Path(), tmp_path / "out").run()
+    assert not list((tmp_path / "out").rglob("unit.json"))
+
+
 def test_one_model_of_the_training_tiles_paints_the_pairs_of_every_seed(finished, recipe):
     (unit,) = finished.glob("pairs-*/unit.json")
     train = load_tiles(recipe.data, "train")

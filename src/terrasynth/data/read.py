@@ -180,7 +180,7 @@ def without_recipe(error: TerraSynthError, path: Path | None = None) -> TerraSyn
     fix = error.fix
     if "data.mask_coding" in (fix or ""):
         fix = (
-            "give masks of the classes that are expected here; if their values are right, export the masks as class indices, "
+            "give masks of the expected classes; if their values are right, export the masks as class indices, "
             "without a palette and class names"
         )
     return TerraSynthError(error.problem, path=path or error.path, found=error.found, expected=error.expected, fix=fix)

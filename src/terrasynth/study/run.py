@@ -34,7 +34,7 @@ from terrasynth.study.report import write_report
 from terrasynth.study.results import write_results
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import model_digest
-from terrasynth.systems.pairs import UPSCALER, fit_pairs
+from terrasynth.systems.pairs import UPSCALER, check_pairs, fit_pairs
 from terrasynth.systems.refine import check_refiner, fit_refiner
 from terrasynth.systems.satsynth import check_shares
 from terrasynth.tasks.folds import out_of_fold
@@ -544,7 +544,7 @@ class Study:
         """Do every unit that is not done. What another process is at is left to it: several share the work."""
         self.test  # noqa: B018 (before anything is trained: no tile is in two splits)
         if self.paints_pairs:
-            check_shares(self.recipe.pairs.sampling.shares, self.train.schema)
+            check_pairs(self.recipe.pairs, self.train.schema, self.recipe.data.image_size)
         tasks = self.tasks()
         while tasks:
             left: list[tuple[Task, Busy]] = []

@@ -29,7 +29,7 @@ from terrasynth.progress import say, track
 from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig, TrainConfig, UpscalerConfig
 from terrasynth.systems.generate import load_pipeline, model_class, model_digest
 from terrasynth.systems.loading import paints_no_layouts
-from terrasynth.systems.satsynth import Pairs, SatSynthPipeline, halve
+from terrasynth.systems.satsynth import Pairs, SatSynthPipeline, check_shares, halve
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Outcome, train
@@ -43,6 +43,7 @@ __all__ = [
     "TwoStages",
     "build_pairs",
     "build_upscaler",
+    "check_pairs",
     "first_stage",
     "fit_pairs",
     "generate_pairs",
@@ -78,6 +79,19 @@ class PairViews(Dataset[dict[str, Tensor]]):
             images, masks = halve(image[None], mask[None], self.tiles.schema.num_classes)
             image, mask = images[0], masks[0]
         return {"image": image, "mask": mask}
+
+
+def check_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> None:
+    """Refuse what training, or painting after it, would refuse: before other work that would be for nothing.
+
+    Raises:
+        TerraSynthError: as of `build_pairs`; or shares of classes that the schema does not have.
+    """
+    check_shares(config.sampling.shares, schema)
+    if config.base is not None:  # from scratch, the recipe has been checked
+        build_pairs(config, schema, image_size)
+        if config.two_stages:
+            build_upscaler(config, schema, image_size)
 
 
 def build_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> SatSynthPipeline:
