@@ -25,6 +25,7 @@ from terrasynth.data.blending import cover
 from terrasynth.data.raster import Stretch
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
+from terrasynth.packaged import packaged_or
 from terrasynth.tasks import refine as module
 from terrasynth.tasks.bands import Tolerance
 from terrasynth.tasks.refine import Confidence, RefineSettings, load_refiner, refine
@@ -911,6 +912,26 @@ def test_the_command_starts_from_the_map_and_exaggerates_as_the_pipeline_does(tm
             again = command(*asked, "--out", tmp_path / "plain.tif")
             assert (again.exit_code, "was made of something else" in again.stderr) == (2, True)
             assert (found[-1] != found[0]).any()
+
+
+def test_without_a_model_the_packages_own_sharpens(tmp_path):
+    """A disc brighter than its ground, whose map is a square: 20 pixels of another size than any that it learned."""
+    row, column = np.mgrid[:64, :64]
+    disc = np.hypot(row - 31.5, column - 31.5) < 18
+    bands = np.where(disc, 170, 90) + np.random.default_rng(0).normal(0, 5, (3, 64, 64))
+    image = tiff(tmp_path / "image.tif", bands.round().astype(np.uint8), **PLACE)
+    square = (np.abs(row - 31.5) < 16) & (np.abs(column - 31.5) < 16)
+    rough = tiff(tmp_path / "rough.tif", square.astype(np.uint8), **PLACE)
+    result = command(image, rough, "--out", tmp_path / "out.tif")
+    assert result.exit_code == 0, result.output
+    refined = read(tmp_path / "out.tif")
+    assert (square != disc).sum() > 150
+    assert (refined != disc).sum() < 0.3 * (square != disc).sum()
+    # It is the one that is named so, and it is small.
+    assert command(image, rough, "--out", tmp_path / "out.tif", "--model", "terrasynth-refiner").exit_code == 0
+    folder = packaged_or("terrasynth-refiner")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 10e6
+    assert (folder / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
 
 
 @pytest.mark.parametrize("ignore_index", [3, 9])

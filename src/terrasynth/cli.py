@@ -895,7 +895,7 @@ def predict(
         typer.echo(path)
 
 
-@app.command(epilog=_example("terrasynth refine scene.tif classes.tif --out refined.tif --model refiner --band 4m"))
+@app.command(epilog=_example("terrasynth refine scene.tif classes.tif --out refined.tif --band 4m"))
 def refine(
     image: Annotated[
         Path,
@@ -913,8 +913,9 @@ def refine(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The refined map (.tif; .png, if MAP is one).")],
     model: Annotated[
-        str, typer.Option(metavar="DIR|NAME", help="Folder of a refiner, or the name of one in the package.")
-    ],
+        str,
+        typer.Option(metavar="DIR|NAME", help="Folder of a refiner, or the name of one in the package."),
+    ] = "terrasynth-refiner",
     labels: Annotated[
         str | None,
         typer.Option(
