@@ -10,6 +10,7 @@ against the rest, and then stays one. Settings of rivals (`rivals.py`) and of th
 best on validation tiles, by the mean of boundary IoU and BF, with the maps of the first seed; nothing is chosen on test
 tiles. The intervals are over seeds: how much the choice of places matters they do not tell.
 
+`the package's refiner` is `terrasynth-refiner` as it comes, with what `terrasynth refine` does if nothing is asked for.
 `votes of alike pixels alone` is what the refiner begins with (`models/snap.py`): what is above it was learned.
 
     mIoU, boundary IoU, BF, WF, mBA    in percent; the last four as in `terrasynth.tasks.boundary`, WF that of edges
@@ -41,6 +42,7 @@ import rivals
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.io import weights_digest, write_json
 from terrasynth.models.snap import snap
+from terrasynth.packaged import packaged_or
 from terrasynth.progress import say, track
 from terrasynth.recipe import DataConfig, RefinerConfig, RoughConfig, SegmentorConfig, SplitConfig, TrainConfig
 from terrasynth.study.statistics import compare, summarise
@@ -93,6 +95,8 @@ _ALIGNED = "aligned to the segmentor's encoder"
 #: Number of steps and strength, of which validation chooses; at most four evaluations.
 SAMPLING = [(steps, strength) for steps in (1, 2, 4) for strength in (0.5, 1.0)]
 STEPS = (1, 2, 4, 8, 25)
+#: Those with which `terrasynth refine` uses the refiner of the package, whatever the data.
+PACKAGE = 2, 1.0
 METRICS = {"miou": "mIoU", "boundary_iou": "boundary IoU", "bf": "BF", "wf/edge": "WF", "mba": "mBA"}
 #: How many validation tiles choose settings, how many are timed, and how near to a boundary is near, in pixels.
 _TUNING, _TIMED, _NEAR = 24, 5, 8
@@ -276,9 +280,9 @@ def rival(name: str, settings: dict[str, Any], classes: int) -> Made:
     return refine, settings
 
 
-def refined(unit: Unit, steps: int, strength: float, *, near: bool = False) -> Made:
+def refined(folder: Path, key: str, steps: int, strength: float, *, near: bool = False) -> Made:
     """A refiner with settings; `near` changes nothing that is far from the rough map's boundaries."""
-    pipeline = IDGBRPipeline.from_pretrained(unit.folder / "model")
+    pipeline = IDGBRPipeline.from_pretrained(folder)
 
     def refine(image: Tensor, rough: Tensor, shares: Tensor, number: int) -> Tensor:
         band = torch.from_numpy(near_boundaries(rough.numpy(), _NEAR))[None] if near else None
@@ -288,7 +292,7 @@ def refined(unit: Unit, steps: int, strength: float, *, near: bool = False) -> M
         images = image[None].float() / 255
         return pipeline.refine(images, rough[None], seeds=[number], band=band, **sampling)[0].cpu()
 
-    return refine, [unit.key, steps, strength]
+    return refine, [key, steps, strength]
 
 
 def voted(classes: int) -> Made:
@@ -327,7 +331,14 @@ def main() -> None:
     disable_progress_bar()  # of loading a pipeline, which is done some hundred times
     bench = Bench(options.data, options.out, options.seeds, options.base)
     classes = bench.schema.num_classes
+    folder = Path(packaged_or("terrasynth-refiner"))
+    package = folder, weights_digest(folder)
     results: dict[str, Any] = {}
+
+    def trained(variant: str | None, seed: int) -> tuple[Path, str]:
+        unit = bench.refiner(variant, seed, options.steps)
+        return unit.folder / "model", unit.key
+
     for name in SEGMENTORS:
         settings = {
             other: bench.best(name, other, [rival(other, each, classes) for each in grid])
@@ -335,8 +346,8 @@ def main() -> None:
         }
 
         def choices(variant: str | None, seed: int) -> list[Made]:
-            unit = bench.refiner(variant, seed, options.steps)
-            return [refined(unit, *each) for each in SAMPLING if each[1] == 1 or may_start(variant)]
+            model = trained(variant, seed)
+            return [refined(*model, *each) for each in SAMPLING if each[1] == 1 or may_start(variant)]
 
         variants = [None, *VARIANTS] if options.ablations else [None]
         sampling = {
@@ -348,13 +359,14 @@ def main() -> None:
             jobs: dict[str, Made] = {"rough map": (lambda image, rough, shares, number: rough, None)}
             jobs["votes of alike pixels alone"] = voted(classes)
             jobs |= {other: rival(other, each, classes) for other, each in settings.items()}
-            main_one = bench.refiner(None, seed, options.steps)
-            jobs["IDGBR"] = refined(main_one, *sampling[None])
-            jobs["IDGBR, near boundaries"] = refined(main_one, *sampling[None], near=True)
+            main_one = trained(None, seed)
+            jobs["IDGBR"] = refined(*main_one, *sampling[None])
+            jobs["IDGBR, near boundaries"] = refined(*main_one, *sampling[None], near=True)
+            jobs["the package's refiner, near boundaries"] = refined(*package, *PACKAGE, near=True)
             for variant in variants[1:]:
-                jobs[f"IDGBR, {variant}"] = refined(bench.refiner(variant, seed, options.steps), *sampling[variant])
+                jobs[f"IDGBR, {variant}"] = refined(*trained(variant, seed), *sampling[variant])
             for steps in STEPS if options.ablations else ():
-                jobs[f"IDGBR, {steps} steps"] = refined(main_one, steps, sampling[None][1])
+                jobs[f"IDGBR, {steps} steps"] = refined(*main_one, steps, sampling[None][1])
             for what, made in jobs.items():
                 rows.setdefault(what, []).append(bench.scored(name, seed, "test", what, made))
         seconds = bench.timed(name, jobs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from boundaries import FIRST, SAMPLING, SEGMENTORS, data, evaluate, spread, worth
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.data.schema import LabelSchema
-from terrasynth.io import atomic_dir, write_json
+from terrasynth.io import atomic_dir, read_json, write_json
 from terrasynth.progress import say, track
 from terrasynth.recipe import DataConfig, RefinerConfig, RoughConfig, TrainConfig, WorldConfig
 from terrasynth.systems.idgbr import IDGBRPipeline
@@ -170,6 +170,10 @@ def main() -> None:
     nn.Module.half(pipeline.network)
     with atomic_dir(options.out / NAME) as partial:
         pipeline.save_pretrained(partial)
+        for path in partial.rglob("*.json"):  # where it lay on this machine means nothing elsewhere
+            config = read_json(path)
+            if config.pop("_name_or_path", None) is not None:
+                write_json(path, config)
 
 
 if __name__ == "__main__":

@@ -948,7 +948,7 @@ def refine(
         float | None,
         typer.Option(metavar="NUMBER", help="With --confidence: pixels keep their class that have this much or more."),
     ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations of the network for every window.")] = 4,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations of the network for every window.")] = 2,
     strength: Annotated[
         float,
         typer.Option(

@@ -502,7 +502,7 @@ class IDGBRPipeline(SavedPipeline):
         rough: Tensor,
         *,
         seeds: Sequence[int],
-        num_steps: int = 4,
+        num_steps: int = 2,
         strength: float = 1.0,
         guidance_scale: float = 1.0,
         each_class: bool = False,
