@@ -373,7 +373,8 @@ def main() -> None:
         results[name] = {"rows": rows, "seconds": seconds, "settings": settings, "sampling": sampling[None]}
         report(name, rows, seconds)
         say(f"chosen on validation tiles: {settings}; steps and strength of IDGBR: {sampling[None]}")
-    write_json(options.out / "results.json", results)
+    kind = "ablations" if options.ablations else "results" if options.base is None else "based"
+    write_json(options.out / f"{kind}.json", results)
 
 
 def may_start(variant: str | None) -> bool:

@@ -66,6 +66,8 @@ def main() -> None:
             for what, seeds in results[name]["rows"].items()
             if "," not in what
         }
+        # Beyond half a cycle a pixel there are the plane's corners alone.
+        power = {what: values[: tiles.masks.shape[-1] // 2 + 1] for what, values in power.items()}
         frequency = np.arange(1, len(power["rough map"])) / tiles.masks.shape[-1]
         for what, values in power.items():
             style = {"color": "black"} if what == "rough map" else {"linewidth": 2.2 if what == "IDGBR" else 1}
