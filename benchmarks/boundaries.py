@@ -10,7 +10,8 @@ against the rest, and then stays one. Settings of rivals (`rivals.py`) and of th
 best on validation tiles, by the mean of boundary IoU and BF, with the maps of the first seed; nothing is chosen on test
 tiles. The intervals are over seeds: how much the choice of places matters they do not tell.
 
-`the package's refiner` is `terrasynth-refiner` as it comes, with what `terrasynth refine` does if nothing is asked for.
+`the package's refiner` is `terrasynth-refiner` as it comes, with the steps and the band that `terrasynth refine`
+has, in one window a tile.
 `votes of alike pixels alone` is what the refiner begins with (`models/snap.py`): what is above it was learned.
 
     mIoU, boundary IoU, BF, WF, mBA    in percent; the last four as in `terrasynth.tasks.boundary`, WF that of edges

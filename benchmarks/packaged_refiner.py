@@ -21,6 +21,7 @@ from boundaries import FIRST, SAMPLING, SEGMENTORS, data, evaluate, spread, wort
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.io import atomic_dir, read_json, write_json
+from terrasynth.models.snap import snap
 from terrasynth.progress import say, track
 from terrasynth.recipe import DataConfig, RefinerConfig, RoughConfig, TrainConfig, WorldConfig
 from terrasynth.systems.idgbr import IDGBRPipeline
@@ -143,6 +144,11 @@ def main() -> None:
     table = {}
     for name, (tiles, maps) in checked.items():
         table[f"{name}, rough"] = evaluate(list(maps), tiles, maps)
+        votes = [
+            snap(image[None].float() / 255, one[None], tiles.schema.num_classes, config.snap_rounds).argmax(1)[0].byte()
+            for image, one in zip(tiles.images, maps, strict=True)
+        ]
+        table[f"{name}, votes alone"] = evaluate(votes, tiles, maps)
         for steps, strength in SAMPLING:
             found = []
             with track(len(tiles), f"{name}: {steps} steps, strength {strength}", unit="tiles") as progress:

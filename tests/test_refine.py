@@ -973,6 +973,21 @@ def test_numbers_that_leave_nothing_to_sample_are_told_by_their_options(image, r
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.tif", "rough.tif"]
 
 
+def test_options_that_say_nothing_are_told_and_leave_nothing_behind(image, rough, tmp_path, folder):
+    asked = [image, rough, "--model", folder, "--out", tmp_path / "out.tif"]
+    confidence = tiff(tmp_path / "sure.tif", np.ones_like(areas(), np.float32), **PLACE)
+    for below in ("nan", "inf"):
+        result = command(*asked, "--confidence", confidence, "--below", below)
+        assert (result.exit_code, "--below is a number" in result.stderr) == (2, True)
+    result = command(*asked, "--strength", 0.0001)
+    assert (result.exit_code, "raise --strength" in result.stderr) == (2, True)
+    assert command(*asked, "--guidance-scale", 0).exit_code == 2
+    assert command(*asked, "--size", 100_000).exit_code == 2
+    assert not list(tmp_path.glob("out*"))
+    result = command(image, rough, "--out", tmp_path / "out.tif", "--model", "terrasynth-refine")
+    assert (result.exit_code, "did you mean `terrasynth-refiner`?" in result.stderr) == (2, True)
+
+
 def test_a_model_that_is_no_refiner_is_refused_at_once(image, rough, tmp_path, sd15):
     for model, found in ((sd15[0], "a model of StableDiffusionPipeline"), ("terrasynth-tiny", "a model of")):
         result = command(image, rough, "--model", model, "--out", tmp_path / "out.tif")

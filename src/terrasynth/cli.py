@@ -163,7 +163,10 @@ Percentiles = Annotated[
 WindowSize = Annotated[
     int | None,
     typer.Option(
-        metavar="PIXELS", min=8, help="Side of the windows. (default: 512; of a refiner, the side that it learned from)"
+        metavar="PIXELS",
+        min=8,
+        max=4096,
+        help="Side of the windows. (default: 512; of a refiner, the side that it learned from)",
     ),
 ]
 Overlap = Annotated[
@@ -962,7 +965,7 @@ def refine(
         float,
         typer.Option(
             metavar="S",
-            min=0,
+            min=1,
             help="By how much image and map are exaggerated against none, at twice the cost; 1 is off.",
         ),
     ] = 1.0,

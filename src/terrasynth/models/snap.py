@@ -4,7 +4,7 @@ In a few rounds neighbours vote for the class of every pixel, the more alike the
 (Araslanov and Roth 2020, "Single-Stage Semantic Segmentation from Image Labels", arXiv 2005.08104), which asks
 neighbours in eight directions at a few distances. Of pixel i with colour I_i and position p_i, in each round
 
-    a_ij ∝ exp(−|I_i − I_j|² / 2σ² − |p_i − p_j|² / 2s²)        Σ_j a_ij = 1
+    a_ij ∝ exp(−|I_i − I_j|² / 2σ² − |p_i − p_j|² / 2s²)        Σ_j a_ij = 1, less for a pixel like none of them
     v_i = Σ_j a_ij tanh(2 v_j)
 
 where v has a channel for each class; at first, without the hyperbolic tangent, 1 for the class of the map, −1 for every

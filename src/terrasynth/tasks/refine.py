@@ -7,6 +7,7 @@ all are, so a run that was killed goes on, and ends with the same file.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -108,7 +109,7 @@ class _IDGBR:
                 path=self.folder,
                 found=f"--steps {self.steps} at --strength {self.strength:g}",
                 expected=f"at most {most}",
-                fix="lower --steps; a few are enough",
+                fix="lower --steps; a few are enough" if most else "raise --strength",
             )
         return pipeline.place("cuda" if torch.cuda.is_available() else "cpu", "auto")
 
@@ -149,7 +150,7 @@ class _IDGBR:
         return scores
 
 
-def load_refiner(model: str | Path, *, steps: int = 4, strength: float = 1.0, guidance_scale: float = 1.0) -> Refiner:
+def load_refiner(model: str | Path, *, steps: int = 2, strength: float = 1.0, guidance_scale: float = 1.0) -> Refiner:
     """An IDGBR refiner that TerraSynth saved, or one that comes with the package, by its name.
 
     It computes in bfloat16 where the processor has instructions for it, else in float32.
@@ -169,12 +170,16 @@ def load_refiner(model: str | Path, *, steps: int = 4, strength: float = 1.0, gu
     index = read_json(path, fix="copy the folder again") if path.is_file() else None
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(index, dict) or kind != "IDGBRPipeline":
+        near = [] if folder.exists() else difflib.get_close_matches(str(model), PACKAGED, n=1)
+        there = "no model_index.json" if folder.exists() else "no such folder"
         raise TerraSynthError(
             "not the folder of a refiner",
             path=folder,
-            found="no model_index.json" if index is None else f"a model of {kind}",
+            found=there if index is None else f"a model of {kind}",
             expected="a refiner that `terrasynth train --what refiner` or IDGBRPipeline.save_pretrained wrote",
-            fix="correct --model; Stable Diffusion must be trained to refine first",
+            fix=f"did you mean `{near[0]}`?"
+            if near
+            else "correct --model; Stable Diffusion must be trained to refine first",
         )
     if not 0 < strength <= 1:
         raise TerraSynthError("--strength is above 0 and up to 1", found=strength)
@@ -227,10 +232,17 @@ class Confidence:
         path: raster of the same pixels, one band of numbers that grow with it: the probability of the map's class, or
             its margin over the next.
         below: pixels may change whose number is below this one, and those without a number.
+
+    Raises:
+        TerraSynthError: the latter is no finite number.
     """
 
     path: Path
     below: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.below):
+            raise TerraSynthError("--below is a number", found=self.below, fix="leave out --confidence and --below")
 
 
 def refine(
