@@ -249,6 +249,15 @@ def test_what_is_refined_is_what_follows_the_colors(codes, images, rough):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("each_class", [False, True])
+def test_without_a_step_the_votes_are_the_scores(images, rough, each_class):
+    pipeline, classes = small_pipeline(None if each_class else SCHEMA, snap_rounds=3), SCHEMA.num_classes
+    options = {"each_class": True, "num_classes": classes} if each_class else {}
+    found = pipeline.scores(images, rough, seeds=[1, 2, 3], num_steps=0, **options)
+    assert torch.equal(found, snap(images, rough, classes, 3))
+    assert (found.argmax(1) != rough)[rough != 255].any()
+
+
 @torch.no_grad()
 def test_class_by_class_the_map_of_all_classes_follows_the_colors_once(images, rough):
     rough = rough.where(rough != 255, 1)

@@ -951,7 +951,14 @@ def refine(
         float | None,
         typer.Option(metavar="NUMBER", help="With --confidence: pixels keep their class that have this much or more."),
     ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations of the network for every window.")] = 2,
+    steps: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Evaluations of the network for every window; with 0, alike pixels vote, as at its beginning.",
+        ),
+    ] = 2,
     strength: Annotated[
         float,
         typer.Option(

@@ -515,7 +515,8 @@ class IDGBRPipeline(SavedPipeline):
             images: see `refine`.
             rough: see `refine`.
             seeds: B seeds; a map depends on its own image, rough map and seed only (to float tolerance).
-            num_steps: DDIM steps, each an evaluation of the network (two with guidance).
+            num_steps: DDIM steps, each an evaluation of the network (two with guidance); 0 for none: what the votes of
+                `models.snap` say, or the map as it is where the refiner begins without.
             strength: where it starts: 1 from noise alone, below from the rough map under so much noise.
             guidance_scale: by how much the conditions are exaggerated against none; 1 is off, and the cheapest.
                 Published is 3, with a U-Net that was never trained without conditions.
@@ -539,6 +540,8 @@ class IDGBRPipeline(SavedPipeline):
         if each_class:
             count = num_classes or int(rough.where(rough != self.ignore_index, 0).max().item()) + 1
         shares = snap(images, rough, count, self.config.snap_rounds)
+        if not num_steps:
+            return shares
 
         def of_rows(rows: Tensor, shares: Tensor, rough: Tensor) -> Tensor:
             codes = self.rough_codes(shares, rough)

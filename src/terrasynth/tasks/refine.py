@@ -157,7 +157,7 @@ def load_refiner(model: str | Path, *, steps: int = 2, strength: float = 1.0, gu
 
     Args:
         model: a folder or a name.
-        steps: evaluations of the network for every window.
+        steps: evaluations of the network for every window; 0 for the votes that it begins with.
         strength: how much noise it starts from: 1 for noise alone, below for the rough map under so much noise.
         guidance_scale: by how much image and map are exaggerated against none; 1 is off.
 
