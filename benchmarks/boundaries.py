@@ -287,9 +287,7 @@ def refined(folder: Path, key: str, steps: int, strength: float, *, near: bool =
 
     def refine(image: Tensor, rough: Tensor, shares: Tensor, number: int) -> Tensor:
         band = torch.from_numpy(near_boundaries(rough.numpy(), _NEAR))[None] if near else None
-        sampling = {"num_steps": steps, "strength": strength}
-        if pipeline.config.each_class:
-            sampling |= {"each_class": True, "num_classes": len(shares)}
+        sampling = {"num_steps": steps, "strength": strength, "each_class": pipeline.config.each_class}
         images = image[None].float() / 255
         return pipeline.refine(images, rough[None], seeds=[number], band=band, **sampling)[0].cpu()
 

@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from boundaries import FIRST, SAMPLING, SEGMENTORS, data, evaluate, spread, worth
+from boundaries import FIRST, SAMPLING, SEGMENTORS, data, evaluate, refined, spread, voted, worth
 from terrasynth.data.folder import Tiles, load_tiles
 from terrasynth.data.schema import LabelSchema
 from terrasynth.io import atomic_dir, read_json, write_json
-from terrasynth.models.snap import snap
 from terrasynth.progress import say, track
 from terrasynth.recipe import DataConfig, RefinerConfig, RoughConfig, TrainConfig, WorldConfig
 from terrasynth.systems.idgbr import IDGBRPipeline
@@ -140,31 +139,19 @@ def main() -> None:
 
     about = {"datasets": ["procedural scenes of TerraSynth", "Dubai aerial imagery (CC0), training split"]}
     fit_refiner(both, before, config, options.out / "refiner", score=score, about=about)
-    pipeline = IDGBRPipeline.from_pretrained(options.out / "refiner" / "model")
+    model = options.out / "refiner" / "model"
     table = {}
     for name, (tiles, maps) in checked.items():
         table[f"{name}, rough"] = evaluate(list(maps), tiles, maps)
-        votes = [
-            snap(image[None].float() / 255, one[None], tiles.schema.num_classes, config.snap_rounds).argmax(1)[0].byte()
-            for image, one in zip(tiles.images, maps, strict=True)
-        ]
-        table[f"{name}, votes alone"] = evaluate(votes, tiles, maps)
-        for steps, strength in SAMPLING:
+        jobs = {"votes alone": voted(tiles.schema.num_classes)}
+        jobs |= {f"{each[0]} steps, strength {each[1]}": refined(model, "", *each) for each in SAMPLING}
+        for what, (refine, _) in jobs.items():
             found = []
-            with track(len(tiles), f"{name}: {steps} steps, strength {strength}", unit="tiles") as progress:
+            with track(len(tiles), f"{name}: {what}", unit="tiles") as progress:
                 for number, (image, one) in enumerate(zip(tiles.images, maps, strict=True)):
-                    found.append(
-                        pipeline.refine(
-                            image[None].float() / 255,
-                            one[None],
-                            seeds=[number],
-                            num_steps=steps,
-                            strength=strength,
-                            each_class=True,
-                        )[0].cpu()
-                    )
+                    found.append(refine(image, one, torch.empty(0), number))  # neither asks for probabilities
                     progress.advance()
-            table[f"{name}, {steps} steps, strength {strength}"] = evaluate(found, tiles, maps)
+            table[f"{name}, {what}"] = evaluate(found, tiles, maps)
     for what, scores in table.items():
         numbers = ", ".join(f"{metric} {100 * scores[metric]:.1f}" for metric in ("miou", "boundary_iou", "bf"))
         say(f"{what}: {numbers}")
@@ -173,6 +160,7 @@ def main() -> None:
     )
     say(f"best on validation tiles: {best[0]} steps, strength {best[1]}")
     write_json(options.out / "results.json", {"validation": table, "best": best})
+    pipeline = IDGBRPipeline.from_pretrained(model)
     nn.Module.half(pipeline.network)
     with atomic_dir(options.out / NAME) as partial:
         pipeline.save_pretrained(partial)
