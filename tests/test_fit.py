@@ -433,6 +433,8 @@ def test_tisynth_goes_on_from_what_it_saved_with_the_same_classes(tiles, tiny_re
         build(tisynth(tiny_recipe, base="terrasynth-tiny"), tiny_recipe.data, tiles)
     with pytest.raises(TerraSynthError, match="no such settings of its sampling"):
         first.sampling_arguments(tiny_recipe.sampling.model_copy(update={"guidance_interval": (0.2, 0.8)}))
+    with pytest.raises(TerraSynthError, match=r"1 to 1000"):
+        first.sampling_arguments(tiny_recipe.sampling.model_copy(update={"steps": 1001}))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ __all__ = ["MaskCoding", "TISynthPipeline"]
 
 MaskCoding = Literal["onehot", "bits", "grey", "ids"]
 
+_NOISE_LEVELS = 1000
 #: Stable Diffusion's noise schedule and its DDIM timesteps.
 _SCHEDULE = {
     "beta_start": 0.00085,
@@ -327,7 +328,7 @@ class TISynthPipeline(SavedPipeline, MaskPipeline):
         """A recipe's sampling as arguments of the call.
 
         Raises:
-            TerraSynthError: it has settings that are TODSynth's alone.
+            TerraSynthError: it has settings that are TODSynth's alone, or more steps than noise levels.
         """
         settings = type(sampling).model_fields
         foreign = [
@@ -340,6 +341,13 @@ class TISynthPipeline(SavedPipeline, MaskPipeline):
                 "TISynth has no such settings of its sampling, which is DDIM",
                 found=", ".join(foreign),
                 fix="leave them out of `sampling`",
+            )
+        if sampling.steps > _NOISE_LEVELS:
+            raise TerraSynthError(
+                f"`sampling.steps` is more than the {_NOISE_LEVELS} noise levels that Stable Diffusion knows",
+                found=sampling.steps,
+                expected=f"1 to {_NOISE_LEVELS}",
+                fix="DDIM needs 20 to 50 steps",
             )
         scales = sampling.model_dump(include={"text_scale", "mask_scale", "reference_scale"})
         return {"num_inference_steps": sampling.steps, "precision": sampling.precision, **scales}
