@@ -18,8 +18,10 @@ from terrasynth.errors import TerraSynthError
 from terrasynth.io import write_json
 from terrasynth.recipe import ArmConfig, DataConfig, Recipe, StudyConfig
 from terrasynth.study.figures import class_figure, curve_figure, difference_figure
-from terrasynth.study.report import Results, read_results, verdict, write_report
+from terrasynth.study.read import Results, read_results
+from terrasynth.study.report import write_report
 from terrasynth.study.statistics import compare, summarise
+from terrasynth.study.verdict import verdict
 
 ARMS = {"real": "none", "CutMix": "none", "plain": "plain", "CRFM": "steered"}
 CLASSES = ("road", "water")

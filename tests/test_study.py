@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import open_image
 from terrasynth.recipe import ArmConfig, Recipe, SearchConfig
-from terrasynth.study.report import read_results, verdict
+from terrasynth.study.read import read_results
 from terrasynth.study.results import write_results
 from terrasynth.study.run import Study
+from terrasynth.study.verdict import verdict
 from terrasynth.study.workers import workers
 from terrasynth.training.units import Clock, OutOfTime, do
 

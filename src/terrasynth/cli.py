@@ -1158,7 +1158,8 @@ def _study(
         typer.echo(f"{outlook(study, jobs)}\nTo go on: {command}", err=True)
         raise
 
-    from terrasynth.study.report import read_results, verdict
+    from terrasynth.study.read import read_results
+    from terrasynth.study.verdict import verdict
 
     typer.echo(f"{verdict(read_results(page.parent)).headline}\n{page}")
 
