@@ -17,7 +17,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Recipe, TrainConfig
 from terrasynth.systems.pairs import PairViews, build_pairs, build_upscaler, fit_pairs, generate_pairs, load_pairs
-from terrasynth.systems.satsynth import SatSynthPipeline, halve
+from terrasynth.systems.satsynth import Given, SatSynthPipeline, halve
 
 TRAIN = {"steps": 4, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 2, "evaluate_every": 4, "ema_decay": 0.9}
 SIZES = {"patch_size": 2, "widths": [16, 16], "attention": [4], "train": TRAIN}
@@ -178,6 +178,11 @@ def toy():
     return Tiles(ids, COLORS[masks].movedim(-1, 1).contiguous(), masks.byte().contiguous(), SCHEMA)
 
 
+def nearest(images):
+    """The class of the nearest colour, pixel by pixel."""
+    return (images.float().unsqueeze(1) - COLORS.float().view(1, 3, 3, 1, 1)).square().sum(2).argmin(1)
+
+
 def test_halved_views_are_views_halved(toy):
     for seed in range(8):
         small, large = (PairViews(toy, 8, halved=halved)[3, seed] for halved in (True, False))
@@ -201,8 +206,7 @@ def test_a_toy_is_painted_small_and_enlarged(toy, tmp_path):
     how = PairsSamplingConfig(steps=10, batch_size=48)
     painted = load_synthetic(generate_pairs(tmp_path / "model", tmp_path / "painted", how, count=48))
     assert painted.images.shape == (48, 3, 16, 16)
-    distances = (painted.images.float().unsqueeze(1) - COLORS.float().view(1, 3, 3, 1, 1)).square().sum(2)
-    agreement = (distances.argmin(1) == painted.masks).double().mean()
+    agreement = (nearest(painted.images) == painted.masks).double().mean()
     # The second stage keeps to what the first painted: the same seeds without it.
     two = load_pairs(tmp_path / "model", "fp32")
     seeds = list(range(32))
@@ -211,3 +215,42 @@ def test_a_toy_is_painted_small_and_enlarged(toy, tmp_path):
     print(f"\nclasses of the nearest colour {agreement:.3f}, classes kept {kept:.3f}")
     assert agreement > 0.9
     assert kept > 0.95
+
+    # What is given has the size of the result: images under masks, and the lower part of tiles beside the upper one.
+    images, masks = toy.images[:32], toy.masks[:32].long()
+    under = two(seeds=seeds, masks=masks, num_steps=10)
+    assert torch.equal(under.masks, masks.byte())
+    known = (torch.arange(16).view(16, 1) < 9).expand(32, 16, 16)
+    beside = two(seeds=seeds, images=images, known=known, masks=masks.where(known, SCHEMA.ignore_index), num_steps=10)
+    assert torch.equal(beside.images[:, :, :9], images[:, :, :9])
+    assert torch.equal(beside.masks[:, :9], masks[:, :9].byte())
+    agreements = [(nearest(pairs.images) == pairs.masks).double().mean() for pairs in (under, beside)]
+    alone = (nearest(large.images) == masks).double().mean()
+    print(f"under masks {agreements[0]:.3f}, beside what is known {agreements[1]:.3f}, without {alone:.3f}")
+    assert min(agreements) > 0.9 > 0.6 > alone
+
+
+def test_given_parts_are_halved_where_all_of_it_is_known():
+    images = torch.tensor([10, 20, 30, 40], dtype=torch.uint8).view(1, 1, 2, 2).expand(1, 3, 2, 2).repeat(1, 1, 1, 2)
+    known = torch.ones(1, 2, 4, dtype=torch.bool)
+    known[0, 0, 3] = False
+    masks = torch.tensor([[[1, 2, 255, 255], [2, 255, 255, 255]]])
+    half = Given(images, known, masks).halved(3)
+    assert torch.equal(half.images, torch.full((1, 3, 1, 2), 25, dtype=torch.uint8))
+    assert half.known.tolist() == [[[True, False]]]
+    assert half.masks.tolist() == [[[2, 255]]]
+    assert Given().halved(3) == Given()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"masks": torch.zeros(1, 34, 34).long()}, "expected: multiples of 8"),
+        ({"images": torch.zeros(1, 3, 32, 32)}, "the images are no bytes"),
+        ({"masks": torch.zeros(1, 32, 32).long(), "images": torch.zeros(1, 3, 16, 16).byte()}, "does not fit"),
+        ({"masks": torch.full((1, 32, 32), 99)}, "classes that the model does not know"),
+    ],
+)
+def test_what_does_not_fit_two_stages_is_refused(run, given, message):
+    with pytest.raises(TerraSynthError, match=message):
+        load_pairs(model_of(run), "fp32")(seeds=[0], **given)

@@ -7,6 +7,7 @@ under them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from terrasynth.progress import say, track
 from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig, TrainConfig, UpscalerConfig
 from terrasynth.systems.generate import load_pipeline, model_class, model_digest
 from terrasynth.systems.loading import paints_no_layouts
-from terrasynth.systems.satsynth import Pairs, SatSynthPipeline, check_shares, halve
+from terrasynth.systems.satsynth import Given, Pairs, SatSynthPipeline, check_shares, halve
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key
 from terrasynth.training.loop import Outcome, train
@@ -279,15 +280,36 @@ class TwoStages:
         self,
         *,
         seeds: Sequence[int],
+        shares: Tensor | None = None,
+        images: Tensor | None = None,
+        known: Tensor | None = None,
+        masks: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float = 1.0,
         num_steps: int = 50,
         precision: Precision | None = None,
-        **asked: Any,
     ) -> Pairs:
-        """Paint pairs, as `SatSynthPipeline` does, which takes what is `asked`; `num_steps` are those of each stage."""
-        small = self.first(seeds=seeds, num_steps=num_steps, precision=precision, **asked)
+        """Paint pairs, or what is missing of pairs, as `SatSynthPipeline` does; `num_steps` are those of each stage.
+
+        What is given has the size of the result, and the first stage is given its half.
+        """
+        given = Given(images, known, masks)
+        if size is None and not any(each is not None for each in given):
+            size = (2 * self.first.config.image_size,) * 2
+        both = math.lcm(2 * self.first.multiple, self.second.multiple)
+        height, width = self.first.check(seeds, shares, given, size, both)
+        small = self.first(
+            seeds=seeds,
+            shares=shares,
+            **given.halved(self.first.num_classes)._asdict(),
+            size=(height // 2, width // 2),
+            guidance_scale=guidance_scale,
+            num_steps=num_steps,
+            precision=precision,
+        )
         # Other seeds: the noise of both stages would begin with the same numbers.
         others = [int(digest(seed, "upscale"), 16) >> 1 for seed in seeds]
-        return self.second.upscale(*small, seeds=others, num_steps=num_steps, precision=precision)
+        return self.second.upscale(*small, seeds=others, given=given, num_steps=num_steps, precision=precision)
 
 
 def load_pairs(model: str | Path, precision: Precision) -> SatSynthPipeline | TwoStages:

@@ -32,7 +32,7 @@ from terrasynth.training.precision import autocast
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision
 
-__all__ = ["PUBLISHED", "Condition", "Pairs", "SatSynthPipeline", "check_shares", "class_shares", "halve"]
+__all__ = ["PUBLISHED", "Condition", "Given", "Pairs", "SatSynthPipeline", "check_shares", "class_shares", "halve"]
 
 Condition = Literal["none", "given", "half"]
 
@@ -62,6 +62,42 @@ class Pairs(NamedTuple):
 
     images: Tensor
     masks: Tensor
+
+
+class Given(NamedTuple):
+    """What of pairs is given, and not to be painted."""
+
+    images: Tensor | None = None
+    """uint8 (B, 3, H, W)."""
+    known: Tensor | None = None
+    """Which of their pixels are given, boolean (B, H, W); None for all."""
+    masks: Tensor | None = None
+    """Class indices (B, H, W), with the ignore index where the class is to be painted."""
+
+    def halved(self, num_classes: int) -> Given:
+        """In half the size: colours where all four pixels are given, classes where one of them is."""
+        images, known, masks = self
+        if images is not None:
+            images = (F.avg_pool2d(images.float(), 2)).round().byte()
+        if known is not None:
+            known = F.avg_pool2d(known[:, None].float(), 2)[:, 0] == 1
+        if masks is not None:
+            _, masks = halve(torch.zeros(len(masks), 3, *masks.shape[-2:], device=masks.device), masks, num_classes)
+        return Given(images, known, masks)
+
+
+class _Filled(NamedTuple):
+    images: Tensor
+    known: Tensor
+    masks: Tensor
+    labelled: Tensor
+
+    def beside(self, painted: Pairs) -> Pairs:
+        """What is given as it is, and the rest of what is painted."""
+        return Pairs(
+            torch.where(self.known.unsqueeze(1), self.images, painted.images),
+            torch.where(self.labelled, self.masks.byte(), painted.masks),
+        )
 
 
 class SatSynthPipeline(SavedPipeline):
@@ -326,17 +362,11 @@ class SatSynthPipeline(SavedPipeline):
         """
         if self.config.condition == "half":
             raise TerraSynthError("a 2x stage enlarges pairs", found="a call of the pipeline", fix="call `upscale`")
-        size = self._check(seeds, shares, images, known, masks, size)
+        size = self.check(seeds, shares, Given(images, known, masks), size)
         device, count = self._execution_device, len(seeds)
-        nothing = torch.zeros(count, *size, dtype=torch.bool, device=device)
-        if images is None:
-            images, known = torch.zeros(count, 3, *size, dtype=torch.uint8), nothing
-        image_given = ~nothing if known is None else known.to(device)
-        masks = torch.full((count, *size), self.schema.ignore_index) if masks is None else masks
-        images, masks = images.to(device), masks.to(device).long()
-        mask_given = masks != self.schema.ignore_index
-        joint = self.encode(images.float() / 255, masks)
-        condition, given = self.see(joint, image_given, mask_given)
+        given = self._filled(Given(images, known, masks), count, size)
+        joint = self.encode(given.images.float() / 255, given.masks)
+        condition, kept = self.see(joint, given.known, given.labelled)
         told = None
         if self.config.asks_classes:
             open_ = torch.full((count, self.num_classes), math.nan)
@@ -347,19 +377,15 @@ class SatSynthPipeline(SavedPipeline):
                     condition if self.config.condition == "given" else None,
                     told,
                     1.0 if shares is None else guidance_scale,
-                    kept=(joint, given) if given.any() else None,
+                    kept=(joint, kept) if kept.any() else None,
                 ),
                 seeded_noise(seeds, joint.shape[1:], device),
                 self.scheduler,
                 num_steps,
                 callback=callback,
             )
-        painted = self._pairs(latents)
         self.maybe_free_model_hooks()
-        return Pairs(
-            torch.where(image_given.unsqueeze(1), images, painted.images),
-            torch.where(mask_given, masks.byte(), painted.masks),
-        )
+        return given.beside(self._pairs(latents))
 
     @torch.no_grad()
     def upscale(
@@ -368,6 +394,7 @@ class SatSynthPipeline(SavedPipeline):
         masks: Tensor,
         *,
         seeds: Sequence[int],
+        given: Given | None = None,
         num_steps: int = 50,
         augmentation: float = 0.1,
         callback: Callable[[int, Tensor], None] | None = None,
@@ -379,6 +406,7 @@ class SatSynthPipeline(SavedPipeline):
             images: uint8 (B, 3, H, W).
             masks: class indices (B, H, W); unlabelled pixels are painted too.
             seeds: B seeds.
+            given: what of the larger pairs is given; it is in the result as it is, and the rest is painted beside it.
             num_steps: DDIM steps.
             augmentation: noise on what is enlarged, as in `enlarge`; up to `max_augmentation` of the training.
             callback: see `__call__`.
@@ -398,22 +426,31 @@ class SatSynthPipeline(SavedPipeline):
             raise TerraSynthError(
                 "no such noise on what is enlarged", found=augmentation, expected="from 0 on, less than 1"
             )
-        height, width = self._check(seeds, None, images, None, masks, None)
+        factor = self.multiple // math.gcd(self.multiple, 2)  # what is enlarged is half as large
+        height, width = self.check(seeds, None, Given(images, None, masks), None, factor)
         device, joint = self._execution_device, 3 + self.label_codes.channels
         larger, p = (2 * height, 2 * width), self.config.patch_size
+        given = given or Given()
+        self.check(seeds, None, given, larger)
+        filled = self._filled(given, len(seeds), larger)
+        kept = self._channels(filled.known, filled.labelled).bool()
         # Two streams of one seed would be the same noise.
         both = seeded_noise(seeds, (2, joint, *larger), device)
         level = torch.full((len(seeds),), augmentation, device=device)
         condition = self.enlarge(images.to(device).float() / 255, masks.to(device), level, both[:, 0])
         with autocast(device, precision or self._precision):
             latents = sample_ddim(
-                self.denoiser(condition, level.unsqueeze(1)),
+                self.denoiser(
+                    condition,
+                    level.unsqueeze(1),
+                    kept=(self.encode(filled.images.float() / 255, filled.masks), kept) if kept.any() else None,
+                ),
                 F.pixel_unshuffle(both[:, 1], p),
                 self.scheduler,
                 num_steps,
                 callback=callback,
             )
-        return self._pairs(latents)
+        return filled.beside(self._pairs(latents))
 
     def denoiser(
         self,
@@ -464,22 +501,34 @@ class SatSynthPipeline(SavedPipeline):
             )
         return Pairs((images * 255).round().byte(), masks)
 
-    def _check(
+    def _filled(self, given: Given, count: int, size: tuple[int, int]) -> _Filled:
+        """The same of `count` pairs, with something in all places, on the device."""
+        images, known, masks = given
+        if images is None:
+            images, known = torch.zeros(count, 3, *size, dtype=torch.uint8), torch.zeros(count, *size, dtype=torch.bool)
+        known = torch.ones(count, *size, dtype=torch.bool) if known is None else known
+        masks = torch.full((count, *size), self.schema.ignore_index) if masks is None else masks.long()
+        images, known, masks = (each.to(self._execution_device) for each in (images, known, masks))
+        return _Filled(images, known, masks, masks != self.schema.ignore_index)
+
+    def check(
         self,
         seeds: Sequence[int],
         shares: Tensor | None,
-        images: Tensor | None,
-        known: Tensor | None,
-        masks: Tensor | None,
+        given: Given,
         size: tuple[int, int] | None,
+        factor: int | None = None,
     ) -> tuple[int, int]:
-        """The size of what is painted."""
+        """The size of what is painted, by default a multiple of `multiple`.
+
+        Raises:
+            TerraSynthError: something does not fit, see `__call__`.
+        """
+        images, known, masks = given
         tensors = {"images": images, "known": known, "masks": masks}
         sizes = {name: tuple(tensor.shape[-2:]) for name, tensor in tensors.items() if tensor is not None}
         height, width = size or next(iter(sizes.values()), (self.config.image_size,) * 2)
-        factor = self.multiple
-        if self.config.condition == "half":  # what is given is half as large
-            factor = factor // math.gcd(factor, 2)
+        factor = factor or self.multiple
         if height % factor or width % factor:
             raise TerraSynthError(
                 "the size does not divide into the levels of the network",
