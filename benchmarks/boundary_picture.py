@@ -2,9 +2,9 @@
 
     python benchmarks/boundary_picture.py DATA --out OUT --picture FILE [--segmentor U-Net] [--rival DenseCRF]
 
-`OUT` is that of `boundaries.py`. Of the first seed's test tiles, put in order by how many more pixels are right after
-refinement than before, those are shown that a tenth, a third, a half, two thirds and nine tenths of the tiles are not
-above; the middle of each tile, at twice its size.
+`OUT` is that of `boundaries.py`. The middle of test tiles is shown, at twice its size, of the first seed. Of the tiles
+whose middle has no class on more than nine tenths of it, put in order by how many more pixels are right afterwards than
+before, it is those that a tenth, a third, a half, two thirds and nine tenths of them are not above.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from torch import Tensor
 from boundaries import SEGMENTORS, data
 from terrasynth.data.sheet import contact_sheet
 from terrasynth.io import atomic_write, read_json
+from terrasynth.systems.satsynth import class_shares
 from terrasynth.training.units import stored_tensors
 
 QUANTILES = (0.1, 1 / 3, 0.5, 2 / 3, 0.9)
 SIDE = 128
+#: A middle of which a class has more has next to no boundary to look at.
+MOST = 0.9
 
 
 def main() -> None:
@@ -41,10 +44,12 @@ def main() -> None:
     }
     known = tiles.masks != tiles.schema.ignore_index
     right = {what: ((found == tiles.masks) & known).flatten(1).sum(1) for what, found in maps.items()}
-    order = (right["IDGBR"] - right["rough map"]).argsort(stable=True)
-    shown = [int(order[round(quantile * (len(tiles) - 1))]) for quantile in QUANTILES]
     edge = (tiles.masks.shape[-1] - SIDE) // 2
     middle = slice(edge, edge + SIDE)
+    varied = class_shares(tiles.masks[:, middle, middle], tiles.schema.num_classes).amax(1) <= MOST
+    order = (right["IDGBR"] - right["rough map"]).argsort(stable=True)
+    order = order[varied[order]]
+    shown = [int(order[round(quantile * (len(order) - 1))]) for quantile in QUANTILES]
     pictures = {"image": tiles.images[shown][..., middle, middle]}
     for what, found in maps.items():
         colored = torch.from_numpy(tiles.schema.to_color(found[shown][..., middle, middle]))

@@ -87,8 +87,9 @@ def main() -> None:
             print(f"| {what} | {' | '.join(f'{share:.2f}' for share in left)} |")
     axes[0, 0].set_ylabel("power of the error")
     axes[1, 0].set_ylabel("of the rough map's")
-    axes[0, -1].legend(frameon=False)
-    figure.tight_layout()
+    lines, names = axes[0, -1].get_legend_handles_labels()
+    figure.legend(lines, names, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     with atomic_write(options.picture) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
