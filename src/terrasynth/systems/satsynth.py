@@ -362,9 +362,10 @@ class SatSynthPipeline(SavedPipeline):
         """
         if self.config.condition == "half":
             raise TerraSynthError("a 2x stage enlarges pairs", found="a call of the pipeline", fix="call `upscale`")
-        size = self.check(seeds, shares, Given(images, known, masks), size)
+        parts = Given(images, known, masks)
+        size = self.check(seeds, shares, parts, size)
         device, count = self._execution_device, len(seeds)
-        given = self._filled(Given(images, known, masks), count, size)
+        given = self._filled(parts, count, size)
         joint = self.encode(given.images.float() / 255, given.masks)
         condition, kept = self.see(joint, given.known, given.labelled)
         told = None
