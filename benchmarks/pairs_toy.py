@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiles(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def toy_tiles(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images uint8 (B, 3, 8, 8) and masks int64 (B, 8, 8): an upper or left part of one class, the rest of another."""
     generator = torch.Generator().manual_seed(seed)
     rare, swapped, turned = torch.rand(3, count, generator=generator) < torch.tensor([[0.1], [0.5], [0.5]])
@@ -50,7 +50,7 @@ def trained(steps: int, batch_size: int = 32, **settings: Any) -> SatSynthPipeli
     """After so many steps of AdamW."""
     small = {"patch_size": 2, "widths": (32, 48), "attention": (2,), "image_size": SIDE}
     pipeline = SatSynthPipeline.from_scratch(SCHEMA, **small | settings)
-    images, masks = tiles(512, 0)
+    images, masks = toy_tiles(512, 0)
     rate = 3e-3
     optimizer = torch.optim.AdamW(pipeline.network.parameters(), rate)
     for step in range(steps):
@@ -73,7 +73,7 @@ def agreement(pairs: Pairs) -> float:
 
 def measured(pipeline: SatSynthPipeline) -> dict[str, float]:
     """What a set of 64 pairs of 20 steps shows, by the rows of the table."""
-    images, masks = tiles(PAINTED, 9)
+    images, masks = toy_tiles(PAINTED, 9)
 
     def paint(**options: Any) -> Pairs:
         return pipeline(seeds=range(PAINTED), num_steps=20, **options)

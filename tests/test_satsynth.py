@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pairs_toy import SCHEMA, agreement, toy_tiles, trained
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.label_codes import LabelCodes
@@ -16,10 +17,7 @@ from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.study.quality import histogram_distance
 from terrasynth.systems.satsynth import PUBLISHED, SatSynthPipeline, class_shares, halve
 
-SCHEMA = LabelSchema(("land", "water", "road"), ((200, 150, 90), (20, 60, 160), (240, 240, 240)))
-COLORS = torch.tensor(SCHEMA.colors, dtype=torch.uint8)
 TINY = {"patch_size": 2, "widths": (16, 16), "attention": (2,), "image_size": 8}
-TOY = TINY | {"widths": (32, 48)}
 
 
 def shaken(pipeline):
@@ -35,50 +33,9 @@ def tiny(**changes):
     return shaken(SatSynthPipeline.from_scratch(SCHEMA, **TINY | changes))
 
 
-def toy_tiles(count, seed):
-    """Tiles of 8 pixels of two constant colours, which are the classes: land and water, or land and, in one of ten,
-    road."""
-    generator = torch.Generator().manual_seed(seed)
-    road, swapped, turned = torch.rand(3, count, generator=generator) < torch.tensor([[0.1], [0.5], [0.5]])
-    classes = torch.stack([torch.zeros(count), torch.where(road, 2, 1)], 1).long()
-    classes = torch.where(swapped[:, None], classes.flip(1), classes)
-    cut = torch.randint(2, 7, (count, 1, 1), generator=generator)
-    masks = classes[:, :1, None].where(torch.arange(8)[:, None] < cut, classes[:, 1:, None]).expand(-1, 8, 8)
-    masks = torch.where(turned[:, None, None], masks.mT, masks)
-    return COLORS[masks].movedim(-1, 1), masks
-
-
-@torch.enable_grad()
-def fitted(steps, batch_size=16, **changes):
-    """A toy's pipeline after so many steps of AdamW."""
-    pipeline = SatSynthPipeline.from_scratch(SCHEMA, **TOY | changes)
-    images, masks = toy_tiles(512, 0)
-    optimizer = torch.optim.AdamW(pipeline.network.parameters(), 3e-3, fused=True)
-    for step in range(steps):
-        seeds = torch.arange(step * batch_size, (step + 1) * batch_size)
-        rows = seeds % 512
-        batch = {"image": images[rows].float() / 255, "mask": masks[rows], "seed": seeds}
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 10, 2 * (1 - step / steps))
-        optimizer.zero_grad()
-        pipeline.training_loss(batch).backward()
-        torch.nn.utils.clip_grad_norm_(pipeline.network.parameters(), 1.0)
-        optimizer.step()
-    pipeline.network.eval()
-    return pipeline
-
-
-def seen(images):
-    """The class of the nearest colour, pixel by pixel."""
-    return (images.float().unsqueeze(1) - COLORS.float().view(1, 3, 3, 1, 1)).square().sum(2).argmin(1)
-
-
-def agreement(pairs):
-    return (seen(pairs.images) == pairs.masks).double().mean()
-
-
 @pytest.fixture(scope="module")
 def toy():
-    return fitted(400, batch_size=32, condition="given")
+    return trained(400, condition="given")
 
 
 @pytest.fixture
@@ -134,15 +91,14 @@ def test_what_is_given_stays_and_what_is_missing_fits(toy):
 def test_noise_and_velocity_are_learned_as_well(prediction):
     images, masks = toy_tiles(64, 7)
     batch = {"image": images.float() / 255, "mask": masks, "seed": torch.arange(64)}
-    with torch.no_grad():
-        before, after = (
-            fitted(steps, prediction_type=prediction, asks_classes=False).training_loss(batch) for steps in (0, 50)
-        )
+    before, after = (
+        trained(steps, 16, prediction_type=prediction, asks_classes=False).training_loss(batch) for steps in (0, 50)
+    )
     assert after < 0.7 * before, (before, after)
 
 
 def test_a_larger_pair_is_that_of_the_smaller_one():
-    pipeline = fitted(60, condition="half")
+    pipeline = trained(60, 16, condition="half")
     images, masks = toy_tiles(16, 5)
     small = halve(images.float() / 255, masks, 3)
     larger = pipeline.upscale((small[0] * 255).round().byte(), small[1], seeds=range(16), num_steps=10)
