@@ -9,6 +9,7 @@ from terrasynth.sampling.diffusion import (
     beta_tilde,
     clean_estimate,
     diffusion_batch,
+    min_snr,
     mu_tilde,
     q_sample,
     sample_ancestral,
@@ -46,6 +47,29 @@ def test_a_generator_continues_its_stream():
     given = diffusion_batch(torch.zeros(1, 2, 2, 2), [generator], DDPMScheduler(**SCHEDULE))
     assert torch.equal(given.target, diffusion_batch(torch.zeros(1, 2, 2, 2), [3], DDPMScheduler(**SCHEDULE)).target)
     assert not torch.equal(torch.rand(2, generator=generator), torch.rand(2, generator=seeded_generator(3)))
+
+
+@pytest.mark.parametrize("kind", ["sample", "epsilon", "v_prediction"])
+def test_weighted_losses_of_one_error_of_the_clean_sample_are_the_same_whatever_is_predicted(kind):
+    timestep = torch.tensor([0, 100, 400, 999])
+    alpha_bar = torch.from_numpy(ALPHA_BARS[timestep.numpy()])
+    clean, noise, error = torch.randn(3, 4, dtype=torch.float64)
+    noisy = q_sample(clean, noise, alpha_bar)
+
+    def predicted(x_0):
+        epsilon = (noisy - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        velocity = alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x_0
+        return {"sample": x_0, "epsilon": epsilon, "v_prediction": velocity}[kind]
+
+    loss = (predicted(clean + error) - predicted(clean)).square()
+    weight = min_snr(timestep, DDPMScheduler(**SCHEDULE, prediction_type=kind), 5.0)
+    expected = (alpha_bar / (1 - alpha_bar)).clamp(max=5) * error.square()
+    torch.testing.assert_close(weight.double() * loss, expected, rtol=1e-4, atol=0)
+
+
+def test_where_no_signal_is_left_the_weight_of_an_error_of_the_noise_is_one():
+    without = DDPMScheduler(**SCHEDULE, rescale_betas_zero_snr=True)
+    assert min_snr(torch.tensor([999]), without, 5.0).tolist() == [1]
 
 
 @pytest.mark.parametrize("steps", [5, 50])

@@ -9,7 +9,7 @@ from terrasynth.data.folder import Tiles, load_synthetic
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.recipe import PairsConfig, PairsSamplingConfig, TrainConfig
-from terrasynth.systems.pairs import PairViews, build_pairs, fit_pairs, generate_pairs, paint_pairs
+from terrasynth.systems.pairs import PairViews, build_pairs, build_upscaler, fit_pairs, generate_pairs, paint_pairs
 from terrasynth.systems.satsynth import SatSynthPipeline
 
 SCHEMA = LabelSchema(("land", "water", "road"), ((200, 150, 90), (20, 60, 160), (240, 240, 240)))
@@ -114,10 +114,11 @@ def test_views_move_image_and_mask_as_one_and_keep_colours(tiles):
 
 
 def test_settings_reach_the_pipeline(trained):
-    changes = {"codes": "onehot", "prediction": "epsilon", "condition": "given", "class_dropout": 0.3}
+    changes = {"codes": "onehot", "prediction": "epsilon", "condition": "given", "class_dropout": 0.3, "min_snr": 2.0}
     pipeline = build_pairs(CONFIG.model_copy(update=changes), SCHEMA, 16)
     assert (pipeline.config.codes, pipeline.config.prediction_type) == ("onehot", "epsilon")
     assert (pipeline.config.condition, pipeline.class_dropout, pipeline.config.image_size) == ("given", 0.3, 16)
+    assert pipeline.min_snr == build_upscaler(CONFIG.model_copy(update=changes), SCHEMA, 16).min_snr == 2.0
     further = build_pairs(CONFIG.model_copy(update={"base": str(trained / "model")}), SCHEMA, 16)
     assert torch.equal(torch.cat([v.flatten() for v in further.network.state_dict().values()]), weights(trained))
 

@@ -123,7 +123,7 @@ def test_the_loss_is_the_mean_squared_error_over_what_is_known(prediction, codes
     bar = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
     alpha_bars = (1 - (1 - bar[1:] / bar[:-1]).clamp(max=0.999)).cumprod(0)
     table = {"bits": [[-1, -1], [-1, 1], [1, -1]], "onehot": [[1, -1, -1], [-1, 1, -1], [-1, -1, 1]]}[codes]
-    losses = []
+    losses, weights = [], []
     for image, mask, seed in zip(batch["image"].double(), batch["mask"], batch["seed"].tolist(), strict=True):
         code = torch.tensor([[table[k] if k < 3 else [0] * len(table[0]) for k in row] for row in mask.tolist()])
         clean = torch.cat([2 * image - 1, code.double().movedim(-1, 0)])
@@ -136,8 +136,14 @@ def test_the_loss_is_the_mean_squared_error_over_what_is_known(prediction, codes
         predicted = pipeline.unet((a * clean + b * noise)[None], t[None]).sample[0]
         target = {"sample": clean, "epsilon": noise, "v_prediction": a * noise - b * clean}[prediction]
         losses.append((known * (predicted - target) ** 2).sum() / known.sum())
-    found = pipeline.training_loss(batch)
-    torch.testing.assert_close(found.double(), torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+        snr, clean_error = (a / b) ** 2, {"sample": 1, "epsilon": (b / a) ** 2, "v_prediction": b**2}[prediction]
+        weights.append(snr.clamp(max=0.5) * clean_error)
+    found, losses = pipeline.training_loss(batch), torch.stack(losses)
+    torch.testing.assert_close(found.double(), losses.mean(), atol=1e-4, rtol=1e-4)
+    pipeline.min_snr = 0.5
+    found, expected = pipeline.training_loss(batch), losses * torch.stack(weights)
+    assert not torch.allclose(expected.mean(), losses.mean(), rtol=0.1)
+    torch.testing.assert_close(found.double(), expected.mean(), atol=1e-4, rtol=1e-4)
 
 
 def gradients(pipeline, given):

@@ -561,6 +561,9 @@ class PairsConfig(_Config):
     prediction: Literal["sample", "epsilon", "v_prediction"] = "sample"
     """What the U-Net predicts: the clean pair, the noise (as published) or a mixture of both. With a `patch_size` the
     noise has more numbers than the U-Net has channels for; the clean pair has not."""
+    min_snr: Annotated[float, Field(gt=0)] | None = 5.0
+    """Weigh noise levels in the loss by their signal-to-noise ratio, at most this (Hang et al. 2023). Null weighs all
+    alike, as published: details then count little."""
     patch_size: Positive = 4
     """Side of the squares of pixels that make one of the network's; 1 as published."""
     widths: Annotated[tuple[Positive, ...], Field(min_length=2)] = (56, 96, 128)

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from terrasynth.sampling.flow import seeded_generator
@@ -39,6 +40,7 @@ __all__ = [
     "beta_tilde",
     "clean_estimate",
     "diffusion_batch",
+    "min_snr",
     "mu_tilde",
     "q_sample",
     "sample_ancestral",
@@ -159,6 +161,28 @@ def diffusion_batch(
     else:
         target = latents if kind == "sample" else noise
     return DiffusionBatch(noisy, target, timestep)
+
+
+def min_snr(timestep: Tensor, scheduler: DDPMScheduler | DDIMScheduler, limit: float) -> Tensor:
+    """How much the simple loss of each sample counts, so that an error e of x_0 counts min(SNR, limit) ‖e‖².
+
+    SNR = ᾱ / (1 − ᾱ), and Hang et al. 2023 ("Efficient Diffusion Training via Min-SNR Weighting Strategy",
+    arXiv 2303.09556, section 3.4) take 5 for the limit. What is nearly noise tells little of x_0, and what is nearly
+    clean says what details look like.
+
+    Args:
+        timestep: int64 (B,).
+        scheduler: has the noise schedule, and says of what the loss is.
+        limit: γ, above 0.
+
+    Returns:
+        Weights, float32 (B,).
+    """
+    snr = compute_snr(scheduler, timestep)
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":  # of which 1 / SNR times the error is that of x_0; SNR may be 0
+        return (limit / snr).clamp(max=1)
+    return snr.clamp(max=limit) / (snr + 1 if kind == "v_prediction" else 1)
 
 
 @torch.no_grad()

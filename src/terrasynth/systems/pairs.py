@@ -116,6 +116,7 @@ def build_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> Sa
                 fix="leave out pairs.sampling.shares, or start from another base",
             )
     pipeline.class_dropout, pipeline.given_dropout = config.class_dropout, config.given_dropout
+    pipeline.min_snr = config.min_snr
     least = pipeline.multiple * (2 if config.two_stages else 1)
     return _divides(pipeline, image_size, least)
 
@@ -127,6 +128,7 @@ def build_upscaler(config: PairsConfig, schema: LabelSchema, image_size: int) ->
         pipeline = _from_scratch(config, config.upscaler, schema, image_size, condition="half")
     else:
         pipeline = SatSynthPipeline.from_pretrained(base, label_schema=schema.to_dict(), image_size=image_size)
+    pipeline.min_snr = config.min_snr
     return _divides(pipeline, image_size, pipeline.multiple)
 
 

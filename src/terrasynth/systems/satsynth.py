@@ -22,7 +22,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.condition import ConditionEmbedding
 from terrasynth.models.label_codes import CodeKind, LabelCodes
-from terrasynth.sampling.diffusion import Epsilon, Prediction, diffusion_batch, sample_ddim
+from terrasynth.sampling.diffusion import Epsilon, Prediction, diffusion_batch, min_snr, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
 from terrasynth.systems.loading import loading
@@ -112,6 +112,8 @@ class SatSynthPipeline(SavedPipeline):
             possible and `guidance_scale` has something to move away from.
         given_dropout: probability that training gives nothing, where there is something to give (`condition`).
         max_augmentation: the strongest noise on the smaller pair in the training of a 2x stage.
+        min_snr: how noise levels are weighed in the loss, see `sampling.diffusion.min_snr`; None for all alike, as in
+            the simple loss of what is predicted.
 
     Args:
         unet: what denoises.
@@ -198,6 +200,7 @@ class SatSynthPipeline(SavedPipeline):
         self.class_dropout = 0.2
         self.given_dropout = 0.3
         self.max_augmentation = 0.5
+        self.min_snr: float | None = None
         self._precision: Precision = "fp32"
 
     @property
@@ -279,6 +282,8 @@ class SatSynthPipeline(SavedPipeline):
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Diffusion loss: mean squared error of what is predicted, over what is known and not given of each sample.
 
+        With `min_snr`, weighed by the noise level.
+
         Pixels without a class have a code of zero and their code channels carry no loss, their colours do.
 
         Args:
@@ -311,7 +316,10 @@ class SatSynthPipeline(SavedPipeline):
         noisy, target, timestep = diffusion_batch(joint, generators, self.noising)
         predicted = self._evaluate(noisy, timestep, condition, told)
         error = weight * (predicted - target).square()
-        return (error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)).mean()
+        loss = error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
+        if self.min_snr is not None:
+            loss = loss * min_snr(timestep, self.noising, self.min_snr)
+        return loss.mean()
 
     def _evaluate(self, x: Tensor, timestep: Tensor, condition: Tensor | None, told: Tensor | None) -> Tensor:
         """The network's prediction, float32."""
