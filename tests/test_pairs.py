@@ -123,19 +123,40 @@ def test_settings_reach_the_pipeline(trained):
     assert torch.equal(torch.cat([v.flatten() for v in further.network.state_dict().values()]), weights(trained))
 
 
-def test_a_base_that_can_not_be_asked_is_refused_before_it_is_trained(tmp_path):
-    config = CONFIG.model_copy(update={"sampling": PairsSamplingConfig(shares={"road": 0.2})})
-    build_pairs(config.model_copy(update={"asks_classes": False}), SCHEMA, 16).save_pretrained(tmp_path)
-    with pytest.raises(TerraSynthError, match=r"did not learn to be asked"):
-        build_pairs(config.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16)
-    assert not build_pairs(CONFIG.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16).config.asks_classes
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("codes", "onehot"), ("prediction", "v_prediction"), ("condition", "given"), ("asks_classes", False)],
+)
+def test_a_base_that_was_trained_otherwise_is_refused_before_it_is_trained(name, value, tmp_path):
+    other = CONFIG.model_copy(update={name: value})
+    build_pairs(other, SCHEMA, 16).save_pretrained(tmp_path)
+    with pytest.raises(TerraSynthError, match=rf"another pairs\.{name}[\s\S]*set pairs\.{name}={str(value).lower()}"):
+        build_pairs(CONFIG.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16)
+    build_pairs(other.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16)
+
+
+def test_of_a_base_of_two_stages_none_is_left_behind(tmp_path):
+    build_pairs(CONFIG, SCHEMA, 16).save_pretrained(tmp_path)
+    build_upscaler(CONFIG, SCHEMA, 32).save_pretrained(tmp_path / "upscaler")
+    with pytest.raises(TerraSynthError, match=r"set pairs\.two_stages=true"):
+        build_pairs(CONFIG.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16)
+
+
+def test_attention_that_is_nowhere_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("TERRASYNTH_QUIET", "")
+    build_pairs(CONFIG.model_copy(update={"attention": (5,)}), SCHEMA, 16)
+    assert "no self-attention" in capsys.readouterr().err
+    build_pairs(CONFIG.model_copy(update={"attention": (4, 5)}), SCHEMA, 16)
+    assert not capsys.readouterr().err
 
 
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="asks_classes"):
         PairsConfig(asks_classes=False, sampling={"shares": {"road": 0.1}})
     with pytest.raises(ValueError, match="class_dropout"):
-        PairsConfig(class_dropout=0, sampling={"guidance_scale": 2})
+        PairsConfig(class_dropout=0, sampling={"guidance_scale": 2, "shares": {"road": 0.1}})
+    with pytest.raises(ValueError, match="nothing is: name shares"):
+        PairsSamplingConfig(guidance_scale=2)
     with pytest.raises(ValueError, match="more than 1"):
         PairsSamplingConfig(shares={"road": 0.7, "water": 0.7})
     with pytest.raises(ValueError, match="less than or equal to 1000"):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from terrasynth.cli import app
 from terrasynth.data.folder import load_synthetic, load_tiles
 from terrasynth.errors import TerraSynthError
-from terrasynth.recipe import Recipe
+from terrasynth.recipe import Recipe, StudyConfig
 from terrasynth.recipe_io import choose_arms
 from terrasynth.study.left import outlook
 from terrasynth.study.results import write_results
@@ -71,6 +71,12 @@ def test_a_list_of_ratios_is_an_arm_of_each(recipe):
     assert [arm.ratio for arm in arms] == [None, 1, 2, None, None]
     assert [arm.kind for arm in arms] == ["none", "pairs", "pairs", "pairs", "plain-on-pairs"]
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    values = recipe.model_dump(mode="json", include={"study"})["study"]
+    values["arms"] = [arms[0].model_dump(), {"name": "pairs", "synthetic": "pairs", "ratio": [1.0, 3]}]
+    assert [arm.name for arm in StudyConfig.model_validate(values).arms[1:]] == ["pairs 1:1", "pairs 1:3"]
+    values["arms"][1]["ratio"] = [1, 1]
+    with pytest.raises(ValueError, match="two called 'pairs 1:1'"):
+        StudyConfig.model_validate(values)
 
 
 def test_a_base_that_can_not_be_asked_is_told_before_anything_is_trained(recipe, tmp_path):
@@ -79,7 +85,7 @@ def test_a_base_that_can_not_be_asked_is_told_before_anything_is_trained(recipe,
     base.save_pretrained(tmp_path / "base")
     values = recipe.model_dump(mode="json")
     values["pairs"] |= {"base": str(tmp_path / "base"), "sampling": {"shares": {schema.names[0]: 0.5}}}
-    with pytest.raises(TerraSynthError, match="did not learn to be asked"):
+    with pytest.raises(TerraSynthError, match=r"another pairs\.asks_classes"):
         Study(Recipe.model_validate(values), Path(), tmp_path / "out").run()
     assert not list((tmp_path / "out").rglob("unit.json"))
 

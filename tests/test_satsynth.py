@@ -361,6 +361,10 @@ def test_the_default_costs_ten_gigaflop_a_step_of_eight_tiles_and_the_published_
         ("none", {"masks": torch.zeros(1, 8, 8)}, "does not fit the seeds"),
         ("none", {"images": torch.rand(2, 3, 8, 8)}, "no bytes"),
         ("none", {"known": torch.ones(2, 8, 8).bool()}, "there are none"),
+        ("none", {"images": torch.zeros(2, 3, 8, 8).byte(), "known": torch.ones(2, 8, 8)}, "yes or no"),
+        ("none", {"masks": torch.full((2, 8, 8), 0.7)}, "whole numbers"),
+        ("none", {"size": (0, 0)}, "multiples of 4"),
+        ("none", {"guidance_scale": float("nan")}, "no number"),
         ("none", {"masks": torch.full((2, 8, 8), 3)}, "does not know"),
         ("none", {"masks": torch.full((2, 8, 8), -1)}, "class -1"),
         ("none", {"shares": torch.zeros(2, 4)}, "do not fit seeds and classes"),
@@ -374,15 +378,29 @@ def test_what_can_not_be_painted_is_refused(condition, call, match):
         tiny(condition=condition)(seeds=[0, 1], **call)
 
 
+def test_no_seeds_and_steps_that_are_not_there_are_refused():
+    with pytest.raises(TerraSynthError, match="nothing to paint"):
+        tiny()(seeds=[])
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=rf"`num_steps` is {steps}, but there are 1 to 1000"):
+            tiny()(seeds=[0], num_steps=steps)
+
+
+def test_seeds_may_be_of_a_tensor():
+    pipeline = tiny()
+    some, same = pipeline(seeds=torch.tensor([3, 4]), num_steps=2), pipeline(seeds=[3, 4], num_steps=2)
+    assert torch.equal(some.images, same.images)
+
+
 def test_what_was_not_learned_can_not_be_asked_for():
     pipeline = tiny(asks_classes=False)
     with pytest.raises(TerraSynthError, match="can not be asked"):
         pipeline(seeds=[0], shares=pipeline.ask({}, 1))
     with pytest.raises(TerraSynthError, match="not trained to enlarge"):
-        pipeline.upscale(torch.zeros(1, 3, 4, 4).byte(), torch.zeros(1, 4, 4), seeds=[0])
+        pipeline.upscale(torch.zeros(1, 3, 4, 4).byte(), torch.zeros(1, 4, 4).byte(), seeds=[0])
     with pytest.raises(TerraSynthError, match="no such noise"):
         tiny(condition="half").upscale(
-            torch.zeros(1, 3, 4, 4).byte(), torch.zeros(1, 4, 4), seeds=[0], augmentation=1.0
+            torch.zeros(1, 3, 4, 4).byte(), torch.zeros(1, 4, 4).byte(), seeds=[0], augmentation=1.0
         )
     with pytest.raises(TerraSynthError, match="no such class"):
         pipeline.ask({"lava": 0.5}, 1)

@@ -528,8 +528,8 @@ def generate(
 
     Image i depends on its mask, the seed and i alone, and with --references on these images. Stopped or killed, the
     same command adds what is missing. With a model's folder, `--set` takes keys of `sampling` and `steering` only
-    (of `pairs.sampling` and `sampling` with --pairs). With --like, one GeoTIFF instead; with --pairs, the masks are
-    painted too.
+    (of `pairs.sampling` with --pairs, and of `sampling` where the model paints layouts first). With --like, one GeoTIFF
+    instead; with --pairs, the masks are painted too.
     """
     from terrasynth.packaged import PACKAGED
     from terrasynth.recipe_io import override_defaults
@@ -547,7 +547,10 @@ def generate(
                 param_hint="--masks, --count, --like, --steer, --references",
             )
         if trained:
-            recipe = override_defaults(overrides or (), ("pairs.sampling", "sampling"))
+            from terrasynth.systems.generate import model_class
+
+            both = model_class(source) == "SatSynthPipeline"  # else masks first, then images under them
+            recipe = override_defaults(overrides or (), ("pairs.sampling",) if both else ("pairs.sampling", "sampling"))
         else:
             opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
             recipe = opened.recipe

@@ -522,7 +522,7 @@ class PairsSamplingConfig(_Config):
     """What share of the pixels of every painting is asked for, by class name (`{road: 0.2}`): the way to rare classes.
     All others are left open."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """By how much what is asked for is exaggerated; 1 is off."""
+    """By how much what is asked for (`shares`) is exaggerated; 1 is off."""
     batch_size: Positive = 16
     """Pairs painted together; the result does not depend on it."""
     precision: Precision = "fp32"
@@ -532,6 +532,8 @@ class PairsSamplingConfig(_Config):
     def _sum_to_one_at_most(self) -> PairsSamplingConfig:
         if sum(self.shares.values()) > 1 + 1e-9:
             raise ValueError(f"shares sum to {sum(self.shares.values()):g}, more than 1")
+        if self.guidance_scale != 1 and not self.shares:
+            raise ValueError("guidance_scale exaggerates what is asked for, and nothing is: name shares")
         return self
 
 
@@ -545,7 +547,8 @@ class UpscalerConfig(_Config):
     layers: Positive = 1
     """Residual blocks of a level."""
     attention: tuple[Positive, ...] = (8, 4)
-    """Sides of the feature maps that have self-attention."""
+    """Sides of the feature maps that have self-attention: the outermost is that of the tiles over `patch_size`, every
+    next one half of it."""
     train: TrainConfig = TrainConfig(steps=4000, batch_size=8, ema_decay=0.999)
     """The training run."""
 
@@ -555,7 +558,8 @@ class PairsConfig(_Config):
 
     base: str | None = None
     """Start from this: a SatSynth folder that TerraSynth saved; its networks are kept, those of both stages if it has
-    two. Null trains from scratch."""
+    two. `codes`, `prediction`, `condition`, `asks_classes` and `two_stages` must be as it has them. Null trains from
+    scratch."""
     codes: Literal["bits", "onehot"] = "bits"
     """How a mask is written in numbers: `bits` of the class index, or one channel a class (an ablation there)."""
     prediction: Literal["sample", "epsilon", "v_prediction"] = "sample"
@@ -571,7 +575,8 @@ class PairsConfig(_Config):
     layers: Positive = 1
     """Residual blocks of a level."""
     attention: tuple[Positive, ...] = (8, 4)
-    """Sides of the feature maps that have self-attention."""
+    """Sides of the feature maps that have self-attention: the outermost is that of the tiles over `patch_size`, every
+    next one half of it."""
     asks_classes: bool = True
     """Learn to be told what share of the pixels classes shall have; the paper's model can not be."""
     class_dropout: Fraction = 0.2
@@ -729,6 +734,11 @@ class SearchConfig(_Config):
     """Numbers of optimiser steps."""
 
 
+def _plain(ratio: Any) -> str:
+    """How the name of an arm says its ratio: 3 for 3.0."""
+    return f"{ratio:g}" if isinstance(ratio, int | float) else str(ratio)
+
+
 class StudyConfig(_Config):
     """Arms x seeds."""
 
@@ -765,7 +775,7 @@ class StudyConfig(_Config):
         for arm in arms:
             ratios = arm.get("ratio") if isinstance(arm, dict) and "name" in arm else None
             if isinstance(ratios, list | tuple) and ratios:
-                spread += [{**arm, "name": f"{arm['name']} 1:{ratio}", "ratio": ratio} for ratio in ratios]
+                spread += [{**arm, "name": f"{arm['name']} 1:{_plain(ratio)}", "ratio": ratio} for ratio in ratios]
             else:
                 spread.append(arm)
         return spread
@@ -773,8 +783,10 @@ class StudyConfig(_Config):
     @model_validator(mode="after")
     def _distinct(self) -> StudyConfig:
         names = [arm.name for arm in self.arms]
-        if not names or len(set(names)) != len(names):
-            raise ValueError("arms need distinct names, and there must be at least one")
+        if not names:
+            raise ValueError("there must be at least one arm")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"arms need distinct names, but there are two called {twice[0]!r}")
         real = [arm.name for arm in self.arms if not arm.adds_tiles]
         if self.arms[0].name not in real:
             raise ValueError(
@@ -883,7 +895,8 @@ class Recipe(_Config):
         if pairs and self.pairs.base is None and self.data.image_size % least:
             faults.append(
                 f"data.image_size ({self.data.image_size}) must be a multiple of {least} (pairs.patch_size, doubled "
-                f"for each of pairs.widths but one, and for pairs.two_stages) in the arm {pairs[0]!r}"
+                "for each of pairs.widths but one, and for pairs.two_stages; with that also of pairs.upscaler's) in "
+                f"the arm {pairs[0]!r}"
             )
         faults += self._untrained_nulls()
         if faults:

@@ -109,7 +109,7 @@ def choose_arms(recipe: Recipe, names: Sequence[str]) -> tuple[Recipe, tuple[str
     for name in names:
         found = {arm.name for arm in study.arms if re.fullmatch(re.escape(name) + r"( 1:\d+)?", arm.name)}
         if not found:
-            raise TerraSynthError("no such arm", found=name, expected=", ".join(arm.name for arm in study.arms))
+            raise TerraSynthError("no such arm", found=name, expected=", ".join(f"'{arm.name}'" for arm in study.arms))
         chosen |= found
     kept = tuple(arm for arm in study.arms if arm.name in chosen)
     others = tuple(arm.name for arm in study.arms if arm.name not in chosen)

@@ -63,7 +63,11 @@ def augment(image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Image float32 (3, H, W) in [0, 1] and mask int64, of its own shape.
+
+    Raises:
+        ValueError: the image has other than three channels, or another type.
     """
+    _check_colors(image)
     random = np.random.default_rng((seed, _AUGMENT))
     element = _element(mask, random)
     image, mask = dihedral(image, element), dihedral(mask, element)
@@ -159,12 +163,11 @@ def jitter(images: Tensor, seeds: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit together, there are other than three channels, or of another type.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or seeds.shape != images.shape[:1]:
+    if images.ndim != 4 or seeds.shape != images.shape[:1]:
         raise ValueError(
             f"images (B, 3, H, W) and seeds (B,) must fit together, not {tuple(images.shape)}, {tuple(seeds.shape)}"
         )
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f"colours are uint8, or float in [0, 1], not {images.dtype}")
+    _check_colors(images)
     jittered = torch.empty(images.shape, dtype=images.dtype, device=images.device)
     if images.dtype == torch.uint8:
         # Memory that is asked for anew for each tile costs more than what is done in it.
@@ -267,6 +270,14 @@ def _nearest(length: int, size: int) -> NDArray[np.int64]:
     """Which of `length` pixels is nearest to each of `size` that cover the same: where `interpolate` finds them."""
     places = torch.arange(length, dtype=torch.float32)
     return functional.interpolate(places[None, None], size=size, mode="nearest-exact").long().flatten().numpy()
+
+
+def _check_colors(images: Tensor) -> None:
+    """Raise a ValueError unless these are images (…, 3, H, W) in numbers that the jitter of colours knows."""
+    if images.ndim < 3 or images.shape[-3] != 3:
+        raise ValueError(f"an image has three channels, (3, H, W), not {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"colours are uint8, or float in [0, 1], not {images.dtype}")
 
 
 def _means(images: Tensor) -> Tensor:

@@ -230,12 +230,20 @@ def clipped(centre: float, length: float, limit: int) -> slice:
 
 
 def _labels(masks: Tensor, ignore_index: int) -> tuple[NDArray[np.integer], int]:
-    """The masks without negative numbers, and what unlabelled pixels have there."""
-    labels = masks.cpu().numpy()
-    if ignore_index >= 0:
-        return labels, ignore_index
-    unlabelled, free = labels == ignore_index, int(labels.max(initial=0)) + 1
-    return np.where(unlabelled, free, labels) if unlabelled.any() else labels, free
+    """The masks without negative numbers, and what unlabelled pixels have there.
+
+    Raises:
+        ValueError: they are no whole numbers, or there is a negative one beside the ignore index.
+    """
+    labels, unlabelled = masks.cpu().numpy(), ignore_index
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"masks are whole numbers, not {masks.dtype}")
+    if ignore_index < 0:
+        hidden, unlabelled = labels == ignore_index, int(labels.max(initial=0)) + 1
+        labels = np.where(hidden, unlabelled, labels) if hidden.any() else labels
+    if labels.dtype.kind == "i" and (least := int(labels.min(initial=0))) < 0:
+        raise ValueError(f"labels are from 0 on, but for the ignore index {ignore_index}; there is {least}")
+    return labels, unlabelled
 
 
 def _ground(labels: NDArray[np.integer], drawn: int, unlabelled: int) -> NDArray[np.bool_]:

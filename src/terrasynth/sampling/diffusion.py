@@ -322,6 +322,8 @@ def _timesteps(scheduler: DDPMScheduler | DDIMScheduler, num_steps: int, strengt
     """The scheduler's timesteps as if there were none beyond `strength` T."""
     # Rounded before it is cut: 0.29 · 100 is 28.999…
     total = int(round(strength * scheduler.config.num_train_timesteps, 6))
+    if strength == 1 and not 1 <= num_steps <= total:
+        raise ValueError(f"`num_steps` is {num_steps}, but there are 1 to {total}")
     if not (0 < strength <= 1 and 1 <= num_steps <= total):
         raise ValueError(f"`strength` {strength} and `num_steps` {num_steps} leave no timesteps to sample at")
     scheduler.set_timesteps(num_steps)

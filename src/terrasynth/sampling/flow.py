@@ -60,6 +60,7 @@ def seeded_generator(seed: int) -> torch.Generator:
 
     PyTorch's own reads the lowest 32 bits only, so longer seeds are hashed to 32 bits first.
     """
+    seed = int(seed)  # of a tensor or an array as well
     if seed >= 2**32:
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return torch.Generator().manual_seed(seed)
@@ -112,6 +113,8 @@ def sample_flow(
         raise ValueError("steering needs `decode`, the way from latents to images")
     if solver not in get_args(Solver):
         raise ValueError(f"`solver` is {solver!r}, but there are {', '.join(get_args(Solver))}")
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` is {num_steps}; at least one evaluation leads from noise to data")
     scheduler.set_timesteps(num_steps, device=latents.device)
     sigmas = scheduler.sigmas.tolist()
     z = latents.float()

@@ -34,6 +34,8 @@ def outlook(study: Study, jobs: int = 1) -> str:
         told = f", {'seed' if len(some) == 1 else 'seeds'} {', '.join(some)}" if some else ""
         lines.append(f"  {group}{told}: {'not known yet' if seconds is None else f'about {duration(seconds)}'}")
     end = f"By the times of what is done: {'at least ' if unknown else ''}about {duration(total / jobs)}"
+    if not total:
+        end = "How long that takes shows when some of it is done"
     if study.clock.max_minutes is not None:
         end += f"; given are {study.clock.max_minutes:g} min"
     return "\n".join(["Left to do:", *lines, f"{end}."])

@@ -59,7 +59,11 @@ def painted(study: Study, kind: str, seed: int) -> Unit:
 def _pairs(study: Study, seed: int) -> Unit:
     """Images with their masks, by what was trained on the training tiles."""
     sampling, count = study.recipe.pairs.sampling, study.count("pairs")
-    inputs = {"pairs": study.pairs.key, "sampling": sampling.model_dump(mode="json"), "seed": seed}
+    inputs = {
+        "pairs": study.pairs.key,
+        "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
+        "seed": seed,
+    }
 
     def work(folder: Path) -> None:
         with remade(study.pairs):
@@ -89,7 +93,9 @@ def _under_masks(study: Study, kind: str, seed: int) -> Unit:
         of_masks = study.painted("pairs", seed).key
     inputs: dict[str, Any] = {
         "generator": study.generator.key,
-        "sampling": recipe.sampling.model_dump(mode="json", exclude=set() if referenced else {"reference_scale"}),
+        "sampling": recipe.sampling.model_dump(
+            mode="json", exclude={"batch_size"} | (set() if referenced else {"reference_scale"})
+        ),
         "steering": None if steers is None else recipe.steering.model_dump(mode="json"),
         "segmentor": None if steers is None else steers.key,
         "seed": seed,

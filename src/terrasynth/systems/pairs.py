@@ -99,26 +99,46 @@ def build_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> Sa
     """What a recipe trains on tiles of this size, untrained or the `base` that it starts from; the first of two stages.
 
     Raises:
-        TerraSynthError: the base is a second stage, or did not learn to be asked for the shares that are to be painted;
-            or the tiles do not divide into the levels of the network.
+        TerraSynthError: the base is a second stage, or was trained with other settings; or the tiles do not divide
+            into the levels of the network.
     """
     side = image_size // 2 if config.two_stages else image_size
     if config.base is None:
         pipeline = _from_scratch(config, config, schema, side, asks_classes=config.asks_classes)
     else:
         pipeline = first_stage(config.base, label_schema=schema.to_dict(), image_size=side)
-        if config.sampling.shares and not pipeline.config.asks_classes:  # before hours of training
-            raise TerraSynthError(
-                "pairs.base did not learn to be asked for classes",
-                path=config.base,
-                found=f"pairs.sampling.shares {config.sampling.shares}",
-                expected="a base that was trained with asks_classes",
-                fix="leave out pairs.sampling.shares, or start from another base",
-            )
+        _check_base(config, pipeline)
     pipeline.class_dropout, pipeline.given_dropout = config.class_dropout, config.given_dropout
     pipeline.min_snr = config.min_snr
     least = pipeline.multiple * (2 if config.two_stages else 1)
     return _divides(pipeline, image_size, least)
+
+
+def _check_base(config: PairsConfig, pipeline: SatSynthPipeline) -> None:
+    """Refuse settings that a base has otherwise: an ablation would train what it had."""
+    if Path(config.base or "", UPSCALER).is_dir() and not config.two_stages:
+        raise TerraSynthError(
+            "pairs.base has two stages, and only one would be trained",
+            path=config.base,
+            found="pairs.two_stages false",
+            fix="set pairs.two_stages=true",
+        )
+    names = {
+        "codes": "codes",
+        "prediction": "prediction_type",
+        "condition": "condition",
+        "asks_classes": "asks_classes",
+    }
+    for name, of_base in names.items():
+        wanted, has = getattr(config, name), pipeline.config[of_base]
+        if wanted != has:
+            raise TerraSynthError(
+                f"pairs.base was trained with another pairs.{name}",
+                path=config.base,
+                found=wanted,
+                expected=has,
+                fix=f"set pairs.{name}={str(has).lower()}, or start from another base",
+            )
 
 
 def build_upscaler(config: PairsConfig, schema: LabelSchema, image_size: int) -> SatSynthPipeline:
@@ -135,6 +155,10 @@ def build_upscaler(config: PairsConfig, schema: LabelSchema, image_size: int) ->
 def _from_scratch(
     config: PairsConfig, sizes: PairsConfig | UpscalerConfig, schema: LabelSchema, side: int, **options: Any
 ) -> SatSynthPipeline:
+    sides = [side // sizes.patch_size // 2**level for level in range(len(sizes.widths))]
+    if sizes.attention and not set(sides) & set(sizes.attention):
+        some = " or ".join(map(str, sizes.attention))
+        say(f"what paints pairs has no self-attention: its feature maps have sides of {sides}, none {some} (attention)")
     return SatSynthPipeline.from_scratch(
         schema,
         codes=config.codes,
@@ -310,7 +334,7 @@ class TwoStages:
             precision=precision,
         )
         # Other seeds: the noise of both stages would begin with the same numbers.
-        others = [int(digest(seed, "upscale"), 16) >> 1 for seed in seeds]
+        others = [int(digest(int(seed), "upscale"), 16) >> 1 for seed in seeds]
         return self.second.upscale(*small, seeds=others, given=given, num_steps=num_steps, precision=precision)
 
 

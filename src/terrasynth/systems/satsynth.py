@@ -370,6 +370,8 @@ class SatSynthPipeline(SavedPipeline):
         """
         if self.config.condition == "half":
             raise TerraSynthError("a 2x stage enlarges pairs", found="a call of the pipeline", fix="call `upscale`")
+        if not math.isfinite(guidance_scale):
+            raise TerraSynthError("`guidance_scale` is no number", found=guidance_scale)
         parts = Given(images, known, masks)
         size = self.check(seeds, shares, parts, size)
         device, count = self._execution_device, len(seeds)
@@ -459,6 +461,7 @@ class SatSynthPipeline(SavedPipeline):
                 num_steps,
                 callback=callback,
             )
+        self.maybe_free_model_hooks()
         return filled.beside(self._pairs(latents))
 
     def denoiser(
@@ -538,7 +541,9 @@ class SatSynthPipeline(SavedPipeline):
         sizes = {name: tuple(tensor.shape[-2:]) for name, tensor in tensors.items() if tensor is not None}
         height, width = size or next(iter(sizes.values()), (self.config.image_size,) * 2)
         factor = factor or self.multiple
-        if height % factor or width % factor:
+        if not len(seeds):
+            raise TerraSynthError("no seeds, so nothing to paint", expected="one for each pair")
+        if height % factor or width % factor or min(height, width) < 1:
             raise TerraSynthError(
                 "the size does not divide into the levels of the network",
                 found=f"{height} x {width} pixels",
@@ -558,6 +563,10 @@ class SatSynthPipeline(SavedPipeline):
                 )
         if images is not None and images.dtype != torch.uint8:
             raise TerraSynthError("the images are no bytes", found=images.dtype, expected="uint8")
+        if known is not None and known.dtype != torch.bool:
+            raise TerraSynthError("`known` says of each pixel yes or no", found=known.dtype, expected="bool")
+        if masks is not None and masks.is_floating_point():
+            raise TerraSynthError("the masks are no class indices", found=masks.dtype, expected="whole numbers")
         if known is not None and images is None:
             raise TerraSynthError("`known` says which pixels of `images` are given, and there are none")
         if masks is not None:
