@@ -261,7 +261,7 @@ def test_some_arms_are_run_alone_and_the_report_names_the_others(finished, recip
     results = results_of(tmp_path / "study")
     assert [arm["name"] for arm in results["arms"]] == ["real", "pairs 1:1", "pairs 1:2"]
     assert results["other_arms"] == ["ClassMix + pairs", "painted masks"]
-    assert "It has 2 more: ClassMix + pairs, painted masks." in (tmp_path / "study" / "report.html").read_text()
+    assert "It has 2 more: ClassMix + pairs; painted masks." in (tmp_path / "study" / "report.html").read_text()
     assert results["arms"][1] == results_of(finished)["arms"][1]
 
 
