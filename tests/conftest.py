@@ -6,6 +6,8 @@ import signal
 # are, and two processes of two threads on two cores spin more than they compute.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TERRASYNTH_QUIET", "1")
+# Wide enough for any message: no path, long as those of tests can be, is broken over two lines.
+os.environ["COLUMNS"] = "500"
 
 import pytest
 import torch

@@ -477,13 +477,14 @@ def test_ddim_steps_are_those_of_diffusers_with_the_same_noise(kind, schedule, e
     found = sample_ddim(spied(predict, seen), noise, scheduler, 5, eta=eta, seeds=[3, 8] if eta else None)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 8)]
     x = randn_tensor((2, 3, 1, 1), generator=generators)
-    # From almost no signal all is fresh noise, and diffusers takes the root of a 1 − ᾱ − σ² that is float32's rounding.
-    close = 3e-4 if (schedule, spacing, eta) == ("squaredcos_cap_v2", "trailing", 1) else 2e-5
+    # From almost no signal all is fresh noise, and in float32 diffusers takes the root of a 1 − ᾱ − σ² that is rounding,
+    # on some processors below zero.
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     for t, ours in zip(scheduler.timesteps, seen, strict=True):
-        assert_close_together(ours, x, close)
-        predicted = predict(x, t.expand(2)).float()
+        assert_close_together(ours, x)
+        predicted = predict(x.float(), t.expand(2)).float()
         x = scheduler.step(predicted, t, x, eta, use_clipped_model_output=True, generator=generators).prev_sample
-    assert_close_together(found, x, close)
+    assert_close_together(found, x)
 
 
 # The two samplers
