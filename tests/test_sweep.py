@@ -66,6 +66,11 @@ def test_arms_that_differ_in_their_ratio_alone_are_one_line():
     }
 
 
+def test_a_line_begins_at_the_same_arm_without_paintings():
+    begins = {line.name: line.begins for line in ratio_lines(STUDY, SCORES)}
+    assert begins == {"ClassMix": None, "pairs 1:5": "real", "both": "ClassMix", "anew": "real", "filtered": "real"}
+
+
 def test_the_correlation_of_gain_and_frequency_is_pearsons():
     gains = class_gains("pairs", SHARES, OURS, THEIRS)
     deltas = [np.mean(np.subtract(ours, theirs)) for ours, theirs in zip(OURS, THEIRS, strict=True)]

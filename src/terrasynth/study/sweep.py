@@ -23,10 +23,12 @@ class Line:
         points: painted tiles per real tile, and the paired difference to the baseline, from the fewest on. The first is
             that of 0 where the study has the same arm without paintings; it is the only one of an arm that paints
             nothing.
+        begins: the name of that arm, where there is one.
     """
 
     name: str
     points: tuple[tuple[int, Difference], ...]
+    begins: str | None = None
 
     @property
     def paints(self) -> bool:
@@ -56,7 +58,8 @@ def ratio_lines(study: StudyConfig, scores: Mapping[str, Scores]) -> list[Line]:
     for arms in groups.values():
         start = bare.get(_alike(_without_paintings(arms[0])))
         points = sorted(map(point, arms), key=lambda each: each[0])
-        lines.append(Line(_common([arm.name for arm in arms]), (*([point(start)] if start else []), *points)))
+        common = _common([arm.name for arm in arms])
+        lines.append(Line(common, (point(start), *points), start.name) if start else Line(common, (*points,)))
     return lines
 
 

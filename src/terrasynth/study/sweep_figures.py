@@ -89,10 +89,10 @@ def _draw_ratios(figure: Any, lines: Sequence[Line], baseline: str, width: float
         y = [PERCENT * (gain.delta or 0.0) for _, gain in known]
         color, marker = arm_color(position), MARKERS[position % len(MARKERS)]
         first = 0
-        if line.paints and known and known[0][0] == 0:
+        if line.begins is not None and known and known[0][0] == 0:
             # It begins at what it is without paintings: another arm, or the baseline itself.
             first = 1
-            x[0] = next((beside[id(other)] for other in bare if other.points[0] == known[0]), 0.0)
+            x[0] = next((beside[id(other)] for other in bare if other.name == line.begins), 0.0)
         axes.plot(x, y, color=color, lw=1.5)
         axes.plot(x[first:], y[first:], marker, color=color, ms=4.8, label=line.name, zorder=3)
         for at, (_, gain) in list(zip(x, known, strict=True))[first:]:
