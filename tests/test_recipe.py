@@ -200,6 +200,8 @@ def test_an_override_that_can_not_be_carried_out_is_named(override):
         (["generator.heads=5"], "generator: width (192) must be a multiple of heads (5) and of 4"),
         (["generator={width: 6, heads: 3}"], "generator: width (6) must be a multiple of heads (3) and of 4"),
         (["generator.train.betas=[0.9, 1]"], "generator.train.betas.1: found 1, expected less than 1"),
+        (["generator.layouts=true"], "generator.layouts: a number is wanted, not true"),
+        (["generator.pseudo_labels=false"], "generator.pseudo_labels: a number is wanted, not false"),
         (["data.world.gsd=11"], "data.world.gsd: found 11, expected less than or equal to 10"),
         (
             ["generator.autoencoder={refiner_width: 8, train: {steps: 50}}"],

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 __all__ = [
     "ArmConfig",
@@ -45,6 +45,18 @@ Mix = Literal["none", "cutout", "cutmix", "mosaic", "classmix", "copy-paste", "p
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic takes `true` for 1: `generator.layouts=true` would leave no sample to learn images from.
+        if isinstance(value, bool) and info.field_name is not None:
+            wanted = cls.model_fields[info.field_name].annotation
+            types = {wanted, *get_args(wanted)}
+            types |= {getattr(each, "__origin__", None) for each in types}  # of Annotated
+            if bool not in types and types & {int, float}:
+                raise ValueError(f"a number is wanted, not {str(value).lower()}")
+        return value
 
 
 class WorldConfig(_Config):
