@@ -477,8 +477,8 @@ def test_ddim_steps_are_those_of_diffusers_with_the_same_noise(kind, schedule, e
     found = sample_ddim(spied(predict, seen), noise, scheduler, 5, eta=eta, seeds=[3, 8] if eta else None)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 8)]
     x = randn_tensor((2, 3, 1, 1), generator=generators)
-    # From almost no signal all is fresh noise, and in float32 diffusers takes the root of a 1 − ᾱ − σ² that is rounding,
-    # on some processors below zero.
+    # From almost no signal all is fresh noise, and in float32 diffusers takes the root of a 1 − ᾱ − σ² that is but
+    # rounding, on some processors below zero.
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     for t, ours in zip(scheduler.timesteps, seen, strict=True):
         assert_close_together(ours, x)

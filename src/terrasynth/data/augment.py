@@ -257,8 +257,8 @@ def _zoom(image: Tensor, mask: Tensor, random: np.random.Generator) -> tuple[Ten
     if (rows, columns) == size:
         return image, mask
     if image.dtype == torch.uint8 and not image.is_cuda:
-        # Bytes are interpolated to the same, and faster, where the channels of a pixel lie together; NumPy puts them so in
-        # a third of PyTorch's time.
+        # Bytes are interpolated to the same, and faster, where the channels of a pixel lie together; NumPy puts them
+        # so in a third of PyTorch's time.
         image = torch.from_numpy(np.stack(tuple(image.numpy()), axis=-1)).movedim(-1, 0)
     magnified = functional.interpolate(image[None], size=size, mode="bilinear", align_corners=False)
     # NumPy takes any type, and takes it several times faster than `interpolate`.
