@@ -546,6 +546,7 @@ def generate(
                 "these belong to paintings under masks, and --pairs paints masks too",
                 param_hint="--masks, --count, --like, --steer, --references",
             )
+        _silence_libraries()
         if trained:
             from terrasynth.systems.generate import model_class
 
@@ -555,7 +556,6 @@ def generate(
             opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
             recipe = opened.recipe
             model = (opened.generator if recipe.generator.layouts else opened.pairs).folder / "model"
-        _silence_libraries()
         from terrasynth.systems.pairs import generate_pairs
 
         folder, how = out or model.parent / "synthetic", recipe.pairs.sampling
