@@ -125,6 +125,14 @@ def test_a_mix_is_a_function_of_the_seed_and_of_what_it_mixes(mix):
 
 
 @EVERY
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_an_empty_batch_stays_one(operation, kind):
+    masks = torch.zeros(0, 16, 16, dtype=torch.uint8)
+    images, masks = operation(torch.zeros(0, 3, 16, 16, dtype=kind), masks, torch.zeros(0, dtype=torch.int64))
+    assert (images.shape, images.dtype, masks.shape) == ((0, 3, 16, 16), kind, (0, 16, 16))
+
+
+@EVERY
 def test_shapes_that_do_not_fit_are_refused(operation):
     images, masks, seeds = torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64), torch.arange(2)
     for wrong in (

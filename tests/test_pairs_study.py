@@ -77,6 +77,10 @@ def test_a_list_of_ratios_is_an_arm_of_each(recipe):
     values["arms"][1]["ratio"] = [1, 1]
     with pytest.raises(ValueError, match="two called 'pairs 1:1'"):
         StudyConfig.model_validate(values)
+    values["arms"][1] |= {"ratio": None}
+    values |= {"ratio": 3, "arms": [*values["arms"], {"name": "again", "synthetic": "pairs", "ratio": 3}]}
+    with pytest.raises(ValueError, match="'pairs' and 'again' differ in nothing but their names"):
+        StudyConfig.model_validate(values)
 
 
 def test_a_base_that_can_not_be_asked_is_told_before_anything_is_trained(recipe, tmp_path):

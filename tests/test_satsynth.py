@@ -324,6 +324,11 @@ def test_a_unet_of_other_channels_is_refused_with_the_numbers(foreign, tmp_path)
         SatSynthPipeline.from_unet(tmp_path / "nothing", SCHEMA)
 
 
+def test_points_that_would_be_learned_are_refused():
+    with pytest.raises(TerraSynthError, match=r"(?s)learned.*bits or onehot"):
+        tiny(codes="learned")
+
+
 # Sizes
 
 

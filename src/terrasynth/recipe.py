@@ -799,6 +799,12 @@ class StudyConfig(_Config):
             raise ValueError("there must be at least one arm")
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"arms need distinct names, but there are two called {twice[0]!r}")
+        told: dict[str, str] = {}
+        for arm in self.arms:
+            ratio = None if arm.synthetic == "none" else arm.ratio or self.ratio
+            alike = told.setdefault(arm.model_copy(update={"name": "", "ratio": ratio}).model_dump_json(), arm.name)
+            if alike != arm.name:
+                raise ValueError(f"the arms {alike!r} and {arm.name!r} differ in nothing but their names")
         real = [arm.name for arm in self.arms if not arm.adds_tiles]
         if self.arms[0].name not in real:
             raise ValueError(

@@ -154,7 +154,8 @@ def jitter(images: Tensor, seeds: Tensor) -> Tensor:
     Contrast is about the mean grey of the sample, saturation about the grey of each pixel. Masks have no colour.
 
     Args:
-        images: (B, 3, H, W), uint8, or float in [0, 1].
+        images: (B, 3, H, W), uint8, or float in [0, 1]: of a sample with one pixel that is NaN all would be, as the
+            mean is.
         seeds: int64 (B,), not negative.
 
     Returns:
@@ -285,7 +286,9 @@ def _means(images: Tensor) -> Tensor:
     """The mean of every channel of every sample, (B, C, 1, 1), of the type of the images."""
     if images.is_floating_point():
         # Sample by sample: how a mean is summed may depend on how many there are.
-        means = torch.stack([image.mean((-2, -1)) for image in images])
+        means = images.new_empty(images.shape[:2])
+        for i, image in enumerate(images):
+            means[i] = image.mean((-2, -1))
     else:
         # Sums of whole numbers are exact, and NumPy's are several times as fast as PyTorch's.
         numbers = images.cpu().numpy()

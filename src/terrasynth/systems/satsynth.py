@@ -164,6 +164,12 @@ class SatSynthPipeline(SavedPipeline):
         self.schema = LabelSchema.from_dict(label_schema)
         if label_codes is None:
             label_codes = LabelCodes(self.schema.num_classes, codes)
+        if label_codes.config.kind == "learned":
+            raise TerraSynthError(
+                "what is painted can not be learned meanwhile: points that all lie together are easiest to guess",
+                found="codes 'learned'",
+                expected="bits or onehot",
+            )
         if label_codes.config.num_classes != self.schema.num_classes:
             raise TerraSynthError(
                 "the classes do not fit the model",
