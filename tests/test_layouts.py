@@ -16,6 +16,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.io import weights_digest
 from terrasynth.models.control import CONTROL_SCHEMES
+from terrasynth.models.layout_head import LayoutHead
 from terrasynth.models.mmdit import MaskMMDiT
 from terrasynth.recipe import GeneratorConfig, PairsSamplingConfig, SamplingConfig
 from terrasynth.sampling.categories import category_loss, category_scores, category_velocity, to_codes, to_points
@@ -70,7 +71,7 @@ def test_the_packaged_model_that_learned_layouts_is_to_the_bit_the_same_under_gi
     assert not before.paints_layouts
     assert after.add_layouts().paints_layouts
     new = {*after.transformer.state_dict()} - {*before.transformer.state_dict()}
-    assert new == {"mask_time.0.weight", "mask_time.2.weight", "mask_out.weight", "mask_out.bias"}
+    assert {name.split(".")[0] for name in new} == {"mask_time", "mask_out", "mask_head"}
     # Whatever they become in training.
     generator = torch.Generator().manual_seed(0)
     for name in sorted(new):
@@ -95,7 +96,7 @@ def test_the_packaged_model_that_learned_layouts_is_to_the_bit_the_same_under_gi
 @pytest.mark.parametrize("scheme", ["unified", "siamese"])
 @torch.no_grad()
 def test_an_untrained_readout_says_nothing_and_a_trained_one_hears_mask_noise_level_and_prompt(scheme):
-    model, inputs, sigma = CONTROL_SCHEMES[scheme](**SIZES).add_layouts(), given(), torch.tensor([0.3, 0.9])
+    model, inputs, sigma = CONTROL_SCHEMES[scheme](**SIZES).add_layouts(1), given(), torch.tensor([0.3, 0.9])
     assert not model(**inputs, mask_sigma=sigma).layout.any()
     assert model(**inputs).layout is None
     scrambled(model)
@@ -114,7 +115,9 @@ def test_an_untrained_readout_says_nothing_and_a_trained_one_hears_mask_noise_le
 
 @torch.no_grad()
 def test_a_token_is_read_out_where_it_lies_class_by_class():
-    model = scrambled(MaskMMDiT(**SIZES).add_layouts())
+    model = scrambled(MaskMMDiT(**SIZES).add_layouts(1))
+    for parameter in model.mask_head.write.parameters():
+        parameter.zero_()
     inputs, seen = given(), []
     model.mask_out.register_forward_hook(lambda module, arguments, result: seen.append(result))
     layout = model(**inputs, mask_sigma=torch.tensor([0.3, 0.9])).layout
@@ -124,25 +127,44 @@ def test_a_token_is_read_out_where_it_lies_class_by_class():
             assert torch.equal(layout[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2], token)
 
 
+@torch.no_grad()
+def test_pixels_are_told_what_those_around_say_across_tokens_and_each_class_alike():
+    head, embedding = scrambled(LayoutHead(5)), torch.randn(2, 5)
+    codes, context = torch.randn(2, 3, 24, 24), torch.randn(2, 3, 24, 24)
+    said = head(codes, context, embedding)
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(head(codes[:, order], context[:, order], embedding), said[:, order])
+    for changed in (codes, context):
+        before = changed[0, 1, 11, 9].item()
+        changed[0, 1, 11, 9] += 1
+        where = (head(codes, context, embedding) != said).nonzero()
+        changed[0, 1, 11, 9] = before
+        assert where.unique(dim=0)[:, :2].unique(dim=0).tolist() == [[0, 1]]
+        assert where.amin(0)[2:].tolist() == [4, 2]
+        assert where.amax(0)[2:].tolist() == [18, 16]
+    assert ((head(codes, context, -embedding) - said).abs().amax((1, 2, 3)) > 1e-3).all()
+
+
 @pytest.mark.parametrize("which", ["all", "mask"])
 def test_every_new_parameter_has_a_gradient_by_the_second_step(which):
-    model = MaskMMDiT(**SIZES).add_layouts().set_trainable(which)
-    new = [parameter for name, parameter in model.named_parameters() if name.startswith(("mask_time", "mask_out"))]
-    optimizer = torch.optim.SGD(new, lr=0.1)
+    model = MaskMMDiT(**SIZES).add_layouts(1).set_trainable(which)
+    parts = ("mask_time.", "mask_out.", "mask_head.")
+    new = {name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)}
+    optimizer = torch.optim.SGD(new.values(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
         layout = model(**given(), mask_sigma=torch.tensor([0.3, 0.9])).layout
         F.mse_loss(layout, torch.randn_like(layout)).backward()
         optimizer.step()
-    assert len(new) == 4
-    for parameter in new:
-        assert parameter.grad.flatten(1).abs().amax(1).min() > 0 if parameter.ndim > 1 else parameter.grad.all()
+    assert len(new) == 4 + 10
+    for name, parameter in new.items():
+        assert parameter.grad.flatten(1).abs().amax(1).min() > 0 if parameter.ndim > 1 else parameter.grad.all(), name
 
 
 @pytest.mark.parametrize(("scheme", "blocks"), [("adapter", 3), ("controlnet", 3), ("unified", 1)])
 def test_a_mask_that_no_block_updates_can_not_be_painted(scheme, blocks):
     with pytest.raises(TerraSynthError, match="can not learn to paint layouts"):
-        CONTROL_SCHEMES[scheme](**{**SIZES, "num_layers": blocks}).add_layouts()
+        CONTROL_SCHEMES[scheme](**{**SIZES, "num_layers": blocks}).add_layouts(1)
 
 
 def test_noise_on_the_mask_of_a_model_without_layouts_is_refused():
@@ -324,6 +346,8 @@ def test_classes_known_by_name_are_read_out_as_before_whatever_their_order():
     def context(z):
         return F.pixel_shuffle(pipeline.transformer(**inputs, mask_latents=F.pixel_unshuffle(z, 4)).layout, 4)
 
+    with torch.no_grad():  # but for the new class, whose tokens say what they say of all on average
+        pipeline.transformer.mask_head.write.weight.zero_()
     before = context(z)
     pipeline.adapt(LabelSchema(("water", "lagoon", "land", "road"), ((1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 4))))
     after = context(torch.stack([z[:, 2], torch.zeros(2, 32, 32), z[:, 0], z[:, 1]], dim=1))

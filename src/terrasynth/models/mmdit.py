@@ -37,6 +37,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from terrasynth.errors import TerraSynthError
+from terrasynth.models.layout_head import LayoutHead
 
 __all__ = [
     "TEXT_BRANCH",
@@ -451,7 +452,8 @@ class MaskMMDiT(SD3Transformer2DModel):
             linear denoiser of such data leaves over, scaled to unit variance (`_precondition`); for training from
             scratch. None predicts the velocity itself, as SD3 does.
         reference: whether it can look at reference images (`add_reference`).
-        layouts: whether it can denoise masks too (`add_layouts`).
+        layouts: side, in pixels of the mask, of what a channel of the mask code lays side by side, of a model that can
+            denoise masks too (`add_layouts`); 0 for others.
     """
 
     _no_split_modules = ["TripleBlock"]  # noqa: RUF012 - diffusers' own declaration
@@ -477,7 +479,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         mask_gate: bool = False,
         latent_std: tuple[float, ...] | None = None,
         reference: bool = False,
-        layouts: bool = False,
+        layouts: int = 0,
     ) -> None:
         super().__init__(
             sample_size=sample_size,
@@ -503,10 +505,11 @@ class MaskMMDiT(SD3Transformer2DModel):
         )
         self.mask_time: nn.Sequential | None = None
         self.mask_out: nn.Linear | None = None
+        self.mask_head: LayoutHead | None = None
         if reference:
             self.add_reference()
         if layouts:
-            self.add_layouts()
+            self.add_layouts(layouts)
         self._freeze_dead_parameters()
 
     def add_reference(self) -> Self:
@@ -524,13 +527,17 @@ class MaskMMDiT(SD3Transformer2DModel):
         self.register_to_config(reference=True)
         return self
 
-    def add_layouts(self) -> Self:
+    def add_layouts(self, factor: int) -> Self:
         """Let it denoise masks beside images, each with a noise level of its own, and return self.
 
         After UniDiffuser (Bao et al. 2023, arXiv 2303.06555): one transformer, a time for every modality. The noise
         level of the mask is embedded and added to what modulates all streams; as an embedding without biases of what
         is zero without noise it leaves the velocity under given masks as it is, to the bit, whatever it learns. What is
-        read out of the mask tokens before the last block, which does not update them, starts at zero.
+        read out of the mask tokens before the last block, which does not update them, starts at zero, and so does what
+        the pixels of the mask say of each other (`LayoutHead`).
+
+        Args:
+            factor: pixels of the mask along the side of one latent.
 
         Raises:
             TerraSynthError: no block updates mask tokens.
@@ -554,7 +561,8 @@ class MaskMMDiT(SD3Transformer2DModel):
         nn.init.zeros_(out.bias)
         place = {"device": self.device, "dtype": self.dtype}
         self.mask_time, self.mask_out = nn.Sequential(first, nn.SiLU(), second).to(**place), out.to(**place)
-        self.register_to_config(layouts=True)
+        self.mask_head = LayoutHead(width).to(**place)
+        self.register_to_config(layouts=factor)
         return self
 
     def _add_blocks(self, count: int) -> None:
@@ -621,9 +629,10 @@ class MaskMMDiT(SD3Transformer2DModel):
         if mask_latents is not None:
             self._check_mask(mask_latents, hidden_states.shape)
             mask = self._embed_mask(mask_latents)
-        embedding = self.time_text_embed(timestep, pooled_projections)
+        embedding, noise = self.time_text_embed(timestep, pooled_projections), None
         if mask_sigma is not None:
-            embedding = embedding + self._embed_mask_time(mask_sigma, pooled_projections.dtype)
+            noise = self._embed_mask_time(mask_sigma, pooled_projections.dtype)
+            embedding = embedding + noise
         image, mask = self._through_blocks(F.silu(embedding), image, text, mask, self._looks(reference, sees))
 
         patches = self.proj_out(self.norm_out(image, embedding))
@@ -631,11 +640,10 @@ class MaskMMDiT(SD3Transformer2DModel):
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
         layout = None
-        if mask_sigma is not None:
+        if noise is not None:
             assert mask is not None, "the masks have noise levels"
-            assert self.mask_out is not None
-            numbers = self.mask_out(_layer_norm(mask)).transpose(1, 2)  # those of a channel side by side
-            layout = F.pixel_shuffle(numbers.unflatten(2, (height // p, width // p)), p)
+            assert mask_latents is not None
+            layout = self._read_layout(mask, mask_latents, noise)
         if self.config.latent_std is not None:
             velocity = skip * hidden_states + scale_out * velocity
         if return_dict:
@@ -722,6 +730,16 @@ class MaskMMDiT(SD3Transformer2DModel):
             )
         time = self.time_text_embed.time_proj
         return self.mask_time((time(1000 * sigma) - time(torch.zeros_like(sigma))).to(dtype))
+
+    def _read_layout(self, tokens: Tensor, mask_latents: Tensor, noise: Tensor) -> Tensor:
+        """What masks (B, Cm, h, w), from their tokens (B, N, D), their noisy code and their noise levels (B, D)."""
+        assert self.mask_out is not None
+        assert self.mask_head is not None
+        (height, width), p, factor = mask_latents.shape[-2:], self.config.patch_size, self.config.layouts
+        numbers = self.mask_out(_layer_norm(tokens)).transpose(1, 2)  # those of a channel side by side
+        context = F.pixel_shuffle(numbers.unflatten(2, (height // p, width // p)), p)
+        context, codes = F.pixel_shuffle(context, factor), F.pixel_shuffle(mask_latents, factor)
+        return F.pixel_unshuffle(self.mask_head(codes, context, noise), factor)
 
     def _embed_mask(self, mask_latents: Tensor) -> Tensor:
         """Mask tokens (B, N, D), with the positions of the image tokens."""

@@ -106,7 +106,7 @@ def _build_todsynth(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> 
                 parameter.requires_grad_(False)  # it keeps what the base learned of references, which are not shown
     if not config.layouts:
         for name, parameter in pipeline.transformer.named_parameters():
-            if name.startswith(("mask_time.", "mask_out.")):
+            if name.startswith(("mask_time.", "mask_out.", "mask_head.")):
                 parameter.requires_grad_(False)  # nor are layouts
     check_positions(data.image_size, pipeline, config.base)
     _check_base(pipeline, config, captions)

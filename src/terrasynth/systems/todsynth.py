@@ -155,7 +155,7 @@ class TODSynthPipeline(MaskPipeline):
                 expected="mask_coding: onehot",
                 fix="start from another model",
             )
-        self.transformer.add_layouts()
+        self.transformer.add_layouts(self.factor)
         return self
 
     # Conditions
