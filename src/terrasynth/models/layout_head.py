@@ -17,7 +17,8 @@ class LayoutHead(nn.Module):
 
     One token reads and tells a square of pixels, so what it tells ends at its edges. Convolutions over 15 x 15 pixels
     know no such edges. They see one class at a time, its noisy code and what the tokens say of it, all classes with the
-    same weights, so they fit any classes. What they add starts at zero.
+    same weights, so they fit any classes. What they add starts at zero, and no gradient passes to the tokens, which
+    have a loss of their own: with what is near explained to them, they learned less of what is far.
 
     Args:
         embedding: width of the embedding of noise levels.
@@ -41,6 +42,7 @@ class LayoutHead(nn.Module):
             embedding: of the noise levels, (B, D).
         """
         batch, classes = codes.shape[:2]
+        context = context.detach()
         each = torch.stack([codes, context], dim=2).flatten(0, 1)
         scale, shift = self.modulation(embedding).repeat_interleave(classes, 0)[..., None, None].chunk(2, dim=1)
         features = (1 + scale) * self.read(each) + shift

@@ -93,9 +93,11 @@ class MaskMMDiTOutput(Transformer2DModelOutput):
     Attributes:
         sample: the velocity of the image, (B, C, h, w).
         layout: a number for every channel of the mask code, (B, Cm, h, w), where the mask has noise levels.
+        coarse: what the tokens alone make of it, of the same shape.
     """
 
     layout: Tensor | None = None
+    coarse: Tensor | None = None
 
 
 class Modulation(NamedTuple):
@@ -612,7 +614,7 @@ class MaskMMDiT(SD3Transformer2DModel):
             return_dict: return a `MaskMMDiTOutput`, else a tuple.
 
         Returns:
-            `sample`, the velocity, (B, C, h, w); with `mask_sigma` also `layout`, (B, Cm, h, w).
+            `sample`, the velocity, (B, C, h, w); with `mask_sigma` also `layout` and `coarse`, (B, Cm, h, w).
 
         Raises:
             TerraSynthError: `mask_latents` has another shape.
@@ -639,16 +641,16 @@ class MaskMMDiT(SD3Transformer2DModel):
         p = self.config.patch_size
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
-        layout = None
+        layout = coarse = None
         if noise is not None:
             assert mask is not None, "the masks have noise levels"
             assert mask_latents is not None
-            layout = self._read_layout(mask, mask_latents, noise)
+            layout, coarse = self._read_layout(mask, mask_latents, noise)
         if self.config.latent_std is not None:
             velocity = skip * hidden_states + scale_out * velocity
         if return_dict:
-            return MaskMMDiTOutput(sample=velocity, layout=layout)
-        return (velocity,) if layout is None else (velocity, layout)
+            return MaskMMDiTOutput(sample=velocity, layout=layout, coarse=coarse)
+        return (velocity,) if layout is None else (velocity, layout, coarse)
 
     @apply_forward_hook
     def reference_features(self, latents: Tensor) -> list[Feature]:
@@ -731,15 +733,15 @@ class MaskMMDiT(SD3Transformer2DModel):
         time = self.time_text_embed.time_proj
         return self.mask_time((time(1000 * sigma) - time(torch.zeros_like(sigma))).to(dtype))
 
-    def _read_layout(self, tokens: Tensor, mask_latents: Tensor, noise: Tensor) -> Tensor:
-        """What masks (B, Cm, h, w), from their tokens (B, N, D), their noisy code and their noise levels (B, D)."""
+    def _read_layout(self, tokens: Tensor, mask_latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """`layout` and `coarse`, from the masks' tokens (B, N, D), noisy code and embedded noise levels (B, D)."""
         assert self.mask_out is not None
         assert self.mask_head is not None
         (height, width), p, factor = mask_latents.shape[-2:], self.config.patch_size, self.config.layouts
         numbers = self.mask_out(_layer_norm(tokens)).transpose(1, 2)  # those of a channel side by side
-        context = F.pixel_shuffle(numbers.unflatten(2, (height // p, width // p)), p)
-        context, codes = F.pixel_shuffle(context, factor), F.pixel_shuffle(mask_latents, factor)
-        return F.pixel_unshuffle(self.mask_head(codes, context, noise), factor)
+        coarse = F.pixel_shuffle(numbers.unflatten(2, (height // p, width // p)), p)
+        fine = self.mask_head(F.pixel_shuffle(mask_latents, factor), F.pixel_shuffle(coarse, factor), noise)
+        return F.pixel_unshuffle(fine, factor), coarse
 
     def _embed_mask(self, mask_latents: Tensor) -> Tensor:
         """Mask tokens (B, N, D), with the positions of the image tokens."""

@@ -289,8 +289,9 @@ class TODSynthPipeline(MaskPipeline):
         """Flow-matching loss: mean squared error of the velocity epsilon - x_0 (as Stable Diffusion 3, weighting 1).
 
         Of the samples with labels, `layout_share` learn their layout instead: the image is pure noise, the mask is
-        noised, and the loss is the cross-entropy of its labelled pixels (`sampling.categories`). So p(mask) is learned
-        beside p(image | mask), and both together are the joint distribution.
+        noised, and the loss is the cross-entropy of its labelled pixels (`sampling.categories`), of what the tokens say
+        and of what the pixels make of it (`LayoutHead`). So p(mask) is learned beside p(image | mask), and both
+        together are the joint distribution.
 
         Args:
             batch: `latents` (B, C, h, w); `mask` (B, H, W) uint8, or `mask_latents` when masks pass the autoencoder;
@@ -341,9 +342,12 @@ class TODSynthPipeline(MaskPipeline):
         )
         if not self.layout_share:
             return F.mse_loss(predicted.float(), flow.velocity)
-        scores = category_scores(maps.noisy, maps.sigma, F.pixel_shuffle(context[0], self.factor))
         of_image = (predicted.float() - flow.velocity).square().flatten(1).mean(1)
-        return torch.where(learned, category_loss(scores, batch["mask"]), of_image).mean()
+        of_layout = torch.zeros_like(of_image)
+        for each in context:
+            scores = category_scores(maps.noisy, maps.sigma, F.pixel_shuffle(each, self.factor))
+            of_layout = of_layout + category_loss(scores, batch["mask"])
+        return torch.where(learned, of_layout, of_image).mean()
 
     def _noised(self, masks: Tensor, generators: Sequence[torch.Generator]) -> FlowBatch:
         """Masks (B, H, W) noised to random times, in one-hot points.
@@ -483,7 +487,7 @@ class TODSynthPipeline(MaskPipeline):
 
         def predict(z: Tensor, timestep: Tensor, uses: dict[str, Tensor]) -> Tensor:
             sigma = timestep / 1000
-            _, context = self.transformer(
+            _, context, _ = self.transformer(
                 hidden_states=image.repeat(len(z) // len(image), 1, 1, 1).to(dtype),
                 timestep=torch.full_like(timestep, 1000),
                 encoder_hidden_states=condition_or_null(uses["text"], embeds, null_embeds),
