@@ -641,16 +641,16 @@ class MaskMMDiT(SD3Transformer2DModel):
         p = self.config.patch_size
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, self.out_channels))
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
-        layout = coarse = None
+        of_mask: tuple[Tensor, ...] = ()
         if noise is not None:
             assert mask is not None, "the masks have noise levels"
             assert mask_latents is not None
-            layout, coarse = self._read_layout(mask, mask_latents, noise)
+            of_mask = self._read_layout(mask, mask_latents, noise)
         if self.config.latent_std is not None:
             velocity = skip * hidden_states + scale_out * velocity
         if return_dict:
-            return MaskMMDiTOutput(sample=velocity, layout=layout, coarse=coarse)
-        return (velocity,) if layout is None else (velocity, layout, coarse)
+            return MaskMMDiTOutput(velocity, *of_mask)
+        return velocity, *of_mask
 
     @apply_forward_hook
     def reference_features(self, latents: Tensor) -> list[Feature]:
