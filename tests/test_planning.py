@@ -131,9 +131,10 @@ def test_a_generator_that_learns_layouts_is_planned_with_what_that_takes(recipe)
     tokens, width, numbers = (64 // 8) ** 2, 96, 64 * WORLD_SCHEMA.num_classes
     rows = recipe.generator.train.batch_size
     readout, time = tokens * width * numbers, 256 * width + width**2
-    around = WORLD_SCHEMA.num_classes * 64**2 * (9 * 2 * 8 + 2 * 9 * 8 * 8 + 8) + width * 16
-    # Forward, and the gradients of inputs and weights; nothing asks for that of the frequencies.
-    assert needs[1].flops - needs[0].flops == 2 * rows * (3 * (readout + time + around) - 256 * width)
+    pixels = WORLD_SCHEMA.num_classes * 64**2
+    around, read = pixels * (2 * 9 * 8 * 8 + 8) + width * 16, pixels * 9 * 2 * 8
+    # Forward, and gradients of inputs and weights; nothing asks for those of the frequencies and of what pixels read.
+    assert needs[1].flops - needs[0].flops == 2 * rows * (3 * (readout + time + around) - 256 * width + 2 * read)
 
 
 def test_what_makes_a_step_smaller(recipe):

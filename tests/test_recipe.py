@@ -270,9 +270,7 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
     clip=st.none() | positive,
     seeds=st.lists(st.integers(min_value=0), min_size=1, unique=True),
     arms=st.lists(
-        st.builds(ArmConfig, name=texts, mix=st.sampled_from(get_args(Mix))),
-        min_size=1,
-        unique_by=(lambda arm: arm.name, lambda arm: arm.mix),
+        st.builds(ArmConfig, name=texts, mix=st.sampled_from(get_args(Mix))), min_size=1, unique_by=lambda arm: arm.name
     ),
     options=st.dictionaries(
         texts, st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts

@@ -800,9 +800,9 @@ class StudyConfig(_Config):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"arms need distinct names, but there are two called {twice[0]!r}")
         told: dict[str, str] = {}
-        for arm in self.arms:
-            ratio = None if arm.synthetic == "none" else arm.ratio or self.ratio
-            alike = told.setdefault(arm.model_copy(update={"name": "", "ratio": ratio}).model_dump_json(), arm.name)
+        for arm in (arm for arm in self.arms if arm.synthetic != "none"):
+            settings = arm.model_copy(update={"name": "", "ratio": arm.ratio or self.ratio})
+            alike = told.setdefault(settings.model_dump_json(), arm.name)
             if alike != arm.name:
                 raise ValueError(f"the arms {alike!r} and {arm.name!r} differ in nothing but their names")
         real = [arm.name for arm in self.arms if not arm.adds_tiles]
