@@ -71,7 +71,8 @@ def test_the_packaged_model_that_learned_layouts_is_to_the_bit_the_same_under_gi
     assert not before.paints_layouts
     assert after.add_layouts().paints_layouts
     new = {*after.transformer.state_dict()} - {*before.transformer.state_dict()}
-    assert {name.split(".")[0] for name in new} == {"mask_time", "mask_out", "mask_head"}
+    head = {f"mask_head.{name}" for name, _ in after.transformer.mask_head.named_parameters()}
+    assert new == {"mask_time.0.weight", "mask_time.2.weight", "mask_out.weight", "mask_out.bias", *head}
     # Whatever they become in training.
     generator = torch.Generator().manual_seed(0)
     for name in sorted(new):

@@ -38,7 +38,7 @@ class LayoutHead(nn.Module):
 
         Args:
             codes: noisy codes of K classes, (B, K, H, W).
-            context: what the tokens say, (B, K, H, W).
+            context: what the tokens say, (B, K, H, W); no gradient passes to it.
             embedding: of the noise levels, (B, D).
         """
         batch, classes = codes.shape[:2]
