@@ -297,7 +297,7 @@ class GeneratorConfig(_Config):
     "TISynth"); or that with other brightness, contrast, saturation and hue as well (`recolored`)."""
     reference_dropout: Fraction = 0.1
     """How often the reference is left out, so that guidance by it works, and painting without one."""
-    layouts: Fraction = 0.0
+    layouts: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """How often a labelled sample teaches what layouts there are instead of the image under one (TODSynth, `onehot`
     masks). Above 0 the generator paints masks too: `terrasynth generate --pairs`."""
     density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
@@ -717,6 +717,11 @@ class ArmConfig(_Config):
         return self.synthetic + "-like" * self.references + "-on-pairs" * (self.layouts is not None)
 
     @property
+    def group(self) -> str:
+        """Equal for arms that differ in name and ratio alone."""
+        return self.model_copy(update={"name": "", "ratio": None}).model_dump_json()
+
+    @property
     def adds_tiles(self) -> bool:
         """Whether it trains on more than the labelled tiles."""
         return self.synthetic != "none" or self.pseudo_labels is not None
@@ -787,6 +792,8 @@ class StudyConfig(_Config):
         for arm in arms:
             ratios = arm.get("ratio") if isinstance(arm, dict) and "name" in arm else None
             if isinstance(ratios, list | tuple) and ratios:
+                if None in ratios:
+                    raise ValueError(f"each ratio of the arm {arm['name']!r} must be a number, not null")
                 spread += [{**arm, "name": f"{arm['name']} 1:{_plain(ratio)}", "ratio": ratio} for ratio in ratios]
             else:
                 spread.append(arm)
@@ -799,10 +806,9 @@ class StudyConfig(_Config):
             raise ValueError("there must be at least one arm")
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"arms need distinct names, but there are two called {twice[0]!r}")
-        told: dict[str, str] = {}
+        told: dict[tuple[str, float], str] = {}
         for arm in (arm for arm in self.arms if arm.synthetic != "none"):
-            settings = arm.model_copy(update={"name": "", "ratio": arm.ratio or self.ratio})
-            alike = told.setdefault(settings.model_dump_json(), arm.name)
+            alike = told.setdefault((arm.group, arm.ratio or self.ratio), arm.name)
             if alike != arm.name:
                 raise ValueError(f"the arms {alike!r} and {arm.name!r} differ in nothing but their names")
         real = [arm.name for arm in self.arms if not arm.adds_tiles]

@@ -44,11 +44,11 @@ def ratio_lines(study: StudyConfig, scores: Mapping[str, Scores]) -> list[Line]:
         scores: of every arm, one value a seed.
     """
     baseline = study.arms[0]
-    bare = {_alike(arm): arm for arm in study.arms if arm.synthetic == "none"}
+    bare = {arm.group: arm for arm in study.arms if arm.synthetic == "none"}
     groups: dict[str, list[ArmConfig]] = {}
     for arm in study.arms:
         if arm.synthetic != "none":
-            groups.setdefault(_alike(arm), []).append(arm)
+            groups.setdefault(arm.group, []).append(arm)
 
     def point(arm: ArmConfig) -> tuple[int, Difference]:
         ratio = 0 if arm.synthetic == "none" else arm.ratio or study.ratio
@@ -56,16 +56,11 @@ def ratio_lines(study: StudyConfig, scores: Mapping[str, Scores]) -> list[Line]:
 
     lines = [Line(arm.name, (point(arm),)) for arm in bare.values() if arm is not baseline]
     for arms in groups.values():
-        start = bare.get(_alike(_without_paintings(arms[0])))
+        start = bare.get(_without_paintings(arms[0]).group)
         points = sorted(map(point, arms), key=lambda each: each[0])
         common = _common([arm.name for arm in arms])
         lines.append(Line(common, (point(start), *points), start.name) if start else Line(common, (*points,)))
     return lines
-
-
-def _alike(arm: ArmConfig) -> str:
-    """Equal for arms that differ in name and ratio alone."""
-    return arm.model_copy(update={"name": "", "ratio": None}).model_dump_json()
 
 
 def _without_paintings(arm: ArmConfig) -> ArmConfig:

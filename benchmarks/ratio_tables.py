@@ -1,0 +1,175 @@
+"""The tables and numbers of docs/results/ratio.md, from finished studies of `ratio.yaml`.
+
+    python benchmarks/ratio_tables.py runs/ratio16 runs/ratio64 runs/ratio395
+
+Everything in percent or points. Intervals are Student-t ones over the seeds; in bold where they leave out zero, with a
+star where p < 0.05. What is compared, is compared seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from terrasynth.study.read import Results, read_results
+from terrasynth.study.statistics import Difference, compare
+
+RATIOS = (1, 3, 5)
+DRAWN, PAINTED_TOO = "TODSynth, real masks", "TODSynth, SatSynth masks"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def with_interval(difference: Difference) -> str:
+    if difference.delta is None or difference.ci95 is None:
+        return "–"
+    low, high = difference.ci95
+    text = f"{signed(100 * difference.delta)} ({signed(100 * low)} to {signed(100 * high)})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table(first: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> None:
+    columns = list(columns)
+    print(f"\n| {first} | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
+    for name, cells in rows:
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def mean_and_half(study: Results, number: int) -> str:
+    summary = study.arms[number].summary()
+    if summary.mean is None or summary.ci95 is None:
+        return "–"
+    low, high = summary.ci95
+    return f"{100 * summary.mean:.1f} ± {50 * (high - low):.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", type=Path, nargs="+")
+    studies = [read_results(folder) for folder in parser.parse_args().studies]
+    sizes = [f"{study.data.train} tiles" for study in studies]
+    names = [arm.name for arm in studies[0].arms]
+    for study in studies:
+        if [arm.name for arm in study.arms] != names:
+            parser.error("the studies have other arms")
+
+    table(
+        "arm",
+        [column for size in sizes for column in (size, "Δ")],
+        (
+            (
+                name,
+                [
+                    cell
+                    for study in studies
+                    for cell in (
+                        mean_and_half(study, number),
+                        with_interval(study.arms[number].minus(study.arms[0])) if number else "–",
+                    )
+                ],
+            )
+            for number, name in enumerate(names)
+        ),
+    )
+
+    correlations = [
+        {gains.arm: gains.correlation for gains in study.class_gains if gains.correlation is not None}
+        for study in studies
+    ]
+    table(
+        "arm: r of gain and share of the classes",
+        sizes,
+        (
+            (
+                name,
+                [
+                    signed(each[name].r, 2) + "*" * (each[name].p < 0.05) if name in each else "–"
+                    for each in correlations
+                ],
+            )
+            for name in names[1:]
+        ),
+    )
+
+    def differences(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+        return [
+            (f"{one} − {other}", [with_interval(difference(study, one, other)) for study in studies])
+            for one, other in pairs
+        ]
+
+    best = [max(study.painted_arms, key=lambda arm: arm.rank).name for study in studies]
+    table(
+        "arm − arm",
+        sizes,
+        differences(
+            [(f"{PAINTED_TOO} 1:{ratio}", f"{DRAWN} 1:{ratio}") for ratio in RATIOS]
+            + [(f"ClassMix + SatSynth 1:{ratio}", "ClassMix") for ratio in RATIOS]
+            + [(painted, rival.name) for painted in dict.fromkeys(best) for rival in studies[0].rivals]
+        ),
+    )
+    better = [
+        value
+        for study in studies
+        for ratio in RATIOS
+        for value in difference(study, f"{PAINTED_TOO} 1:{ratio}", f"{DRAWN} 1:{ratio}").values
+        if value is not None
+    ]
+    print(f"\n{PAINTED_TOO} are better than {DRAWN} in {sum(value > 0 for value in better)} of {len(better)}.")
+
+    table(
+        "class: mean gain of the arms with painted tiles",
+        sizes,
+        (
+            (entry.name, [signed(100 * class_gain(study, entry.name)) for study in studies])
+            for entry in studies[0].scored_classes
+        ),
+    )
+
+    kinds = list(studies[0].synthetic)
+    rows = [
+        (f"mIoU a segmentor of real tiles reads in {kind}", [agreement(study, kind) for study in studies])
+        for kind in kinds
+    ]
+    rows += [("distance of painted to real classes", [distance(study) for study in studies])]
+    rows += [
+        (f"near copies of training tiles in {kind}, by seed", [copies(study, kind) for study in studies])
+        for kind in kinds
+    ]
+    rows += [("hours of all units", [f"{sum(part.seconds for part in study.timing) / 3600:.1f}" for study in studies])]
+    table("of what was painted", sizes, rows)
+
+
+def difference(study: Results, one: str, other: str) -> Difference:
+    values = {arm.name: arm.values() for arm in study.arms}
+    return compare(values[one], values[other])
+
+
+def class_gain(study: Results, name: str) -> float:
+    """Of one class, over the arms with painted tiles and the seeds, in fractions."""
+    baseline = study.arms[0].values(f"iou/{name}")
+    gains = [compare(arm.values(f"iou/{name}"), baseline).delta for arm in study.painted_arms]
+    return float(np.mean([gain for gain in gains if gain is not None]))
+
+
+def agreement(study: Results, kind: str) -> str:
+    value = study.synthetic[kind].agreement
+    return "–" if value is None else f"{100 * value:.0f}"
+
+
+def distance(study: Results) -> str:
+    return "–" if study.labels is None or study.labels.distance is None else f"{100 * study.labels.distance:.1f}"
+
+
+def copies(study: Results, kind: str) -> str:
+    audits = sorted((audit for audit in study.audit if audit.kind == kind), key=lambda audit: audit.seed)
+    found = [str(part.copies) for audit in audits for part in audit.sets if part.name == "train"]
+    return f"{', '.join(found)} of {audits[0].painted}" if audits else "–"
+
+
+if __name__ == "__main__":
+    main()
