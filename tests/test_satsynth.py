@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from pairs_toy import SCHEMA, agreement, toy_tiles, trained
@@ -322,6 +323,38 @@ def test_a_unet_of_other_channels_is_refused_with_the_numbers(foreign, tmp_path)
         SatSynthPipeline.from_unet(tmp_path, nine)
     with pytest.raises(TerraSynthError, match="can not be loaded"):
         SatSynthPipeline.from_unet(tmp_path / "nothing", SCHEMA)
+
+
+def test_a_scheduler_that_says_nothing_of_the_pair_is_refused_and_values_are_clipped_in_one_way(foreign, tmp_path):
+    DDPMPipeline(foreign, DDIMScheduler(rescale_betas_zero_snr=True)).save_pretrained(tmp_path / "none")
+    with pytest.raises(TerraSynthError, match="no signal is left"):
+        SatSynthPipeline.from_unet(tmp_path / "none", SCHEMA)
+    assert SatSynthPipeline.from_unet(tmp_path / "none", SCHEMA, prediction_type="v_prediction")
+    DDPMPipeline(foreign, DDIMScheduler(thresholding=True)).save_pretrained(tmp_path / "clipped")
+    assert SatSynthPipeline.from_unet(tmp_path / "clipped", SCHEMA)(seeds=[0], num_steps=2).masks.max() < 3
+
+
+def test_a_model_without_all_of_its_weights_or_of_no_folder_is_refused(foreign, tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    foreign.save_pretrained(tmp_path / "foreign")
+    for folder in (tmp_path / "model" / "unet", tmp_path / "foreign"):
+        (file,) = folder.glob("*.safetensors")
+        save_file({name: each for name, each in load_file(file).items() if name != "conv_out.weight"}, file)
+    lacks = r"unet: the model lacks weights\n.*none for conv_out.weight"
+    with pytest.raises(TerraSynthError, match=lacks):
+        SatSynthPipeline.from_pretrained(tmp_path / "model")
+    with pytest.raises(TerraSynthError, match=lacks):
+        SatSynthPipeline.from_unet(tmp_path / "foreign", SCHEMA)
+    with pytest.raises(TerraSynthError, match="no such folder"):
+        SatSynthPipeline.from_pretrained(tmp_path / "nowhere")
+
+
+@torch.no_grad()
+def test_codes_that_are_no_numbers_are_no_class():
+    pipeline = tiny(prediction_type="sample")
+    pipeline.unet.conv_out.bias[-1] = torch.nan
+    with pytest.raises(TerraSynthError, match="no numbers"):
+        pipeline(seeds=[0], num_steps=1)
 
 
 def test_points_that_would_be_learned_are_refused():

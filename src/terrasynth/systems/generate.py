@@ -22,7 +22,7 @@ from terrasynth.progress import say, track
 from terrasynth.recipe import SamplingConfig, SteeringConfig
 from terrasynth.sampling.flow import Steering
 from terrasynth.sampling.rectify import ControlRectify
-from terrasynth.systems.loading import blind
+from terrasynth.systems.loading import blind, paints_no_numbers
 from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline
 
@@ -173,9 +173,7 @@ def paint(
                 **options,
             ).images
             if not images.isfinite().all():
-                raise TerraSynthError(
-                    "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
-                )
+                raise paints_no_numbers()
             pixels = (images * 255).round().byte().cpu()
             for job, image, mask, prompt in zip(batch, pixels, targets, prompts, strict=True):
                 if job in missing:

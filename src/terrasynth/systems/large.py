@@ -32,6 +32,7 @@ from terrasynth.recipe import SamplingConfig
 from terrasynth.sampling.flow import Velocity, sample_flow, seeded_noise
 from terrasynth.sampling.tiles import Patch, blended_velocity, patches
 from terrasynth.systems.generate import load_pipeline, model_digest
+from terrasynth.systems.loading import paints_no_numbers
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.precision import autocast
 
@@ -183,7 +184,5 @@ def paint_large(pipeline: TODSynthPipeline, mask: Tensor, *, seed: int, sampling
                 place = window.scaled(pipeline.factor)
                 image[:, place.rows, place.columns] += (place.weight * part).cpu()
     if not image.isfinite().all():
-        raise TerraSynthError(
-            "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
-        )
+        raise paints_no_numbers()
     return image[:, :height, :width].clamp_(0, 1).mul_(255).round_().byte()

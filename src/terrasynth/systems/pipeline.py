@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.models.autoencoder import decode_latents, encode_images
-from terrasynth.systems.loading import cast, loading
+from terrasynth.systems.loading import cast, check_whole, loading
 
 if TYPE_CHECKING:
     from terrasynth.recipe import Precision
@@ -71,6 +71,7 @@ class SavedPipeline(DiffusionPipeline):
         """
         with loading(pretrained_model_name_or_path, cls.EXPECTED):
             pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
+            check_whole(pipeline, pretrained_model_name_or_path)
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
                 cast(pipeline, torch.float32)  # text encoders come in the precision of their files
             return pipeline

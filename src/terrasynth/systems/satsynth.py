@@ -25,7 +25,7 @@ from terrasynth.models.label_codes import CodeKind, LabelCodes
 from terrasynth.sampling.diffusion import Epsilon, Prediction, diffusion_batch, min_snr, sample_ddim
 from terrasynth.sampling.flow import seeded_generator, seeded_noise
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
-from terrasynth.systems.loading import loading
+from terrasynth.systems.loading import check_whole, loading, paints_no_numbers
 from terrasynth.systems.pipeline import SavedPipeline, check_choice
 from terrasynth.training.precision import autocast
 
@@ -52,7 +52,13 @@ PUBLISHED: dict[str, Any] = {
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 #: Images and codes lie within ±1, and so do estimates of them. Few steps begin where the noise is, and end at the last
 #: estimate itself.
-_SAMPLING = {"clip_sample": True, "clip_sample_range": 1.0, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+_SAMPLING = {
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "trailing",
+}
 #: Numbers a pixel that say of image and mask whether it is given.
 _FLAGS = 2
 
@@ -167,7 +173,7 @@ class SatSynthPipeline(SavedPipeline):
         if label_codes.config.kind == "learned":
             raise TerraSynthError(
                 "what is painted can not be learned meanwhile: points that all lie together are easiest to guess",
-                found="codes 'learned'",
+                found="codes: learned",
                 expected="bits or onehot",
             )
         if label_codes.config.num_classes != self.schema.num_classes:
@@ -186,9 +192,17 @@ class SatSynthPipeline(SavedPipeline):
             # Not diffusers' own `to`, which warns about an empty list of layers to keep in float32.
             embedding = nn.Module.to(embedding, unet.device, unet.dtype)
         settings = _SAMPLING | ({} if prediction_type is None else {"prediction_type": prediction_type})
+        scheduler = DDIMScheduler.from_config(scheduler.config, **settings)
+        if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+            raise TerraSynthError(
+                "where no signal is left, the noise says nothing of the pair",
+                found="prediction_type epsilon with rescale_betas_zero_snr",
+                expected="prediction_type sample or v_prediction, or another noise schedule",
+                fix="check what the weights were trained with",
+            )
         self.register_modules(
             unet=unet,
-            scheduler=DDIMScheduler.from_config(scheduler.config, **settings),
+            scheduler=scheduler,
             label_codes=label_codes,
             embedding=embedding,
         )
@@ -513,10 +527,8 @@ class SatSynthPipeline(SavedPipeline):
 
     def _pairs(self, latents: Tensor) -> Pairs:
         images, masks = self.decode(latents)
-        if not images.isfinite().all():
-            raise TerraSynthError(
-                "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
-            )
+        if not latents.isfinite().all():
+            raise paints_no_numbers()
         return Pairs((images * 255).round().byte(), masks)
 
     def _filled(self, given: Given, count: int, size: tuple[int, int]) -> _Filled:
@@ -698,7 +710,7 @@ class SatSynthPipeline(SavedPipeline):
             scheduler = DDIMScheduler(**_SCHEDULE)
             if (folder / "scheduler").is_dir():
                 scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-        return cls(
+        pipeline = cls(
             unet=unet,
             scheduler=scheduler,
             label_schema=schema.to_dict(),
@@ -707,6 +719,8 @@ class SatSynthPipeline(SavedPipeline):
             prediction_type=prediction_type,
             image_size=unet.config.sample_size or 128,
         )
+        check_whole(pipeline, folder)
+        return pipeline
 
 
 def condition_channels(condition: Condition, joint: int) -> int:
