@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ from terrasynth.sampling.flow import sample_flow
 from terrasynth.systems.build import build
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline
-from terrasynth.systems.pairs import generate_pairs
+from terrasynth.systems.pairs import LayoutPainter, generate_pairs
 from terrasynth.systems.todsynth import TODSynthPipeline
 
 SCHEMA = LabelSchema(("land", "road", "water"), ((200, 150, 90), (90, 90, 90), (20, 60, 160)))
@@ -161,6 +162,22 @@ def test_every_new_parameter_has_a_gradient_by_the_second_step(which):
         assert parameter.grad.flatten(1).abs().amax(1).min() > 0 if parameter.ndim > 1 else parameter.grad.all(), name
 
 
+def test_what_pixels_say_teaches_nothing_that_tokens_say():
+    model = scrambled(MaskMMDiT(**SIZES).add_layouts(1))
+    said = model(**given(), mask_sigma=torch.tensor([0.3, 0.9]))
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    learns = {}
+    for part in ("layout", "coarse"):
+        loss = getattr(said, part).square().sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+        learns[part] = {name for name, each in zip(names, gradients, strict=True) if each is not None and each.any()}
+    head = {name for name in names if name.startswith("mask_head.")}
+    time = {name for name in names if name.startswith("mask_time.")}  # its noise level is told to both
+    assert learns["layout"] == head | time
+    assert {"mask_out.weight", "mask_embed.proj.weight"} | time <= learns["coarse"]
+    assert not head & learns["coarse"]
+
+
 @pytest.mark.parametrize(("scheme", "blocks"), [("adapter", 3), ("controlnet", 3), ("unified", 1)])
 def test_a_mask_that_no_block_updates_can_not_be_painted(scheme, blocks):
     with pytest.raises(TerraSynthError, match="can not learn to paint layouts"):
@@ -170,6 +187,8 @@ def test_a_mask_that_no_block_updates_can_not_be_painted(scheme, blocks):
 def test_noise_on_the_mask_of_a_model_without_layouts_is_refused():
     with pytest.raises(TerraSynthError, match="can not denoise masks"):
         MaskMMDiT(**SIZES)(**given(), mask_sigma=torch.zeros(2))
+    with pytest.raises(TerraSynthError, match="masks that are not there"):
+        MaskMMDiT(**SIZES).add_layouts(1)(**{**given(), "mask_latents": None}, mask_sigma=torch.zeros(2))
 
 
 # The flow
@@ -230,10 +249,10 @@ def test_the_loss_is_the_mean_over_labelled_pixels_and_others_have_no_gradient()
 # The pipeline
 
 
-def small_pipeline(layouts=True, **changes):
+def small_pipeline(layouts=True, blocks=2, **changes):
     torch.manual_seed(0)
     images = F.interpolate(torch.rand(4, 3, 4, 4), 32, mode="bilinear")
-    config = GeneratorConfig(width=32, heads=2, blocks=2, **changes)
+    config = GeneratorConfig(width=32, heads=2, blocks=blocks, **changes)
     pipeline = TODSynthPipeline.from_scratch(config, images, SCHEMA, CAPTION, ["a satellite image of land"])
     if layouts:
         pipeline.add_layouts()
@@ -311,8 +330,47 @@ def test_a_model_that_learns_no_layouts_has_the_loss_it_had_and_unlabelled_tiles
     torch.testing.assert_close(pipeline.training_loss(unlabelled), before.training_loss(unlabelled))
 
 
+@torch.no_grad()
+def test_a_sample_that_teaches_its_layout_sees_no_reference():
+    pipeline = small_pipeline(reference="view", blocks=3)  # what an image sees reaches the next block's masks
+    batch = some_batch(pipeline, 4)
+    batch = {name: rows[2:] for name, rows in batch.items()}  # those that are labelled throughout
+    one, other = ({**batch, "reference_latents": torch.randn(2, 16, 8, 8)} for _ in range(2))
+    pipeline.reference_dropout = pipeline.layout_share = 0.0
+    assert pipeline.training_loss(one) != pipeline.training_loss(other)
+    pipeline.layout_share = 1.0
+    assert pipeline.training_loss(one) == pipeline.training_loss(other)
+
+
 def layouts(pipeline, prompts=None, seeds=(1, 2, 3), **options):
     return pipeline.layouts(prompts, seeds=seeds, num_inference_steps=4, **options)
+
+
+@torch.no_grad()
+def test_a_layout_is_that_of_a_plain_loop_from_noise_beside_an_image_of_noise():
+    pipeline, steps = small_pipeline(blocks=3), 5
+    times = FlowMatchEulerDiscreteScheduler(shift=12.0)  # 3 of the latents, times 4 pixels a latent
+    times.set_timesteps(steps)
+    embeds, pooled = pipeline.encode_prompts(["water"])
+    expected = []
+    for seed in (4, 5):
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.randn(1, 16, 8, 8, generator=generator)
+        z = torch.randn(1, 3, 32, 32, generator=generator)
+        for s, after in zip(times.sigmas[:-1], times.sigmas[1:], strict=True):
+            said = pipeline.transformer(
+                image,
+                timestep=torch.tensor([1000.0]),
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                mask_latents=F.pixel_unshuffle(z / 3**0.5, 4),
+                mask_sigma=s[None],
+            )
+            posterior = (F.pixel_shuffle(said.layout, 4) + 3**0.5 * (1 - s) / s**2 * z).softmax(1)
+            z = z + (after - s) * (z - 3**0.5 * posterior) / s
+        expected.append(z.argmax(1))
+    painted = pipeline.layouts(["water"] * 2, seeds=[4, 5], num_inference_steps=steps)
+    assert (painted == torch.cat(expected)).float().mean() > 0.999  # rounding may decide between near classes
 
 
 def test_a_layout_depends_on_its_own_seed_and_prompt_and_on_nothing_else():
@@ -367,6 +425,18 @@ def test_what_can_not_paint_layouts_says_what_to_do(tmp_path):
         small_pipeline(layouts=False, mask_coding="bits").add_layouts()
     with pytest.raises(TerraSynthError, match="differ in number"):
         layouts(small_pipeline(), ["land"])
+    with pytest.raises(TerraSynthError, match="is one text"):
+        layouts(small_pipeline(), "abc")
+    with pytest.raises(TerraSynthError, match="no seeds"):
+        layouts(small_pipeline(), seeds=[])
+
+
+def test_a_model_of_layouts_without_the_weights_for_them_is_refused(tmp_path):
+    small_pipeline().save_pretrained(tmp_path)
+    (file,) = (tmp_path / "transformer").glob("*.safetensors")
+    save_file({name: each for name, each in load_file(file).items() if "mask_head" not in name}, file)
+    with pytest.raises(TerraSynthError, match=r"transformer: the model lacks weights\n.*mask_head.*and 7 more"):
+        load_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +451,11 @@ def test_what_can_not_paint_layouts_says_what_to_do(tmp_path):
 def test_recipes_whose_generator_could_not_learn_layouts_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GeneratorConfig(layouts=0.5, **changes)
+
+
+def test_some_samples_are_left_to_learn_images_from():
+    with pytest.raises(ValueError, match="less than 1"):
+        GeneratorConfig(layouts=1.0)
 
 
 def test_what_learns_no_layouts_has_the_identity_it_had():
@@ -404,7 +479,9 @@ def trained(tiny_recipe, tiles, tmp_path_factory):
     return folder
 
 
-def test_a_trained_generator_is_shown_with_its_layouts_and_may_go_on_without(trained, tiles, tiny_recipe):
+def test_a_trained_generator_is_shown_with_its_layouts_and_paints_none_if_trained_on_without(
+    trained, tiles, tiny_recipe, tmp_path
+):
     names = {path.name for path in (trained / "previews").iterdir()}
     assert {"layouts-00000006.png", "step-00000006.png"} <= names
     pipeline = load_pipeline(trained / "model")
@@ -412,11 +489,26 @@ def test_a_trained_generator_is_shown_with_its_layouts_and_may_go_on_without(tra
     assert pipeline.transformer.mask_out.weight.any(), "it starts at zero"
     further = tiny_recipe.generator.model_copy(update={"base": str(trained / "model")})
     pipeline = build(further, tiny_recipe.data, tiles)
-    frozen = {name for name, p in pipeline.transformer.named_parameters() if not p.requires_grad}
-    assert {"mask_out.weight", "mask_time.0.weight"} <= frozen
+    assert not pipeline.paints_layouts
+    pipeline.save_pretrained(tmp_path)
+    assert not load_pipeline(tmp_path).paints_layouts
     pipeline = build(further.model_copy(update={"layouts": 0.5}), tiny_recipe.data, tiles)
     assert pipeline.layout_share == 0.5
     assert pipeline.transformer.mask_out.weight.requires_grad
+
+
+def test_masks_and_images_are_painted_in_the_precision_that_is_asked_for(trained, monkeypatch):
+    asked = []
+    for name in ("__call__", "layouts"):
+        method = getattr(TODSynthPipeline, name)
+
+        def noted(*arguments, method=method, **options):
+            asked.append(options["precision"])
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(TODSynthPipeline, name, noted)
+    LayoutPainter(load_pipeline(trained / "model"), SamplingConfig(steps=1))(seeds=[1], num_steps=1, precision="bf16")
+    assert asked == ["bf16", "bf16"]
 
 
 def files(folder):
@@ -451,6 +543,9 @@ def test_a_recipe_whose_generator_learns_layouts_paints_pairs_with_it(trained, t
     run = tmp_path / "run"
     run.mkdir()
     command = ["generate", str(tmp_path / "mine.yaml"), "--run", str(run), "--pairs", "3", "--seed", "3"]
+    refused = CliRunner().invoke(app, [*command, "--set", "pairs.sampling.shares={road: 0.2}"])
+    assert "can not be asked for shares" in refused.output
+    assert not [*run.glob("generator-*")], "told before it is trained"
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
     (model,) = run.glob("*/model")

@@ -555,6 +555,10 @@ def generate(
         else:
             opened = _open(source, data, run, max_minutes, _settings(overrides, skip_bad))
             recipe = opened.recipe
+            if recipe.generator.layouts and recipe.pairs.sampling.shares:
+                from terrasynth.systems.loading import takes_no_shares
+
+                raise takes_no_shares(recipe.pairs.sampling.shares)  # before the model is trained
             model = (opened.generator if recipe.generator.layouts else opened.pairs).folder / "model"
         from terrasynth.systems.pairs import generate_pairs
 

@@ -17,8 +17,9 @@ class LayoutHead(nn.Module):
 
     One token reads and tells a square of pixels, so what it tells ends at its edges. Convolutions over 15 x 15 pixels
     know no such edges. They see one class at a time, its noisy code and what the tokens say of it, all classes with the
-    same weights, so they fit any classes. What they add starts at zero, and no gradient passes to the tokens, which
-    have a loss of their own: with what is near explained to them, they learned less of what is far.
+    same weights, so they fit any classes. What they add starts at zero, and no gradient passes to the tokens but in
+    the embedding of noise levels: the tokens have a loss of their own, since with what is near explained to them they
+    learned less of what is far.
 
     Args:
         embedding: width of the embedding of noise levels.

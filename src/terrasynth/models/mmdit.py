@@ -567,6 +567,15 @@ class MaskMMDiT(SD3Transformer2DModel):
         self.register_to_config(layouts=factor)
         return self
 
+    def drop_layouts(self) -> Self:
+        """Leave out what `add_layouts` added, which training without it would leave behind, and return self.
+
+        What it paints under given masks stays as it is.
+        """
+        self.mask_time = self.mask_out = self.mask_head = None
+        self.register_to_config(layouts=0)
+        return self
+
     def _add_blocks(self, count: int) -> None:
         """Make `transformer_blocks`: `count` blocks, and whatever else brings the mask to them."""
         self.transformer_blocks = nn.ModuleList(self._make_block(**self._sizes(i, count)) for i in range(count))
@@ -606,8 +615,8 @@ class MaskMMDiT(SD3Transformer2DModel):
             encoder_hidden_states: prompt embeddings, (B, L, joint_attention_dim).
             pooled_projections: pooled prompt embeddings, (B, pooled_projection_dim).
             mask_latents: mask code, (B, Cm, h, w); None leaves the mask tokens out, which is the base model.
-            mask_sigma: noise level of each mask in [0, 1], (B,), for a model with `add_layouts`; None where all are
-                given, as zero is.
+            mask_sigma: noise level of each mask in [0, 1], (B,), for a model with `add_layouts` and with
+                `mask_latents`; None where all are given, as zero is.
             reference: of `reference_features`, for B images, or for fewer that the batch takes in turn; None is the
                 model without a reference.
             sees: which images see their reference, boolean (B,); None where all do.
@@ -617,7 +626,7 @@ class MaskMMDiT(SD3Transformer2DModel):
             `sample`, the velocity, (B, C, h, w); with `mask_sigma` also `layout` and `coarse`, (B, Cm, h, w).
 
         Raises:
-            TerraSynthError: `mask_latents` has another shape.
+            TerraSynthError: `mask_latents` has another shape, or there is only its noise level.
         """
         height, width = hidden_states.shape[-2:]
         scaled = hidden_states
@@ -628,6 +637,8 @@ class MaskMMDiT(SD3Transformer2DModel):
         image = self.pos_embed(scaled).contiguous()
         text = self.context_embedder(encoder_hidden_states)
         mask = None
+        if mask_latents is None and mask_sigma is not None:
+            raise TerraSynthError("the noise level of masks that are not there", expected="`mask_latents` as well")
         if mask_latents is not None:
             self._check_mask(mask_latents, hidden_states.shape)
             mask = self._embed_mask(mask_latents)
@@ -643,7 +654,7 @@ class MaskMMDiT(SD3Transformer2DModel):
         velocity = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b h w p q c -> b c (h p) (w q)
         of_mask: tuple[Tensor, ...] = ()
         if noise is not None:
-            assert mask is not None, "the masks have noise levels"
+            assert mask is not None
             assert mask_latents is not None
             of_mask = self._read_layout(mask, mask_latents, noise)
         if self.config.latent_std is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.packaged import packaged_or
 from terrasynth.progress import say
-from terrasynth.systems.generate import Pipeline
+from terrasynth.systems.generate import Pipeline, load_pipeline, model_class
 from terrasynth.systems.loading import loading
 from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline, untrained_autoencoder
@@ -76,6 +77,11 @@ def _build_todsynth(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> 
     if config.base is None:
         factor, patch_size = config.autoencoder.patch_size, config.patch_size
     else:
+        if Path(base := packaged_or(config.base)).is_dir() and model_class(base) in (
+            "SatSynthPipeline",
+            "IDGBRPipeline",
+        ):
+            load_pipeline(base)  # says what it is instead
         # The text encoders, most of the weights, are never trained and need no more than bfloat16.
         text = torch.bfloat16 if computes_in_bfloat16(_DEVICE, config.train.precision) else torch.float32
         with torch.random.fork_rng():
@@ -105,9 +111,7 @@ def _build_todsynth(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> 
             if name.endswith("reference_gate"):
                 parameter.requires_grad_(False)  # it keeps what the base learned of references, which are not shown
     if not config.layouts:
-        for name, parameter in pipeline.transformer.named_parameters():
-            if name.startswith(("mask_time.", "mask_out.", "mask_head.")):
-                parameter.requires_grad_(False)  # nor are layouts
+        pipeline.transformer.drop_layouts()  # what the base has of them is read from blocks that change now
     check_positions(data.image_size, pipeline, config.base)
     _check_base(pipeline, config, captions)
     pipeline.density = config.density

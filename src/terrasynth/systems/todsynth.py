@@ -38,7 +38,7 @@ from terrasynth.sampling.flow import (
     seeded_noise,
 )
 from terrasynth.sampling.guidance import condition_or_null, guided_velocity
-from terrasynth.systems.loading import blind, cast, loading, paints_no_layouts
+from terrasynth.systems.loading import blind, cast, check_whole, loading, paints_no_layouts, paints_no_numbers
 from terrasynth.systems.pipeline import MaskPipeline
 from terrasynth.training.precision import autocast, computes_in_bfloat16, round_linear
 
@@ -226,6 +226,7 @@ class TODSynthPipeline(MaskPipeline):
                     names = ("label_schema", "caption", "image_size", "mask_coding", "mask_init")
                     wanted = {name: kwargs.pop(name, None) for name in names}
             pipeline = super().from_pretrained(str(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
+            check_whole(pipeline, pretrained_model_name_or_path)
             pipeline._trained_on = pipeline.text_encoder.dtype  # text encoders come in the precision of their files
             if not kwargs.keys() & {"torch_dtype", "dtype", "device_map"}:
                 cast(pipeline, torch.float32)
@@ -467,6 +468,10 @@ class TODSynthPipeline(MaskPipeline):
         """
         if not self.paints_layouts:
             raise paints_no_layouts()
+        if not len(seeds):
+            raise TerraSynthError("no seeds, so nothing to paint", expected="one for each layout")
+        if isinstance(prompts, str):
+            raise TerraSynthError("`prompts` is one text", found=prompts, expected="a list, one for each seed")
         prompts = [""] * len(seeds) if prompts is None else prompts
         if len(prompts) != len(seeds):
             raise TerraSynthError("`prompts` and `seeds` differ in number", found=len(prompts), expected=len(seeds))
@@ -506,9 +511,7 @@ class TODSynthPipeline(MaskPipeline):
                 num_inference_steps,
             )
         if not painted.isfinite().all():
-            raise TerraSynthError(
-                "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
-            )
+            raise paints_no_numbers()
         self.maybe_free_model_hooks()
         return painted.argmax(1).to(torch.uint8)
 
