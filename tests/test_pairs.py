@@ -135,6 +135,18 @@ def test_a_base_that_was_trained_otherwise_is_refused_before_it_is_trained(name,
     build_pairs(other.model_copy(update={"base": str(tmp_path)}), SCHEMA, 16)
 
 
+def test_a_base_of_the_same_classes_in_another_order_is_refused_and_colours_are_those_of_the_tiles(tmp_path):
+    build_pairs(CONFIG, SCHEMA, 16).save_pretrained(tmp_path)
+    config = CONFIG.model_copy(update={"base": str(tmp_path)})
+    turned = LabelSchema(SCHEMA.names[::-1], SCHEMA.colors[::-1])
+    with pytest.raises(TerraSynthError, match="other classes, or in another order"):
+        build_pairs(config, turned, 16)
+    colored = LabelSchema(SCHEMA.names, SCHEMA.colors[::-1])
+    assert build_pairs(config, colored, 16).schema == colored
+    build_pairs(config, colored, 16).save_pretrained(tmp_path / "further")
+    assert SatSynthPipeline.from_pretrained(tmp_path / "further").schema == colored
+
+
 def test_of_a_base_of_two_stages_none_is_left_behind(tmp_path):
     build_pairs(CONFIG, SCHEMA, 16).save_pretrained(tmp_path)
     build_upscaler(CONFIG, SCHEMA, 32).save_pretrained(tmp_path / "upscaler")

@@ -77,6 +77,9 @@ def test_a_list_of_ratios_is_an_arm_of_each(recipe):
     values["arms"][1]["ratio"] = [1, 1]
     with pytest.raises(ValueError, match="two called 'pairs 1:1'"):
         StudyConfig.model_validate(values)
+    values["arms"][1]["ratio"] = [None, 2]
+    with pytest.raises(ValueError, match="each ratio of the arm 'pairs' must be a number"):
+        StudyConfig.model_validate(values)
     values["arms"][1] |= {"ratio": None}
     values |= {"ratio": 3, "arms": [*values["arms"], {"name": "again", "synthetic": "pairs", "ratio": 3}]}
     with pytest.raises(ValueError, match="'pairs' and 'again' differ in nothing but their names"):
@@ -267,6 +270,9 @@ def test_some_arms_are_run_alone_and_the_report_names_the_others(finished, recip
     assert results["other_arms"] == ["ClassMix + pairs", "painted masks"]
     assert "It has 2 more: ClassMix + pairs; painted masks." in (tmp_path / "study" / "report.html").read_text()
     assert results["arms"][1] == results_of(finished)["arms"][1]
+    assert (tmp_path / "study" / "pairs.png").is_file()
+    Study(choose_arms(recipe, ["real"])[0], Path(), tmp_path / "study").run()
+    assert not [name for name in ("pairs.png", "gallery.json") if (tmp_path / "study" / name).exists()]
 
 
 def test_one_ratio_the_baseline_and_the_teacher_may_be_all(recipe):

@@ -131,8 +131,10 @@ def _write_galleries(of: Study) -> None:
         entries += write_pairs(of.out, paintings.layouts(of, "pairs", seed), anew)
     if entries:
         write_json(of.out / "gallery.json", entries)
-    else:
-        (of.out / "gallery.json").unlink(missing_ok=True)
+    stale = {"paintings.png": under_masks, "pairs.png": of.paints_pairs, "gallery.json": entries}
+    for name, shows in stale.items():  # of a study of the same folder that had other arms
+        if not shows:
+            (of.out / name).unlink(missing_ok=True)
 
 
 def _statistics(metrics: Mapping[str, list[dict[str, float]]], baseline: str) -> dict[str, Any]:

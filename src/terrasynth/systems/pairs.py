@@ -29,7 +29,7 @@ from terrasynth.packaged import packaged_or
 from terrasynth.progress import say, track
 from terrasynth.recipe import PairsConfig, PairsSamplingConfig, Precision, SamplingConfig, TrainConfig, UpscalerConfig
 from terrasynth.systems.generate import load_pipeline, model_class, model_digest
-from terrasynth.systems.loading import paints_no_layouts
+from terrasynth.systems.loading import paints_no_layouts, paints_no_numbers, takes_no_shares
 from terrasynth.systems.satsynth import Given, Pairs, SatSynthPipeline, check_shares, halve
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.training.keys import Key
@@ -99,29 +99,39 @@ def build_pairs(config: PairsConfig, schema: LabelSchema, image_size: int) -> Sa
     """What a recipe trains on tiles of this size, untrained or the `base` that it starts from; the first of two stages.
 
     Raises:
-        TerraSynthError: the base is a second stage, or was trained with other settings; or the tiles do not divide
-            into the levels of the network.
+        TerraSynthError: the base is a second stage, or was trained with other settings or classes; or the tiles do not
+            divide into the levels of the network.
     """
     side = image_size // 2 if config.two_stages else image_size
     if config.base is None:
         pipeline = _from_scratch(config, config, schema, side, asks_classes=config.asks_classes)
     else:
-        pipeline = first_stage(config.base, label_schema=schema.to_dict(), image_size=side)
-        _check_base(config, pipeline)
+        pipeline = first_stage(config.base, image_size=side)
+        _check_base(config, pipeline, schema)
+        pipeline.schema = schema  # the names are the same, colours may differ
+        pipeline.register_to_config(label_schema=schema.to_dict())
     pipeline.class_dropout, pipeline.given_dropout = config.class_dropout, config.given_dropout
     pipeline.min_snr = config.min_snr
     least = pipeline.multiple * (2 if config.two_stages else 1)
     return _divides(pipeline, image_size, least)
 
 
-def _check_base(config: PairsConfig, pipeline: SatSynthPipeline) -> None:
-    """Refuse settings that a base has otherwise: an ablation would train what it had."""
+def _check_base(config: PairsConfig, pipeline: SatSynthPipeline, schema: LabelSchema) -> None:
+    """Refuse settings and classes that a base has otherwise: an ablation would train what it had."""
     if Path(config.base or "", UPSCALER).is_dir() and not config.two_stages:
         raise TerraSynthError(
             "pairs.base has two stages, and only one would be trained",
             path=config.base,
             found="pairs.two_stages false",
             fix="set pairs.two_stages=true",
+        )
+    if pipeline.schema.names != schema.names:
+        raise TerraSynthError(
+            "pairs.base was trained with other classes, or in another order",
+            path=config.base,
+            found=", ".join(pipeline.schema.names),
+            expected=", ".join(schema.names),
+            fix="start from another base, or from scratch",
         )
     names = {
         "codes": "codes",
@@ -364,12 +374,7 @@ class LayoutPainter:
 
     def ask(self, shares: Mapping[str, float], count: int) -> Tensor:
         """Refuse: it is told of classes by prompts alone."""
-        raise TerraSynthError(
-            "the model can not be asked for shares of classes",
-            found=dict(shares),
-            expected="what `terrasynth train --what pairs` trained",
-            fix="leave out pairs.sampling.shares; in Python, name classes: `pipeline.layouts(prompts, seeds=…)`",
-        )
+        raise takes_no_shares(shares)
 
     def __call__(
         self,
@@ -385,9 +390,7 @@ class LayoutPainter:
         arguments = {**self._arguments, "precision": precision}
         images = self.pipeline(masks, seeds=seeds, output_type="pt", **arguments).images
         if not images.isfinite().all():
-            raise TerraSynthError(
-                "the model paints values that are no numbers", found="NaN or infinity", fix="train it again"
-            )
+            raise paints_no_numbers()
         return Pairs((images * 255).round().byte(), masks)
 
 
