@@ -159,6 +159,31 @@ def test_masks_that_are_no_class_indices_are_refused(mix):
     mix(images, torch.full((2, 8, 8), -1), seeds, ignore_index=-1)
 
 
+@pytest.mark.parametrize("mix", [classmix, copy_paste])
+def test_bytes_with_a_sign_hold_the_largest_class_beside_unlabelled_pixels(mix):
+    masks = blobs(6, 32, 32).long()
+    masks[masks == IGNORE], masks[masks == 2] = -1, 127
+    images, seeds = torch.rand(6, 3, 32, 32), torch.arange(6)
+    expected = mix(images, masks, seeds, ignore_index=-1)
+    found = mix(images, masks.to(torch.int8), seeds, ignore_index=-1)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1].long(), expected[1])
+    assert (masks == 127).any()
+
+
+def test_what_does_not_fit_is_told():
+    image, mask = torch.zeros(3, 16, 16).byte(), torch.zeros(8, 8).byte()
+    for function in (augment, view):
+        with pytest.raises(ValueError, match="differ in size"):
+            function(image, mask, 3)
+    images, seeds = torch.zeros(2, 3, 8, 8), torch.arange(2)
+    for kind in (torch.bool, torch.float32):
+        with pytest.raises(ValueError, match=f"whole numbers, not {kind}"):
+            cutout(images, torch.zeros(2, 8, 8, dtype=kind), seeds)
+    with pytest.raises(ValueError, match="seeds are whole numbers"):
+        turn(images, torch.zeros(2, 8, 8), seeds.float())
+
+
 def test_colors_in_other_numbers_are_refused():
     mask = torch.zeros(8, 8).byte()
     for image, wrong in ((torch.zeros(3, 8, 8).short(), "not torch.int16"), (torch.zeros(4, 8, 8), "three channels")):

@@ -65,9 +65,10 @@ def augment(image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         Image float32 (3, H, W) in [0, 1] and mask int64, of its own shape.
 
     Raises:
-        ValueError: the image has other than three channels, or another type.
+        ValueError: the image has other than three channels, another type, or another size than the mask.
     """
     _check_colors(image)
+    _check_sides(image, mask)
     random = np.random.default_rng((seed, _AUGMENT))
     element = _element(mask, random)
     image, mask = dihedral(image, element), dihedral(mask, element)
@@ -89,7 +90,11 @@ def view(image: Tensor, mask: Tensor, index: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Image uint8 (3, S, S) and mask uint8, of its own shape.
+
+    Raises:
+        ValueError: image and mask differ in size.
     """
+    _check_sides(image, mask)
     if index < 8:
         return dihedral(image, index).contiguous(), dihedral(mask, index).contiguous()
     random = np.random.default_rng((index, _VIEW))
@@ -199,9 +204,12 @@ def cutout(images: Tensor, masks: Tensor, seeds: Tensor, ignore_index: int = 255
         New tensors of the same shapes and types.
 
     Raises:
-        ValueError: the shapes do not fit together, or the type of the masks can not hold the ignore index.
+        ValueError: the shapes do not fit together, or masks are no whole numbers, or of a type that can not hold the
+            ignore index.
     """
     check_batch(images, masks, seeds)
+    if masks.is_floating_point() or masks.dtype == torch.bool:
+        raise ValueError(f"masks are whole numbers, not {masks.dtype}")
     if not torch.iinfo(masks.dtype).min <= ignore_index <= torch.iinfo(masks.dtype).max:
         raise ValueError(f"masks of type {masks.dtype} can not hold the ignore index {ignore_index}")
     height, width = masks.shape[-2:]
@@ -280,6 +288,11 @@ def _check_colors(images: Tensor) -> None:
         raise ValueError(f"an image has three channels, (3, H, W), not {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"colours are uint8, or float in [0, 1], not {images.dtype}")
+
+
+def _check_sides(image: Tensor, mask: Tensor) -> None:
+    if image.shape[-2:] != mask.shape[-2:]:
+        raise ValueError(f"an image of {tuple(image.shape)} and a mask of {tuple(mask.shape)} differ in size")
 
 
 def _means(images: Tensor) -> Tensor:

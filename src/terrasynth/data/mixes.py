@@ -218,10 +218,12 @@ def copy_paste(
 
 
 def check_batch(images: Tensor, masks: Tensor, seeds: Tensor) -> None:
-    """Raise a ValueError unless these are images (B, C, H, W), masks (B, H, W) and seeds (B,)."""
+    """Raise a ValueError unless these are images (B, C, H, W), masks (B, H, W) and whole numbers, seeds (B,)."""
     if images.ndim != 4 or masks.shape != (len(images), *images.shape[-2:]) or seeds.shape != images.shape[:1]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (images, masks, seeds))
         raise ValueError(f"images (B, C, H, W), masks (B, H, W) and seeds (B,) must fit together, not {shapes}")
+    if seeds.is_floating_point():
+        raise ValueError(f"seeds are whole numbers, not {seeds.dtype}")
 
 
 def clipped(centre: float, length: float, limit: int) -> slice:
@@ -240,7 +242,8 @@ def _labels(masks: Tensor, ignore_index: int) -> tuple[NDArray[np.integer], int]
         raise ValueError(f"masks are whole numbers, not {masks.dtype}")
     if ignore_index < 0:
         hidden, unlabelled = labels == ignore_index, int(labels.max(initial=0)) + 1
-        labels = np.where(hidden, unlabelled, labels) if hidden.any() else labels
+        # Wider, because the type of the masks may end at the largest class.
+        labels = np.where(hidden, unlabelled, labels.astype(np.int64)) if hidden.any() else labels
     if labels.dtype.kind == "i" and (least := int(labels.min(initial=0))) < 0:
         raise ValueError(f"labels are from 0 on, but for the ignore index {ignore_index}; there is {least}")
     return labels, unlabelled
