@@ -32,6 +32,8 @@ def test_a_precision_that_is_named_holds_on_every_processor(monkeypatch, answers
     assert computed("fp32") == torch.float32
     assert computed("bf16") == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(ValueError, match="'fp8', but there are fp32, bf16, auto"):
+        computed("fp8")
 
 
 @pytest.mark.parametrize(

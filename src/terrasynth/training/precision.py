@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,12 @@ def computes_in_bfloat16(device: torch.device, precision: Precision) -> bool:
 
     `auto` asks the processor: bfloat16 if it has instructions for it (CUDA from compute capability 8.0 on; x86 with
     AVX512-BF16 or AMX, where matrix products run at several times the rate of float32), else float32.
+
+    Raises:
+        ValueError: there is no such precision.
     """
+    if precision not in get_args(Precision):
+        raise ValueError(f"`precision` is {precision!r}, but there are {', '.join(get_args(Precision))}")
     return precision == "bf16" or (precision == "auto" and _native(device))
 
 
