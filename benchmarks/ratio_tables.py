@@ -15,22 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from terrasynth.study.read import Results, read_results
-from terrasynth.study.statistics import Difference, compare
+from terrasynth.study.statistics import Difference, compare, difference_text, points
 
 RATIOS = (1, 3, 5)
 DRAWN, PAINTED_TOO = "TODSynth, real masks", "TODSynth, SatSynth masks"
 
 
-def signed(value: float, digits: int = 1) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
 def with_interval(difference: Difference) -> str:
-    if difference.delta is None or difference.ci95 is None:
-        return "–"
-    low, high = difference.ci95
-    text = f"{signed(100 * difference.delta)} ({signed(100 * low)} to {signed(100 * high)})"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    text, interval = difference_text(difference), difference.ci95
+    return f"**{text}**" if interval is not None and (interval[0] > 0 or interval[1] < 0) else text
 
 
 def table(first: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> None:
@@ -88,7 +81,7 @@ def main() -> None:
             (
                 name,
                 [
-                    signed(each[name].r, 2) + "*" * (each[name].p < 0.05) if name in each else "–"
+                    f"{each[name].r:+.2f}".replace("-", "−") + "*" * (each[name].p < 0.05) if name in each else "–"
                     for each in correlations
                 ],
             )
@@ -125,7 +118,7 @@ def main() -> None:
         "class: mean gain of the arms with painted tiles",
         sizes,
         (
-            (entry.name, [signed(100 * class_gain(study, entry.name)) for study in studies])
+            (entry.name, [points(class_gain(study, entry.name)) for study in studies])
             for entry in studies[0].scored_classes
         ),
     )
