@@ -193,7 +193,7 @@ class SatSynthPipeline(SavedPipeline):
             embedding = nn.Module.to(embedding, unet.device, unet.dtype)
         settings = _SAMPLING | ({} if prediction_type is None else {"prediction_type": prediction_type})
         scheduler = DDIMScheduler.from_config(scheduler.config, **settings)
-        if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        if scheduler.config.prediction_type == "epsilon" and scheduler.config.rescale_betas_zero_snr:
             raise TerraSynthError(
                 "where no signal is left, the noise says nothing of the pair",
                 found="prediction_type epsilon with rescale_betas_zero_snr",
