@@ -14,6 +14,7 @@ from terrasynth.systems import fit as fit_module
 from terrasynth.systems.build import build
 from terrasynth.systems.fit import fit_generator
 from terrasynth.systems.generate import load_pipeline
+from terrasynth.systems.satsynth import SatSynthPipeline
 from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline
 from terrasynth.systems.views import EncodedViews
@@ -101,6 +102,12 @@ def test_a_base_of_another_mask_coding_is_refused(tiles, tiny_recipe, tmp_path):
     build(tiny_recipe.generator, tiny_recipe.data, tiles).save_pretrained(tmp_path)
     with pytest.raises(TerraSynthError, match="another mask coding"):
         build(changed(tiny_recipe.generator, base=str(tmp_path), mask_coding="bits"), tiny_recipe.data, tiles)
+
+
+def test_a_base_that_paints_pairs_is_refused(tiles, tiny_recipe, tmp_path):
+    SatSynthPipeline.from_scratch(tiles.schema, widths=(16, 16), image_size=32).save_pretrained(tmp_path)
+    with pytest.raises(TerraSynthError, match=r"not the folder of a generator[\s\S]*images and masks together"):
+        build(changed(tiny_recipe.generator, base=str(tmp_path)), tiny_recipe.data, tiles)
 
 
 def test_words_the_base_can_not_spell_are_refused(tiles, tiny_recipe, tmp_path):

@@ -97,7 +97,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, written, tmp_path
     model, out = model_of(run), tmp_path / "out"
     for arguments, message in (
         (["generate", model / "upscaler", "--pairs", 1], "a second stage alone paints no pairs"),
-        (["generate", model, "--masks", tmp_path], "paint with --pairs N"),
+        (["generate", model, "--masks", tmp_path], "paint with it by --pairs N"),
         (["generate", model, "--pairs", 1, "--set", "pairs.sampling.shares={lava: 0.2}"], "no such class to ask for"),
         (["generate", model, "--pairs", 1, "--set", "pairs.steps=2"], "expected: pairs.sampling.…\n"),
         (["generate", model, "--pairs", 1, "--set", "sampling.steps=2"], "expected: pairs.sampling.…\n"),

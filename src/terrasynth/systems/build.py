@@ -13,7 +13,7 @@ from terrasynth.data.schema import LabelSchema
 from terrasynth.errors import TerraSynthError
 from terrasynth.packaged import packaged_or
 from terrasynth.progress import say
-from terrasynth.systems.generate import Pipeline, load_pipeline, model_class
+from terrasynth.systems.generate import Pipeline, generator_class
 from terrasynth.systems.loading import loading
 from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline, untrained_autoencoder
@@ -77,11 +77,8 @@ def _build_todsynth(config: GeneratorConfig, data: DataConfig, tiles: Tiles) -> 
     if config.base is None:
         factor, patch_size = config.autoencoder.patch_size, config.patch_size
     else:
-        if Path(base := packaged_or(config.base)).is_dir() and model_class(base) in (
-            "SatSynthPipeline",
-            "IDGBRPipeline",
-        ):
-            load_pipeline(base)  # says what it is instead
+        if Path(packaged_or(config.base)).is_dir():
+            generator_class(config.base)  # else diffusers tells of parts that it expected
         # The text encoders, most of the weights, are never trained and need no more than bfloat16.
         text = torch.bfloat16 if computes_in_bfloat16(_DEVICE, config.train.precision) else torch.float32
         with torch.random.fork_rng():

@@ -26,7 +26,17 @@ from terrasynth.systems.loading import blind, paints_no_numbers
 from terrasynth.systems.tisynth import TISynthPipeline
 from terrasynth.systems.todsynth import TODSynthPipeline
 
-__all__ = ["Job", "Pipeline", "load_pipeline", "model_class", "model_digest", "paint", "plan", "steering_for"]
+__all__ = [
+    "Job",
+    "Pipeline",
+    "generator_class",
+    "load_pipeline",
+    "model_class",
+    "model_digest",
+    "paint",
+    "plan",
+    "steering_for",
+]
 
 Pipeline = TODSynthPipeline | TISynthPipeline
 """What paints."""
@@ -205,18 +215,30 @@ def load_pipeline(model: str | Path) -> Pipeline:
     Raises:
         TerraSynthError: the folder is something else, or damaged.
     """
-    folder, kind = Path(packaged_or(model)), model_class(model)
-    if kind == "TISynthPipeline":
+    folder = Path(packaged_or(model))
+    if generator_class(model) == "TISynthPipeline":
         return TISynthPipeline.from_pretrained(folder)
+    return TODSynthPipeline.from_pretrained(folder)
+
+
+def generator_class(model: str | Path) -> str | None:
+    """As `model_class`, of what paints under masks.
+
+    Raises:
+        TerraSynthError: the folder is none of a model, or of one that does something else.
+    """
+    kind = model_class(model)
     if kind in ("SatSynthPipeline", "IDGBRPipeline"):
         paints = kind == "SatSynthPipeline"
         raise TerraSynthError(
             "not the folder of a generator, which paints under masks",
-            path=folder,
+            path=packaged_or(model),
             found="what paints images and masks together" if paints else "a refiner",
-            fix="paint with --pairs N" if paints else "refine class maps with it: `terrasynth refine`",
+            fix="paint with it by --pairs N, or set pairs.base to it"
+            if paints
+            else "refine class maps with it: `terrasynth refine`, or set refiner.base to it",
         )
-    return TODSynthPipeline.from_pretrained(folder)
+    return kind
 
 
 def model_class(model: str | Path) -> str | None:
