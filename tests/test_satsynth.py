@@ -430,6 +430,17 @@ def test_seeds_may_be_of_a_tensor():
     assert torch.equal(some.images, same.images)
 
 
+def test_a_fraction_is_no_seed():
+    with pytest.raises(TypeError, match="integer"):
+        tiny()(seeds=[0.5], num_steps=2)
+
+
+@pytest.mark.parametrize("sizes", [{"patch_size": 0}, {"widths": ()}, {"widths": (8, 0)}])
+def test_sizes_of_no_network_are_refused(sizes):
+    with pytest.raises(TerraSynthError, match="no U-Net is so small"):
+        tiny(**sizes)
+
+
 def test_what_was_not_learned_can_not_be_asked_for():
     pipeline = tiny(asks_classes=False)
     with pytest.raises(TerraSynthError, match="can not be asked"):

@@ -9,6 +9,7 @@ decoders come in as callables.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
@@ -59,8 +60,11 @@ def seeded_generator(seed: int) -> torch.Generator:
     """A CPU generator that hears every bit of a non-negative `seed`.
 
     PyTorch's own reads the lowest 32 bits only, so longer seeds are hashed to 32 bits first.
+
+    Raises:
+        TypeError: the seed is no whole number.
     """
-    seed = int(seed)  # of a tensor or an array as well
+    seed = operator.index(seed)  # of a tensor or an array as well
     if seed >= 2**32:
         seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return torch.Generator().manual_seed(seed)

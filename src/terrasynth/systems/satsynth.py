@@ -647,8 +647,17 @@ class SatSynthPipeline(SavedPipeline):
             condition: see the class.
             image_size: side of the images it will be trained on.
             seed: of the initial weights.
+
+        Raises:
+            TerraSynthError: there are no such codes, predictions, conditions or sizes.
         """
         check_choice("condition", condition, Condition)
+        if patch_size < 1 or min(widths, default=0) < 1:
+            raise TerraSynthError(
+                "no U-Net is so small",
+                found=f"patch_size {patch_size}, widths {tuple(widths)}",
+                expected="a patch_size from 1 on, and one width or more, all from 1 on",
+            )
         label_codes = LabelCodes(schema.num_classes, codes)
         joint = 3 + label_codes.channels
         attends = [image_size // patch_size // 2**level in attention for level in range(len(widths))]
