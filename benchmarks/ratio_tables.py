@@ -2,8 +2,9 @@
 
     python benchmarks/ratio_tables.py runs/ratio16 runs/ratio64 runs/ratio395
 
-Everything in percent or points. Intervals are Student-t ones over the seeds; in bold where they leave out zero, with a
-star where p < 0.05. What is compared, is compared seed by seed.
+The arms are those of the first study; others may have only some of them. Everything in percent or points. Intervals are
+Student-t ones over the seeds; in bold where they leave out zero, with a star where p < 0.05. What is compared, is
+compared seed by seed.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def table(first: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def mean_and_half(study: Results, number: int) -> str:
-    summary = study.arms[number].summary()
-    if summary.mean is None or summary.ci95 is None:
+def mean_and_half(study: Results, name: str) -> str:
+    summary = next((arm.summary() for arm in study.arms if arm.name == name), None)
+    if summary is None or summary.mean is None or summary.ci95 is None:
         return "–"
     low, high = summary.ci95
     return f"{100 * summary.mean:.1f} ± {50 * (high - low):.1f}"
@@ -44,16 +45,17 @@ def mean_and_half(study: Results, number: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", type=Path, nargs="+")
-    studies = [read_results(folder) for folder in parser.parse_args().studies]
-    sizes = [f"{study.data.train} tiles" for study in studies]
+    folders = parser.parse_args().studies
+    studies = [read_results(folder) for folder in folders]
+    columns = [folder.name for folder in folders]
     names = [arm.name for arm in studies[0].arms]
     for study in studies:
-        if [arm.name for arm in study.arms] != names:
+        if study.arms[0].name != names[0] or not values(study).keys() <= set(names):
             parser.error("the studies have other arms")
 
     table(
         "arm",
-        [column for size in sizes for column in (size, "Δ")],
+        [column for name in columns for column in (name, "Δ")],
         (
             (
                 name,
@@ -61,13 +63,19 @@ def main() -> None:
                     cell
                     for study in studies
                     for cell in (
-                        mean_and_half(study, number),
-                        with_interval(study.arms[number].minus(study.arms[0])) if number else "–",
+                        mean_and_half(study, name),
+                        "–" if name == names[0] else difference_or_dash(study, name, names[0]),
                     )
                 ],
             )
-            for number, name in enumerate(names)
+            for name in names
         ),
+    )
+    common = [arm.name for arm in studies[0].painted_arms if all(arm.name in values(study) for study in studies)]
+    table(
+        "painted arms that all have",
+        columns,
+        [(f"mean Δ of {len(common)}", [mean(study, common) for study in studies])],
     )
 
     correlations = [
@@ -76,7 +84,7 @@ def main() -> None:
     ]
     table(
         "arm: r of gain and share of the classes",
-        sizes,
+        columns,
         (
             (
                 name,
@@ -91,14 +99,13 @@ def main() -> None:
 
     def differences(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
         return [
-            (f"{one} − {other}", [with_interval(difference(study, one, other)) for study in studies])
-            for one, other in pairs
+            (f"{one} − {other}", [difference_or_dash(study, one, other) for study in studies]) for one, other in pairs
         ]
 
     best = [max(study.painted_arms, key=lambda arm: arm.rank).name for study in studies]
     table(
         "arm − arm",
-        sizes,
+        columns,
         differences(
             [(f"{PAINTED_TOO} 1:{ratio}", f"{DRAWN} 1:{ratio}") for ratio in RATIOS]
             + [(f"ClassMix + SatSynth 1:{ratio}", "ClassMix") for ratio in RATIOS]
@@ -109,14 +116,15 @@ def main() -> None:
         value
         for study in studies
         for ratio in RATIOS
-        for value in difference(study, f"{PAINTED_TOO} 1:{ratio}", f"{DRAWN} 1:{ratio}").values
+        if {one := f"{PAINTED_TOO} 1:{ratio}", other := f"{DRAWN} 1:{ratio}"} <= values(study).keys()
+        for value in difference(study, one, other).values
         if value is not None
     ]
     print(f"\n{PAINTED_TOO} are better than {DRAWN} in {sum(value > 0 for value in better)} of {len(better)}.")
 
     table(
         "class: mean gain of the arms with painted tiles",
-        sizes,
+        columns,
         (
             (entry.name, [points(class_gain(study, entry.name)) for study in studies])
             for entry in studies[0].scored_classes
@@ -134,12 +142,26 @@ def main() -> None:
         for kind in kinds
     ]
     rows += [("hours of all units", [f"{sum(part.seconds for part in study.timing) / 3600:.1f}" for study in studies])]
-    table("of what was painted", sizes, rows)
+    table("of what was painted", columns, rows)
+
+
+def values(study: Results) -> dict[str, tuple[float | None, ...]]:
+    return {arm.name: arm.values() for arm in study.arms}
 
 
 def difference(study: Results, one: str, other: str) -> Difference:
-    values = {arm.name: arm.values() for arm in study.arms}
-    return compare(values[one], values[other])
+    return compare(values(study)[one], values(study)[other])
+
+
+def difference_or_dash(study: Results, one: str, other: str) -> str:
+    """As it is printed, or a dash where the study has not both arms."""
+    return with_interval(difference(study, one, other)) if {one, other} <= values(study).keys() else "–"
+
+
+def mean(study: Results, names: Iterable[str]) -> str:
+    """Of the differences of these arms to the baseline."""
+    deltas = [difference(study, name, study.arms[0].name).delta for name in names]
+    return points(float(np.mean([delta for delta in deltas if delta is not None])))
 
 
 def class_gain(study: Results, name: str) -> float:
